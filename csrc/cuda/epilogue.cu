@@ -1,0 +1,24 @@
+#include "../epilogue.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/native/cuda/Loops.cuh>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+namespace tpkernels {
+
+static void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias, const at::Tensor& residual) {
+  const c10::cuda::CUDAGuard guard(self.device());
+  auto iterator = bias_residual_iterator(self, bias, residual);
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, self.scalar_type(), "add_bias_residual_", [&] {
+    using wide = at::opmath_type<scalar_t>;
+    at::native::gpu_kernel(iterator, [] GPU_LAMBDA(scalar_t y, scalar_t b, scalar_t r) -> scalar_t {
+      return static_cast<wide>(y) + static_cast<wide>(b) + static_cast<wide>(r);
+    });
+  });
+}
+
+}  // namespace tpkernels
+
+TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) { m.impl("add_bias_residual_", &tpkernels::add_bias_residual_); }

@@ -1,0 +1,75 @@
+#include "comm.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/util/Exception.h>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+
+#include <algorithm>
+#include <atomic>
+#include <mutex>
+#include <numeric>
+
+namespace tpkernels {
+
+namespace {
+std::atomic<bool> logging{false};  // read on every collective; the mutex guards the entries
+std::mutex log_mutex;
+std::vector<Collective> log_entries;
+}  // namespace
+
+void log_start() {
+  std::lock_guard<std::mutex> lock(log_mutex);
+  TORCH_CHECK(!logging, "the collective log is already running: logs do not nest");
+  log_entries.clear();
+  logging = true;
+}
+
+std::vector<Collective> log_stop() {
+  std::lock_guard<std::mutex> lock(log_mutex);
+  logging = false;
+  return std::exchange(log_entries, {});
+}
+
+bool log_enabled() { return logging.load(std::memory_order_relaxed); }
+
+void log_write(Collective entry) {
+  std::lock_guard<std::mutex> lock(log_mutex);
+  if (logging) log_entries.push_back(std::move(entry));
+}
+
+Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_)
+    : group(c10d::resolve_process_group(group_name)), name(group_name), tag(std::move(tag_)), chunks(chunks_) {}
+
+Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
+  if (size() == 1 || buffer.numel() == 0) return {};
+  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
+  c10d::AllreduceOptions options;
+  options.reduceOp = std::move(op);
+  options.asyncOp = true;  // NCCL runs a synchronous one on the compute stream, where nothing can overlap it
+  std::vector<at::Tensor> tensors{buffer};
+  auto work = group->allreduce(tensors, options);
+  return {std::move(work), std::move(tensors)};
+}
+
+Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) const {
+  if (out.numel() == 0) return {};
+  if (log_enabled()) log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
+  c10d::AllgatherOptions options;
+  options.asyncOp = true;
+  auto flat_out = out.view({-1}), flat_shard = shard.view({-1});
+  auto work = group->_allgather_base(flat_out, flat_shard, options);
+  return {std::move(work), {flat_out, flat_shard}};
+}
+
+at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+
+std::vector<int64_t> chunk_bounds(int64_t rows, int64_t chunks, int64_t row_bytes) {
+  TORCH_CHECK(chunks >= 1, "chunks must be at least 1, got ", chunks);
+  const int64_t unit = rows >= 128 * chunks ? 128 : 16 / std::gcd<int64_t>(16, std::max<int64_t>(row_bytes, 1));
+  const int64_t units = (rows + unit - 1) / unit, count = std::max<int64_t>(std::min(chunks, units), 1);
+  std::vector<int64_t> bounds(count + 1, 0);
+  for (int64_t i = 1; i <= count; i++) bounds[i] = std::min(rows, (i * (units / count) + std::min(i, units % count)) * unit);
+  return bounds;
+}
+
+}  // namespace tpkernels

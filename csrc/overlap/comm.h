@@ -1,0 +1,75 @@
+// Collectives as the overlap engine uses them: started asynchronously on a c10d group, logged, waited exactly once.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+#include <cstdint>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+namespace tpkernels {
+
+// One line of the collective log; `chunk` of `chunks` is 0 of 1 for a collective that is not chunked.
+struct Collective {
+  std::string op, tag, group;
+  int64_t bytes, chunk, chunks;
+};
+
+// The log is off until started. Fake kernels write to it too, so that a traced model's volumes can be counted.
+void log_start();
+std::vector<Collective> log_stop();
+bool log_enabled();
+void log_write(Collective entry);
+
+// A collective in flight. It owns what it reads and writes, and waits for it once: in wait(), or when it is destroyed because
+// something threw. Under NCCL the wait orders the current stream behind the collective and does not block the host.
+class Pending {
+ public:
+  Pending() = default;
+  Pending(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors)
+      : tensors_(std::move(tensors)), work_(std::move(work)) {}
+  Pending(Pending&&) = default;
+  Pending& operator=(Pending&&) = delete;
+  ~Pending() {
+    try {
+      wait();
+    } catch (...) {  // the first error is already on its way
+    }
+  }
+  void wait() {
+    auto work = std::move(work_);
+    if (work) work->wait();
+    tensors_.clear();
+  }
+
+ private:
+  std::vector<at::Tensor> tensors_;  // freed after work_: an unfinished collective still writes to them
+  c10::intrusive_ptr<c10d::Work> work_;
+};
+
+// Where a collective runs and what the log calls it.
+struct Channel {
+  Channel(const std::string& group, std::string tag, int64_t chunks = 1);
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+  std::string name, tag;
+  int64_t chunks;
+
+  int rank() const { return group->getRank(); }
+  int size() const { return group->getSize(); }
+  // Sums (or takes the maximum of) a contiguous `buffer` over the group, in place. Nothing is in flight on a group of one.
+  Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0, c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
+  // Concatenates every rank's `shard` into `out` [size, *shard.shape].
+  Pending all_gather(const at::Tensor& out, const at::Tensor& shard) const;
+};
+
+// Every buffer that a collective touches is allocated here, so that a registered pool can take this function's place.
+at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+// Row boundaries [0, ..., rows] of at most `chunks` chunks of nearly equal size, the last one ragged. Boundaries are multiples
+// of 128 rows where there are that many (full GEMM tiles), otherwise of as many rows as keep each slice 16-byte aligned.
+std::vector<int64_t> chunk_bounds(int64_t rows, int64_t chunks, int64_t row_bytes);
+
+}  // namespace tpkernels

@@ -1,0 +1,150 @@
+#include "linear.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include "comm.h"
+
+namespace tpkernels {
+
+namespace {
+
+// The ops record no graph (an autograd.Function wraps them) and have had their inputs cast already.
+struct BelowAutograd {
+  at::AutoDispatchBelowADInplaceOrView below_autograd;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+int64_t rows_of(const at::Tensor& t) { return c10::multiply_integers(t.sizes().begin(), t.sizes().end() - 1); }
+
+at::Tensor as_rows(const at::Tensor& t) { return t.reshape({rows_of(t), t.size(-1)}); }
+
+at::Tensor slice_rows(const at::Tensor& t, const std::vector<int64_t>& bounds, size_t i) {
+  return t.narrow(0, bounds[i], bounds[i + 1] - bounds[i]);
+}
+
+void add_bias_residual_(const at::Tensor& out, const at::Tensor& bias, const at::Tensor& residual) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("tpkernels::add_bias_residual_", "")
+                       .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
+  op.call(out, bias, residual);
+}
+
+}  // namespace
+
+at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag) {
+  BelowAutograd guard;
+  auto x = as_rows(input), weight_t = weight.t();
+  auto shape = input.sizes().vec();
+  shape.back() = weight.size(0);
+  auto out = empty_comm_buffer({x.size(0), weight.size(0)}, input.options());
+  const auto bounds = chunk_bounds(x.size(0), chunks, weight.size(0) * input.element_size());
+  const size_t count = bounds.size() - 1;
+  const Channel channel(group, tag, count);
+  // Without a residual pass to ride on, the bias enters the sum through the first rank's GEMM.
+  const bool gemm_adds_bias = bias && !residual && channel.rank() == 0;
+
+  std::vector<Pending> pending;
+  pending.reserve(count);
+  for (size_t i = 0; i < count; i++) {
+    auto slice = slice_rows(out, bounds, i), x_i = slice_rows(x, bounds, i);
+    if (gemm_adds_bias) {
+      at::addmm_out(slice, *bias, x_i, weight_t);
+    } else {
+      at::mm_out(slice, x_i, weight_t);
+    }
+    pending.push_back(channel.all_reduce(slice, i));
+  }
+  // Every GEMM is issued before the first wait: on a GPU the wait would hold the next GEMM's stream back.
+  const auto rest = residual ? std::optional(as_rows(*residual)) : std::nullopt;
+  for (size_t i = 0; i < count; i++) {
+    pending[i].wait();
+    if (!rest) continue;
+    auto slice = slice_rows(out, bounds, i), rest_i = slice_rows(*rest, bounds, i);
+    if (bias) {
+      add_bias_residual_(slice, *bias, rest_i);
+    } else {
+      slice.add_(rest_i);
+    }
+  }
+  return out.view(shape);
+}
+
+at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t first, const std::string& group,
+                           const std::string& tag) {
+  BelowAutograd guard;
+  auto local = ids.flatten() - first;
+  const auto outside = (local < 0).logical_or_(local >= weight.size(0));
+  auto out = empty_comm_buffer({local.size(0), weight.size(1)}, weight.options());
+  if (weight.size(0) == 0) {
+    out.zero_();
+  } else {
+    at::index_select_out(out, weight, 0, local.masked_fill_(outside, 0));
+    out.masked_fill_(outside.unsqueeze(1), 0);
+  }
+  Channel(group, tag).all_reduce(out).wait();
+  auto shape = ids.sizes().vec();
+  shape.push_back(weight.size(1));
+  return out.view(shape);
+}
+
+std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, const std::optional<at::Tensor>& input, at::TensorList weights,
+                                               bool input_grad, c10::List<bool> weight_grad, c10::List<bool> bias_grad,
+                                               const std::string& group, int64_t chunks, const std::string& tag) {
+  BelowAutograd guard;
+  std::vector<at::Tensor> dys, grads;
+  for (const auto& dy : grad_outputs) dys.push_back(as_rows(dy));
+
+  std::vector<Pending> pending;
+  if (input_grad) {
+    const int64_t rows = dys[0].size(0), features = weights[0].size(1);
+    auto dx = empty_comm_buffer({rows, features}, dys[0].options());
+    const auto bounds = chunk_bounds(rows, chunks, features * dx.element_size());
+    const size_t count = bounds.size() - 1;
+    const Channel channel(group, tag, count);
+    pending.reserve(count);
+    for (size_t i = 0; i < count; i++) {
+      auto slice = slice_rows(dx, bounds, i);
+      at::mm_out(slice, slice_rows(dys[0], bounds, i), weights[0]);
+      for (size_t j = 1; j < dys.size(); j++) slice.addmm_(slice_rows(dys[j], bounds, i), weights[j]);
+      pending.push_back(channel.all_reduce(slice, i));
+    }
+    auto shape = grad_outputs[0].sizes().vec();
+    shape.back() = features;
+    grads.push_back(dx.view(shape));
+  }
+  const auto x = input ? as_rows(*input) : at::Tensor();
+  for (size_t j = 0; j < dys.size(); j++)  // under the last chunks' all-reduces
+    if (weight_grad[j]) grads.push_back(at::mm(dys[j].t(), x));
+  for (size_t j = 0; j < dys.size(); j++)
+    if (bias_grad[j]) grads.push_back(dys[j].sum(0));
+  for (auto& p : pending) p.wait();
+  return grads;
+}
+
+void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op, const std::string& tag) {
+  BelowAutograd guard;
+  TORCH_CHECK_VALUE(op == "sum" || op == "max", "op must be 'sum' or 'max', got '", op, "'");
+  auto buffer = self;
+  if (!self.is_contiguous()) buffer = empty_comm_buffer(self.sizes(), self.options()).copy_(self);
+  Channel(group, tag).all_reduce(buffer, 0, op == "sum" ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX).wait();
+  if (!self.is_contiguous()) self.copy_(buffer);
+}
+
+at::Tensor all_gather(const at::Tensor& self, const std::string& group, const std::string& tag) {
+  BelowAutograd guard;
+  const Channel channel(group, tag);
+  auto sizes = self.sizes().vec();
+  sizes.insert(sizes.begin(), channel.size());
+  auto out = empty_comm_buffer(sizes, self.options());
+  channel.all_gather(out, self.contiguous()).wait();
+  return out;
+}
+
+}  // namespace tpkernels

@@ -1,0 +1,57 @@
+// The schema of every op, the device-agnostic implementations, and what Python sees of the collective log.
+#include <ATen/autocast_mode.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include "overlap/comm.h"
+#include "overlap/linear.h"
+
+// Tensor.to(dtype) that shares autocast's cache of weight casts, as nn.Linear does under autocast.
+static at::Tensor autocast_to(const at::Tensor& self, at::ScalarType dtype) {
+  return at::autocast::cached_cast(dtype, self, self.device().type());
+}
+
+static at::Tensor comm_buffer_like(const at::Tensor& like, at::IntArrayRef size) {
+  return tpkernels::empty_comm_buffer(size, like.options());
+}
+
+TORCH_LIBRARY(tpkernels, m) {
+  m.def("autocast_to(Tensor(a) self, ScalarType dtype) -> Tensor(a)", &autocast_to);
+  m.def("add_bias_residual_(Tensor(a!) self, Tensor bias, Tensor residual) -> ()");
+  m.def("all_reduce_(Tensor(a!) self, str group, str op, str tag) -> ()");
+  m.def("empty_comm_buffer(Tensor like, int[] size) -> Tensor");
+  m.def("vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
+  m.def("all_gather(Tensor self, str group, str tag) -> Tensor");
+  m.def(
+      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, str tag) -> Tensor");
+  m.def(
+      "column_linear_backward(Tensor[] grad_outputs, Tensor? input, Tensor[] weights, bool input_grad, bool[] weight_grad, "
+      "bool[] bias_grad, str group, int chunks, str tag) -> Tensor[]");
+}
+
+static void register_engine(torch::Library& m) {
+  m.impl("all_reduce_", &tpkernels::all_reduce_);
+  m.impl("empty_comm_buffer", &comm_buffer_like);
+  m.impl("vocab_embedding", &tpkernels::vocab_embedding);
+  m.impl("all_gather", &tpkernels::all_gather);
+  m.impl("row_linear", &tpkernels::row_linear);
+  m.impl("column_linear_backward", &tpkernels::column_linear_backward);
+}
+
+TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { register_engine(m); }
+TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) { register_engine(m); }
+
+PYBIND11_MODULE(_C, m) {
+  m.def("chunk_bounds", &tpkernels::chunk_bounds, pybind11::arg("rows"), pybind11::arg("chunks"), pybind11::arg("row_bytes"));
+  m.def("log_start", &tpkernels::log_start);
+  m.def("log_enabled", &tpkernels::log_enabled);
+  m.def("log_write", [](std::string op, std::string tag, std::string group, int64_t bytes, int64_t chunk, int64_t chunks) {
+    tpkernels::log_write({std::move(op), std::move(tag), std::move(group), bytes, chunk, chunks});
+  });
+  m.def("log_stop", [] {
+    std::vector<std::tuple<std::string, std::string, std::string, int64_t, int64_t, int64_t>> rows;
+    for (auto& e : tpkernels::log_stop()) rows.emplace_back(e.op, e.tag, e.group, e.bytes, e.chunk, e.chunks);
+    return rows;
+  });
+}

@@ -1,0 +1,30 @@
+"""Builds tpkernels._C: against a CPU torch, or against a CUDA torch where its toolkit is installed. No GPU is asked for."""
+
+import glob
+import os
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+# What the torch in use was built for decides, never torch.cuda.is_available(): a builder has no GPU.
+use_cuda = torch.version.cuda is not None and CUDA_HOME is not None and os.environ.get("TPKERNELS_BUILD_CUDA") != "0"
+if torch.version.cuda is not None and not use_cuda:
+    print(f"tpkernels: building without CUDA kernels: torch is for CUDA {torch.version.cuda}, CUDA_HOME={CUDA_HOME}")
+
+sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/overlap/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+if use_cuda:
+    sources += sorted(glob.glob("csrc/cuda/*.cu"))
+Extension = CUDAExtension if use_cuda else CppExtension
+
+setup(
+    ext_modules=[
+        Extension(
+            "tpkernels._C",
+            sources,
+            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3"]},
+            define_macros=[("USE_C10D_GLOO", None)],
+        )
+    ],
+    cmdclass={"build_ext": BuildExtension},
+)

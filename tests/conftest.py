@@ -1,0 +1,26 @@
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+from pool import Pool  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """pool.run(n, function, *args): the results of a module-level function on n gloo ranks."""
+    pool = Pool()
+    yield pool
+    pool.close()
+    pool.folder.cleanup()
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a GPU and a CUDA build of torch: `make gpu-day` on such a machine runs it"))

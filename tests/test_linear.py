@@ -1,0 +1,65 @@
+"""Column- and row-parallel linear against nn.Linear."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import tpkernels.functional as tpf
+from tpkernels import reference
+from tpkernels.group import resolve_group
+from tpkernels.ops.comm import log_collectives
+from tpkernels.shard import Split
+
+EXACT = dict(atol=0, rtol=0)
+
+
+def integers(*shape, dtype=torch.float32, generator=None):
+    """0, 1 and -1: every sum below is exact in float32, and small ones in bfloat16, in any order."""
+    return torch.randint(-1, 2, shape, generator=generator).to(dtype)
+
+
+def exact(chunks, rows, k, n, dtype):
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    rng = torch.Generator().manual_seed(rows + k)
+    x, w, b = integers(rows, k, generator=rng, dtype=dtype), integers(n, k, generator=rng, dtype=dtype), integers(n, generator=rng, dtype=dtype)
+    dy, residual = integers(rows, n, generator=rng, dtype=dtype), integers(rows, n, generator=rng, dtype=dtype)
+    leaves = [t.clone().requires_grad_() for t in (x, w, b, residual)]
+    out = F.linear(*leaves[:3]) + leaves[3]
+    out.backward(dy)
+    gx, gw, gb, gr = (t.grad for t in leaves)
+
+    features = Split.chunks(k, world, 1)
+    mine = [features.shard(t, rank).clone().requires_grad_() for t in (x, w)] + [t.clone().requires_grad_() for t in (b, residual)]
+    y = tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, residual=mine[3], overlap=chunks)
+    y.backward(dy)
+    assert_close(y, out, **EXACT)
+    for ours, want in zip(mine, (features.shard(gx, rank), features.shard(gw, rank), gb, gr), strict=True):
+        assert_close(ours.grad, want, **EXACT)
+    assert_close(tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, overlap=chunks), F.linear(x, w, b), **EXACT)
+    assert_close(tpf.row_parallel_linear(mine[0], mine[1], group=group, residual=residual, overlap=chunks), F.linear(x, w) + residual, **EXACT)
+
+    outputs = Split.chunks(n, world)
+    mine = [x.clone().requires_grad_()] + [outputs.shard(t, rank).clone().requires_grad_() for t in (w, b)]
+    y = tpf.column_parallel_linear(*mine, group=group, overlap=chunks)
+    columns = Split.chunks(n, world, -1)
+    assert_close(y, columns.shard(F.linear(x, w, b), rank), **EXACT)
+    y.backward(columns.shard(dy, rank))
+    for ours, want in zip(mine, (gx, outputs.shard(gw, rank), outputs.shard(gb, rank)), strict=True):
+        assert_close(ours.grad, want, **EXACT)
+
+    whole = tpf.column_parallel_linear(*mine, group=group, gather_output=True, out_split=columns, overlap=chunks)
+    assert_close(whole, F.linear(x, w, b), **EXACT)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("chunks", [1, 2, 3, 7])
+def test_integers_equal_nn_linear_exactly(pool, ranks, chunks):
+    for rows, k, n in ((50, 13, 11), (300, 64, 96), (1, 5, 3), (0, 8, 8)):
+        pool.run(ranks, exact, chunks, rows, k, n, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_integers_exact_in_other_dtypes(pool, dtype):
+    pool.run(3, exact, 3, 50, 13, 11, dtype)

@@ -1,0 +1,164 @@
+"""Collectives: the public all-reduce, the log of what was sent, and the Functions that move activations between layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _C
+from ..group import Group, resolve_group
+from ..shard import Split
+
+_ops = torch.ops.tpkernels
+
+
+class Collective(NamedTuple):
+    """One entry of the log. `bytes`: of the reduced buffer, or of the gathered result; `chunk` of `chunks` counts from 0."""
+
+    op: str
+    tag: str
+    group: str
+    bytes: int
+    chunk: int
+    chunks: int
+
+
+@contextmanager
+def log_collectives() -> Iterator[list[Collective]]:
+    """Collects the collectives that tpkernels starts on this process, on any thread; the list fills when the block ends.
+
+    Also under FakeTensorMode, where nothing is sent. (CommDebugMode does not see collectives made in C++.)
+    """
+    entries: list[Collective] = []
+    _C.log_start()
+    try:
+        yield entries
+    finally:
+        entries.extend(Collective(*row) for row in _C.log_stop())
+
+
+def _log_fake(op: str, tag: str, group: str, nbytes: int, bounds: Sequence[int] = (0, 1)) -> None:
+    """What the real op writes: a line per chunk, `nbytes` divided as `bounds` divides the rows."""
+    if not _C.log_enabled() or not nbytes or dist.distributed_c10d._resolve_process_group(group).size() == 1:
+        return
+    chunks = len(bounds) - 1
+    for i in range(chunks):
+        _C.log_write(op, tag, group, nbytes * (bounds[i + 1] - bounds[i]) // bounds[-1], i, chunks)
+
+
+@torch.library.register_fake("tpkernels::all_reduce_")
+def _(self, group, op, tag):
+    _log_fake("all_reduce", tag, group, self.nbytes)
+
+
+@torch.library.register_fake("tpkernels::all_gather")
+def _(self, group, tag):
+    out = self.new_empty(dist.distributed_c10d._resolve_process_group(group).size(), *self.shape)
+    _log_fake("all_gather", tag, group, out.nbytes)
+    return out
+
+
+@torch.library.register_fake("tpkernels::empty_comm_buffer")
+def _(like, size):
+    return like.new_empty(size)
+
+
+def all_reduce_(tensor: Tensor, group) -> Tensor:
+    """Sums `tensor` over the ranks of `group`, in place, and returns it. Not differentiable.
+
+    Args:
+        tensor: of one shape and dtype on every rank; float32, bfloat16, float16, float64 or integers.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the "tp" group of `init_mesh`.
+    """
+    if tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError("tensor requires grad, and all_reduce_ is not differentiable: pass tensor.detach(), or call it under torch.no_grad()")
+    _ops.all_reduce_(tensor, resolve_group(group).name, "sum", "all_reduce")
+    return tensor
+
+
+def sum_over_ranks(parts: Sequence[Tensor], group: Group, tag: str) -> list[Tensor]:
+    """Sums tensors of one dtype over the ranks in one all-reduce."""
+    flat = _ops.empty_comm_buffer(parts[0], [sum(p.numel() for p in parts)])
+    torch.cat([p.reshape(-1) for p in parts], out=flat)
+    _ops.all_reduce_(flat, group.name, "sum", tag)
+    return [s.view(p.shape) for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+
+
+def all_gather_shards(shard: Tensor, split: Split, group: Group, tag: str) -> Tensor:
+    """Every rank's `shard` put together along `split.dim`."""
+    shape = list(shard.shape)
+    shape[split.dim] = split.stored_size
+    mine = _ops.empty_comm_buffer(shard, shape)
+    mine.narrow(split.dim, 0, shard.size(split.dim)).copy_(shard)
+    return split.unshard(_ops.all_gather(mine, group.name, tag).unbind(0))
+
+
+class _Gather(torch.autograd.Function):
+    """[..., N_r] on every rank -> [..., N] on all of them; dy [..., N], the same on all of them -> this rank's slice."""
+
+    @staticmethod
+    def forward(ctx, x, split, group, tag):
+        ctx.split, ctx.rank = split, group.rank
+        return all_gather_shards(x, split, group, tag)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return ctx.split.shard(dy, ctx.rank), None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """x [..., K], the same on all ranks -> this rank's [..., K_r]; dy [..., K_r] -> [..., K] put together from all of them."""
+
+    @staticmethod
+    def forward(ctx, x, split, group, tag):
+        ctx.split, ctx.group, ctx.tag = split, group, tag
+        return split.shard(x, group.rank).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return all_gather_shards(dy, ctx.split, ctx.group, ctx.tag), None, None, None
+
+
+class _SumGradients(torch.autograd.Function):
+    """Identity on parameters that every rank holds but uses for its own heads only; backward sums their gradients over the
+    ranks, all of them in one all-reduce, before DDP's or FSDP's hooks see them."""
+
+    @staticmethod
+    def forward(ctx, group, tag, *parameters):
+        ctx.group, ctx.tag = group, tag
+        return tuple(p.view_as(p) for p in parameters)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        out: list[Tensor | None] = [None] * len(grads)
+        # A dtype at a time; unused parameters take part with zeros, so that every rank sends the same buffer.
+        for dtype in dict.fromkeys(g.dtype for g in grads):
+            mine = [i for i, g in enumerate(grads) if g.dtype == dtype and ctx.needs_input_grad[2 + i]]
+            if mine:
+                for i, total in zip(mine, sum_over_ranks([grads[i] for i in mine], ctx.group, ctx.tag), strict=True):
+                    out[i] = total
+        return None, None, *out
+
+
+def gather(x: Tensor, split: Split, group: Group, tag: str) -> Tensor:
+    """See `_Gather`. `split.dim` counts from the end."""
+    return x if group.size == 1 else _Gather.apply(x, split, group, tag)
+
+
+def scatter(x: Tensor, split: Split, group: Group, tag: str) -> Tensor:
+    """See `_Scatter`. `split.dim` counts from the end."""
+    return x if group.size == 1 else _Scatter.apply(x, split, group, tag)
+
+
+def sum_gradients(parameters: Sequence[Tensor], group: Group, tag: str) -> tuple[Tensor, ...]:
+    """See `_SumGradients`."""
+    return _SumGradients.apply(group, tag, *parameters)

@@ -1,0 +1,247 @@
+"""Column- and row-parallel linear layers as autograd Functions over the overlap engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import _C
+from ..group import Group, resolve_group
+from ..schedule import check_overlap, choose
+from ..shard import Split
+from .activation import bias_act
+from .autocast import autocast
+from .comm import _log_fake, gather, scatter
+
+_ops = torch.ops.tpkernels
+
+
+@torch.library.register_fake("tpkernels::row_linear")
+def _(input, weight, bias, residual, group, chunks, tag):
+    out = input.new_empty(*input.shape[:-1], weight.shape[0])
+    if _C.log_enabled():
+        rows, row_bytes = out.numel() // max(out.shape[-1], 1), out.shape[-1] * out.itemsize
+        _log_fake("all_reduce", tag, group, out.nbytes, _C.chunk_bounds(rows, chunks, row_bytes))
+    return out
+
+
+@torch.library.register_fake("tpkernels::column_linear_backward")
+def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, chunks, tag):
+    grads = []
+    if input_grad:
+        grads.append(grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], weights[0].shape[1]))
+        if _C.log_enabled():
+            dx = grads[0]
+            rows, row_bytes = dx.numel() // max(dx.shape[-1], 1), dx.shape[-1] * dx.itemsize
+            _log_fake("all_reduce", tag, group, dx.nbytes, _C.chunk_bounds(rows, chunks, row_bytes))
+    grads += [dy.new_empty(dy.shape[-1], input.shape[-1]) for dy, need in zip(grad_outputs, weight_grad, strict=True) if need]
+    grads += [dy.new_empty(dy.shape[-1]) for dy, need in zip(grad_outputs, bias_grad, strict=True) if need]
+    return grads
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """Linear layers i = 0..k-1 that read one input, each split by output features over R ranks.
+
+        x     [..., K]       the same on every rank
+        w_i   [N_i / R, K]   y_i  = x @ w_i^T + b_i          no communication
+        dx    [..., K]       = sum over ranks of sum_i dy_i @ w_i   one all-reduce, in chunks of rows, each under the next's GEMM
+        dw_i  [N_i / R, K]   = dy_i^T @ x                    under the last chunks' all-reduces
+        db_i  [N_i / R]      = sum of dy_i over rows
+
+    A layer whose output got no gradient takes no part. What needs no gradient is neither saved nor computed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, group, chunks, tag, *parameters):
+        k = len(parameters) // 2
+        weights, biases = parameters[:k], parameters[k:]
+        need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[4 : 4 + k]
+        ctx.save_for_backward(x if any(need_w) else None, *(weights if need_x else ()))
+        ctx.set_materialize_grads(False)
+        ctx.group, ctx.chunks, ctx.tag = group, chunks, tag
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        x, *weights = ctx.saved_tensors
+        need_x, k = ctx.needs_input_grad[0], len(dys)
+        need_w, need_b = ctx.needs_input_grad[4 : 4 + k], ctx.needs_input_grad[4 + k :]
+        live = [i for i, dy in enumerate(dys) if dy is not None]
+        out: list[Tensor | None] = [None] * (4 + 2 * k)
+        if live:
+            wanted = [0] if need_x else []
+            wanted += [4 + i for i in live if need_w[i]] + [4 + k + i for i in live if need_b[i]]
+            grads = _ops.column_linear_backward(
+                [dys[i] for i in live],
+                x,
+                [weights[i] for i in live] if need_x else [],
+                need_x,
+                [need_w[i] for i in live],
+                [need_b[i] for i in live],
+                ctx.group.channel(ctx.chunks),
+                ctx.chunks,
+                ctx.tag,
+            )
+            for i, grad in zip(wanted, grads, strict=True):
+                out[i] = grad
+        return tuple(out)
+
+
+class _RowLinear(torch.autograd.Function):
+    """A linear layer split by input features over R ranks.
+
+        x   [..., K / R]   this rank's features
+        w   [N, K / R]     y  = sum over ranks of x @ w^T, + b + residual   one all-reduce, in chunks, each under the next's GEMM
+        dx  [..., K / R]   = dy @ w                                       no communication
+        dw  [N, K / R]     = dy^T @ x
+        db  [N]            = sum of dy over rows;  d(residual) = dy
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, group, chunks, tag):
+        need_x, need_w = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_w else None, weight if need_x else None)
+        return _ops.row_linear(x, weight, bias, residual, group.channel(chunks), chunks, tag)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        need_x, need_w, need_b, need_residual = ctx.needs_input_grad[:4]
+        rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
+        return (
+            dy @ weight if need_x else None,
+            rows.t() @ (x.flatten(0, -2) if x.dim() > 1 else x[None]) if need_w else None,
+            rows.sum(0) if need_b else None,
+            dy if need_residual else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _check(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, kind: str) -> None:
+    """Raises before any communication; every rank sees the same mistake."""
+    if not input.is_floating_point():
+        raise TypeError(f"input must be floating point, got {input.dtype}: embed or cast it first")
+    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+        hint = {
+            "column": "a column-parallel layer takes the whole input on every rank",
+            "row": "a row-parallel layer takes this rank's features; with input_is_parallel=False it takes the whole input",
+        }[kind]
+        raise ValueError(
+            f"input has shape {tuple(input.shape)} but weight is {tuple(weight.shape)} on rank {group.rank} of {group.size}: "
+            f"the last dimension must be {weight.shape[-1]} ({hint})"
+        )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} but input is {input.dtype}: cast one of them, or run under torch.autocast")
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name} is on {tensor.device} but input is on {input.device}: move one of them")
+
+
+def _rows(input: Tensor) -> int:
+    return input.numel() // max(input.shape[-1], 1)
+
+
+def column_linears(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], group: Group, overlap="auto", tag: str = "column_backward"
+) -> tuple[Tensor, ...]:
+    """Column-parallel layers that read one input [..., K]; weights [N_i / R, K]: one backward all-reduce for all of them."""
+    device_type = input.device.type
+    x = autocast(input, device_type)
+    weights = [autocast(w, device_type) for w in weights]
+    biases = [autocast(b, device_type) for b in biases]
+    for w, b in zip(weights, biases, strict=True):
+        _check(x, w, b, group, "column")
+    if not torch.is_grad_enabled():
+        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    return _ColumnLinear.apply(x, group, choose(overlap, _rows(x), group).chunks, tag, *weights, *biases)
+
+
+def column_parallel_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group=None,
+    activation: str | None = None,
+    gather_output: bool = False,
+    out_split: Split | None = None,
+    overlap: str | bool | int = "auto",
+    tag: str = "column_backward",
+) -> Tensor:
+    """act(input @ weight^T + bias), this rank's output features.
+
+    Args:
+        input: [..., K], the same on every rank.
+        weight, bias: [N / R, K] and [N / R]: this rank's rows.
+        activation: None, "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu".
+        gather_output: return [..., N], whole on every rank. Needs `out_split` where the ranks do not divide N.
+        out_split: which output features each rank has; None for an even split.
+        overlap: "auto", False (one chunk) or the number of row chunks of the backward all-reduce.
+
+    Raises:
+        TypeError, ValueError: dtypes or sizes that do not fit, an unknown activation or overlap; before any communication.
+    """
+    check_overlap(overlap)
+    group = resolve_group(group)
+    (y,) = column_linears(input, [weight], [bias], group, overlap, tag)
+    if activation is not None:
+        y = bias_act(y, None, activation)
+    if gather_output:
+        if out_split is None:
+            out_split = Split.chunks(y.shape[-1] * group.size, group.size, dim=-1)
+        y = gather(y, out_split, group, "gather_output")
+    return y
+
+
+def row_parallel_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group=None,
+    residual: Tensor | None = None,
+    input_is_parallel: bool = True,
+    in_split: Split | None = None,
+    overlap: str | bool | int = "auto",
+    tag: str = "row_forward",
+) -> Tensor:
+    """The sum over ranks of input @ weight^T, + bias + residual: [..., N], whole and bit-equal on every rank.
+
+    Args:
+        input: [..., K / R], this rank's features; with input_is_parallel=False the whole [..., K].
+        weight: [N, K / R], this rank's columns.
+        bias: [N], the same on every rank; added once.
+        residual: [..., N], the same on every rank; bias and residual are added in one pass, under the next chunk's all-reduce.
+        in_split: which input features each rank has; None for an even split.
+        overlap: "auto", False (one chunk) or the number of row chunks.
+
+    Raises:
+        TypeError, ValueError: dtypes or sizes that do not fit, an unknown overlap; before any communication.
+    """
+    check_overlap(overlap)
+    group = resolve_group(group)
+    device_type = input.device.type
+    x, weight, bias = (autocast(t, device_type) for t in (input, weight, bias))
+    if not input_is_parallel:
+        if in_split is None:
+            in_split = Split.chunks(x.shape[-1], group.size, dim=-1)
+        if x.shape[-1] != in_split.size:
+            raise ValueError(f"input has {x.shape[-1]} features but the layer takes {in_split.size} (input_is_parallel=False: the whole input)")
+        x = scatter(x, in_split, group, "scatter_backward")
+    _check(x, weight, bias, group, "row")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias has shape {tuple(bias.shape)} but the layer has {weight.shape[0]} output features: every rank takes the whole bias")
+    if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
+        raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
+    chunks = choose(overlap, _rows(x), group).chunks
+    if residual is not None and residual.dtype != x.dtype:  # as y + residual promotes: a float32 residual stream under autocast
+        return residual + _RowLinear.apply(x, weight, bias, None, group, chunks, tag)
+    return _RowLinear.apply(x, weight, bias, residual, group, chunks, tag)

@@ -1,0 +1,42 @@
+"""Which schedule a layer runs: how many row chunks, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..group import Group
+
+# Below this many rows a chunked GEMM loses more than its all-reduce hides: kraken#19, pytorch#179770 and flux#79 report
+# losses up to ~1k rows; twice that leaves each of two chunks 1k rows. Published figures, not measured here.
+GPU_MIN_ROWS = 2048
+GPU_CHUNKS = 2  # two beat four at 8192 x 8192 bf16 on an H100 (nvFuser#5751)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The row chunks in which a GEMM and its all-reduce run, and the reason in words."""
+
+    chunks: int
+    reason: str
+
+
+def check_overlap(overlap) -> None:
+    """Raises ValueError unless `overlap` is "auto", False or an int of at least 1."""
+    if overlap == "auto" or overlap is False or (isinstance(overlap, int) and not isinstance(overlap, bool) and overlap >= 1):
+        return
+    raise ValueError(f"overlap must be 'auto', False (one chunk) or a number of row chunks >= 1, got {overlap!r}")
+
+
+def choose(overlap, rows: int, group: Group) -> Schedule:
+    """The schedule for `rows` rows: a function of what all ranks share, so that they never disagree."""
+    if group.size == 1:
+        return Schedule(1, "one rank: nothing to reduce")
+    if overlap is False:
+        return Schedule(1, "overlap=False: one chunk")
+    if overlap != "auto":
+        return Schedule(overlap, f"overlap={overlap} was asked for")
+    if group.device_type == "cpu":
+        return Schedule(1, "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback")
+    if rows < GPU_MIN_ROWS:
+        return Schedule(1, f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)")
+    return Schedule(GPU_CHUNKS, f"{rows} rows >= {GPU_MIN_ROWS}: {GPU_CHUNKS} chunks hide half of the all-reduce (published, not measured)")
