@@ -1,1 +1,33 @@
-from . import functional
+"""Tensor parallelism for PyTorch whose communication is hidden or cheap."""
+
+import torch as _torch  # noqa: F401  the extension links against its libraries
+
+try:
+    from . import _C  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "tpkernels' compiled part (tpkernels._C) is missing or was built for another torch: run `make setup` in a checkout, or "
+        "`pip install --no-build-isolation .` with the torch in use"
+    ) from error
+
+from . import functional, nn
+from .checkpoint import load_unsharded_state_dict, unsharded_state_dict
+from .group import init_mesh
+from .ops.comm import all_reduce_, log_collectives
+from .optim import GradScaler, clip_grad_norm_
+from .parallel import auto_plan, parallelize
+
+__version__ = "0.1.0"
+__all__ = [
+    "GradScaler",
+    "all_reduce_",
+    "auto_plan",
+    "clip_grad_norm_",
+    "functional",
+    "init_mesh",
+    "load_unsharded_state_dict",
+    "log_collectives",
+    "nn",
+    "parallelize",
+    "unsharded_state_dict",
+]

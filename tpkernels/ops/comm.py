@@ -87,7 +87,8 @@ def sum_over_ranks(parts: Sequence[Tensor], group: Group, tag: str) -> list[Tens
     flat = _ops.empty_comm_buffer(parts[0], [sum(p.numel() for p in parts)])
     torch.cat([p.reshape(-1) for p in parts], out=flat)
     _ops.all_reduce_(flat, group.name, "sum", tag)
-    return [s.view(p.shape) for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+    # Clones: a gradient that is a view at an offset, wrapped in a DTensor, cannot be deep-copied.
+    return [s.view(p.shape).clone() for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
 
 
 def all_gather_shards(shard: Tensor, split: Split, group: Group, tag: str) -> Tensor:

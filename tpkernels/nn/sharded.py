@@ -1,0 +1,103 @@
+"""Modules whose parameters are divided over a tensor-parallel group."""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..group import Group
+from ..ops.autocast import autocast
+from ..shard import Split
+
+# Every sharded module alive: clip_grad_norm_ is given parameters only, and attributes on those survive neither FSDP nor deepcopy.
+_alive: weakref.WeakSet[Sharded] = weakref.WeakSet()
+
+
+class Sharded:
+    """Mixin of an nn.Module: what each of its own parameters is, and what of it this rank's forward reads.
+
+    Attributes:
+        group: the tensor-parallel group.
+        splits: parameter name -> Split in the stock layout, or None for one that every rank holds whole.
+    """
+
+    group: Group
+    splits: dict[str, Split | None]
+
+    def _init_sharded(self, group: Group) -> None:
+        self.group, self.splits = group, {}
+        self._summed: dict[str, Tensor] = {}  # set by a SplitRegion for one forward: parameters whose gradients are summed
+        _alive.add(self)
+
+    def __setstate__(self, state) -> None:
+        super().__setstate__(state)
+        _alive.add(self)
+
+    def put(self, name: str, full: Tensor | None, split: Split | None) -> None:
+        """Registers this rank's shard of the stock parameter `full`."""
+        if full is None:
+            self.register_parameter(name, None)
+            return
+        whole = split is None or split.replicated
+        shard = full.detach() if whole else split.shard(full.detach(), self.group.rank)
+        # A copy: a view would keep the whole parameter alive.
+        self.register_parameter(name, nn.Parameter(shard.clone(memory_format=torch.contiguous_format), full.requires_grad))
+        self.splits[name] = split
+
+    def put_empty(self, name: str, shape: tuple[int, ...], split: Split | None, device, dtype) -> None:
+        shape = list(shape)
+        if split is not None and not split.replicated:
+            shape[split.dim] = split.sizes[self.group.rank]
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self.splits[name] = split
+
+    def stored(self, name: str, cast: bool = False) -> Tensor | None:
+        """This rank's tensor of a parameter, in autograd; with `cast`, in autocast's dtype, cast once while autocast is on."""
+        parameter = self._parameters[name]
+        if parameter is None:
+            return None
+        if cast:  # before to_local: autocast caches casts of leaves only
+            parameter = autocast(parameter, parameter.device.type)
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def local(self, name: str, cast: bool = False) -> Tensor | None:
+        """What this rank's forward reads of a parameter: without padding, and its own part of a replicated one."""
+        tensor = self._summed.get(name)
+        if tensor is None:
+            tensor = self.stored(name, cast)
+        split = self.splits.get(name)
+        if tensor is None or split is None:
+            return tensor
+        if split.replicated:
+            return split.shard(tensor, self.group.rank)
+        size = split.sizes[self.group.rank]
+        return tensor if tensor.size(split.dim) == size else tensor.narrow(split.dim, 0, size)
+
+    @torch.no_grad()
+    def fill(self, name: str, full: Tensor) -> None:
+        """Copies this rank's part of the stock parameter `full` into the parameter."""
+        tensor, split = self.stored(name), self.splits[name]
+        shard = full if split is None or split.replicated else split.shard(full, self.group.rank)
+        tensor[tuple(slice(size) for size in shard.shape)].copy_(shard)
+
+
+def sharded_modules() -> list[Sharded]:
+    return list(_alive)
+
+
+def localize(module: nn.Module, group: Group) -> None:
+    """Makes a stock module that every rank runs whole (a norm) read its parameters as local tensors.
+
+    Its class becomes a subclass in which each parameter's name is a property; deepcopy and fully_shard keep that.
+    """
+    if isinstance(module, Sharded):
+        return
+    names = [name for name, p in module._parameters.items() if p is not None]
+    stock = type(module)
+    properties = {name: property(lambda self, name=name: self.local(name)) for name in names}
+    module.__class__ = type(f"Local{stock.__name__}", (Sharded, stock), {**properties, "__module__": stock.__module__})
+    module._init_sharded(group)
+    module.splits.update(dict.fromkeys(names))
