@@ -23,8 +23,7 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def("empty_comm_buffer(Tensor like, int[] size) -> Tensor");
   m.def("vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
   m.def("all_gather(Tensor self, str group, str tag) -> Tensor");
-  m.def(
-      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, str tag) -> Tensor");
+  m.def("row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, str tag) -> Tensor");
   m.def(
       "column_linear_backward(Tensor[] grad_outputs, Tensor? input, Tensor[] weights, bool input_grad, bool[] weight_grad, "
       "bool[] bias_grad, str group, int chunks, str tag) -> Tensor[]");

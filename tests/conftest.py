@@ -5,7 +5,7 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-from pool import Pool  # noqa: E402
+from pool import Pool
 
 
 @pytest.fixture(scope="session")

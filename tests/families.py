@@ -29,7 +29,18 @@ FAMILIES = {
     "olmo2": ("Olmo2", BASE),
     "gpt2": (
         "GPT2",
-        dict(n_embd=72, n_layer=2, n_head=9, n_positions=256, vocab_size=331, bos_token_id=1, eos_token_id=2, embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0),
+        dict(
+            n_embd=72,
+            n_layer=2,
+            n_head=9,
+            n_positions=256,
+            vocab_size=331,
+            bos_token_id=1,
+            eos_token_id=2,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+        ),
     ),
     "gpt_neox": ("GPTNeoX", MHA),
 }

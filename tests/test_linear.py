@@ -7,9 +7,6 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import tpkernels.functional as tpf
-from tpkernels import reference
-from tpkernels.group import resolve_group
-from tpkernels.ops.comm import log_collectives
 from tpkernels.shard import Split
 
 EXACT = dict(atol=0, rtol=0)
@@ -23,7 +20,11 @@ def integers(*shape, dtype=torch.float32, generator=None):
 def exact(chunks, rows, k, n, dtype):
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     rng = torch.Generator().manual_seed(rows + k)
-    x, w, b = integers(rows, k, generator=rng, dtype=dtype), integers(n, k, generator=rng, dtype=dtype), integers(n, generator=rng, dtype=dtype)
+    x, w, b = (
+        integers(rows, k, generator=rng, dtype=dtype),
+        integers(n, k, generator=rng, dtype=dtype),
+        integers(n, generator=rng, dtype=dtype),
+    )
     dy, residual = integers(rows, n, generator=rng, dtype=dtype), integers(rows, n, generator=rng, dtype=dtype)
     leaves = [t.clone().requires_grad_() for t in (x, w, b, residual)]
     out = F.linear(*leaves[:3]) + leaves[3]
@@ -38,7 +39,9 @@ def exact(chunks, rows, k, n, dtype):
     for ours, want in zip(mine, (features.shard(gx, rank), features.shard(gw, rank), gb, gr), strict=True):
         assert_close(ours.grad, want, **EXACT)
     assert_close(tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, overlap=chunks), F.linear(x, w, b), **EXACT)
-    assert_close(tpf.row_parallel_linear(mine[0], mine[1], group=group, residual=residual, overlap=chunks), F.linear(x, w) + residual, **EXACT)
+    assert_close(
+        tpf.row_parallel_linear(mine[0], mine[1], group=group, residual=residual, overlap=chunks), F.linear(x, w) + residual, **EXACT
+    )
 
     outputs = Split.chunks(n, world)
     mine = [x.clone().requires_grad_()] + [outputs.shard(t, rank).clone().requires_grad_() for t in (w, b)]

@@ -6,7 +6,6 @@ import families
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 import tpkernels as tpk
 

@@ -11,7 +11,7 @@ except ImportError as error:
     ) from error
 
 from . import functional, nn
-from .checkpoint import load_unsharded_state_dict, unsharded_state_dict
+from .checkpoint import load_unsharded_state_dict, unsharded_gradients, unsharded_state_dict
 from .group import init_mesh
 from .ops.comm import all_reduce_, log_collectives
 from .optim import GradScaler, clip_grad_norm_
@@ -29,5 +29,6 @@ __all__ = [
     "log_collectives",
     "nn",
     "parallelize",
+    "unsharded_gradients",
     "unsharded_state_dict",
 ]

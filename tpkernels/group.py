@@ -69,7 +69,9 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
     if group is None:
         groups = {mesh["tp"].get_group().group_name: mesh for mesh in _meshes}
         if not groups:
-            raise ValueError("group=None means the 'tp' group of the mesh that tpk.init_mesh made, and it made none: call it first, or pass group=")
+            raise ValueError(
+                "group=None means the 'tp' group of the mesh that tpk.init_mesh made, and it made none: call it first, or pass group="
+            )
         if len(groups) > 1:
             raise ValueError(f"group=None is ambiguous: tpk.init_mesh made {len(groups)} meshes; pass group=mesh['tp']")
         group = next(iter(groups.values()))["tp"]
@@ -78,7 +80,9 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
             raise ValueError(f"group is a mesh of dimensions {group.mesh_dim_names or group.ndim}: pass one of them, such as mesh['tp']")
         return Group(group.get_group(), group.device_type, group)
     if group is dist.GroupMember.NON_GROUP_MEMBER or (isinstance(group, ProcessGroup) and dist.get_rank(group) < 0):
-        raise ValueError(f"group does not contain the calling rank (global rank {dist.get_rank()}): build the layer on the group's own ranks only")
+        raise ValueError(
+            f"group does not contain the calling rank (global rank {dist.get_rank()}): build the layer on the group's own ranks only"
+        )
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
     return Group(group, "cuda" if "nccl" in dist.get_backend(group) else "cpu")
@@ -115,7 +119,7 @@ def init_mesh(
         if tp * dp != world:
             hint = "" if "WORLD_SIZE" in os.environ else f": start it with `torchrun --nproc-per-node {tp * dp}`"
             raise ValueError(f"tp={tp} * dp={dp} is {tp * dp} ranks, but this job has {world}{hint}")
-        everywhere = "cpu:gloo,cuda:nccl" if device == "cuda" else "cpu:gloo"
+        everywhere = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(everywhere, timeout=timeout, **alone)
     if tp * dp != dist.get_world_size():

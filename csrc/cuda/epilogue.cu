@@ -1,10 +1,11 @@
-#include "../epilogue.h"
-
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
-#include <ATen/native/cuda/Loops.cuh>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
+
+#include <ATen/native/cuda/Loops.cuh>
+
+#include "../epilogue.h"
 
 namespace tpkernels {
 

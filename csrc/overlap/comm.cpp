@@ -2,12 +2,12 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 #include <algorithm>
 #include <atomic>
 #include <mutex>
 #include <numeric>
+#include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 namespace tpkernels {
 

@@ -94,9 +94,10 @@ at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int6
   return out.view(shape);
 }
 
-std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, const std::optional<at::Tensor>& input, at::TensorList weights,
-                                               bool input_grad, c10::List<bool> weight_grad, c10::List<bool> bias_grad,
-                                               const std::string& group, int64_t chunks, const std::string& tag) {
+std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, const std::optional<at::Tensor>& input,
+                                               at::TensorList weights, bool input_grad, c10::List<bool> weight_grad,
+                                               c10::List<bool> bias_grad, const std::string& group, int64_t chunks,
+                                               const std::string& tag) {
   BelowAutograd guard;
   std::vector<at::Tensor> dys, grads;
   for (const auto& dy : grad_outputs) dys.push_back(as_rows(dy));

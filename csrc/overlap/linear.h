@@ -19,10 +19,12 @@ at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int6
                            const std::string& tag);
 
 // The gradients of y_i = input @ weight_i^T + bias_i, i over layers that read one input: first the sum over ranks and layers of
-// grad_output_i @ weight_i if `input_grad`, then the weight gradients asked for, then the bias gradients asked for. `input` is needed for weight gradients, `weights` for the input's.
-std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, const std::optional<at::Tensor>& input, at::TensorList weights,
-                                               bool input_grad, c10::List<bool> weight_grad, c10::List<bool> bias_grad,
-                                               const std::string& group, int64_t chunks, const std::string& tag);
+// grad_output_i @ weight_i if `input_grad`, then the weight gradients asked for, then the bias gradients asked for. `input` is
+// needed for weight gradients, `weights` for the input's.
+std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, const std::optional<at::Tensor>& input,
+                                               at::TensorList weights, bool input_grad, c10::List<bool> weight_grad,
+                                               c10::List<bool> bias_grad, const std::string& group, int64_t chunks,
+                                               const std::string& tag);
 
 // In-place sum ("sum") or maximum ("max") over the group.
 void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op, const std::string& tag);

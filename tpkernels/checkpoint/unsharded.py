@@ -32,7 +32,7 @@ def unsharded_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offl
             module, name = owners[key]
             parameter = module._parameters[name]
             if id(parameter) not in gathered:  # tied parameters once
-                whole = _gather(parameter, module, name)
+                whole = _gather(parameter.detach(), module, name)
                 gathered[id(parameter)] = (whole.cpu() if cpu_offload else whole) if keep else None
             value = gathered[id(parameter)]
         elif torch.is_tensor(value) and keep:
@@ -40,6 +40,13 @@ def unsharded_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offl
         if keep:
             out[key] = value
     return out
+
+
+@torch.no_grad()
+def unsharded_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """The stock model's gradients by parameter name, as named_parameters gives them (tied ones once). Every rank must call it."""
+    owners = _owners(model)
+    return {key: _gather(p.grad, *owners[key]) for key, p in model.named_parameters() if p.grad is not None}
 
 
 @torch.no_grad()
@@ -54,7 +61,9 @@ def load_unsharded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     mine = model.state_dict()
     missing, unexpected = [k for k in mine if k not in state_dict], [k for k in state_dict if k not in mine]
     if strict and (missing or unexpected):
-        raise KeyError(f"state_dict does not fit {type(model).__name__}: missing {missing or 'none'}, unexpected {unexpected or 'none'} (strict=False ignores them)")
+        raise KeyError(
+            f"state_dict does not fit {type(model).__name__}: missing {missing or 'none'}, unexpected {unexpected or 'none'} (strict=False ignores them)"
+        )
     for key, value in mine.items():
         if key in state_dict and torch.is_tensor(value):
             shape = _stock_shape(*owners[key]) if key in owners else tuple(value.shape)
@@ -94,13 +103,16 @@ def _stock_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def _gather(parameter: Tensor, module: nn.Module, name: str) -> Tensor:
+def _gather(tensor: Tensor, module: nn.Module, name: str) -> Tensor:
+    """A parameter, or its gradient, in the stock layout."""
     split = _divided(module, name)
-    if isinstance(parameter, DTensor):
-        full = parameter.detach().full_tensor()
+    if isinstance(tensor, DTensor):
+        full = tensor.full_tensor()
         # Where Shard cannot say how the ranks divide it, the DTensor is their padded parts one behind the other.
         return full.clone() if split is None or split.is_chunk else split.unshard(full.split(split.stored_size, split.dim))
-    return parameter.detach().clone() if split is None else all_gather_shards(parameter.detach(), split, module.group, "state_dict")
+    if split is None:
+        return tensor.clone()
+    return all_gather_shards(tensor, split, module.group, "state_dict")
 
 
 def _store(parameter: Tensor, full: Tensor, split: Split | None, module: nn.Module) -> None:

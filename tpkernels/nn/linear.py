@@ -64,7 +64,9 @@ class _ParallelLinear(Sharded, nn.Module):
             f"why: {schedule.reason}",
         ]
         if self.group.device_type == "cuda" and not self.group.has_chunked_group:
-            lines.append("group: it has no communicator of high stream priority for chunks, as one made by tpk.init_mesh has; theirs may queue behind GEMMs")
+            lines.append(
+                "group: it has no communicator of high stream priority for chunks, as one made by tpk.init_mesh has; theirs may queue behind GEMMs"
+            )
         return "\n".join(lines)
 
     def extra_repr(self) -> str:

@@ -20,7 +20,16 @@ class ParallelMLP(nn.Module):
     """
 
     def __init__(
-        self, hidden_size: int, ffn_size: int, *, activation: str = "gelu", bias: bool = True, group=None, overlap="auto", device=None, dtype=None
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        *,
+        activation: str = "gelu",
+        bias: bool = True,
+        group=None,
+        overlap="auto",
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         options = dict(group=resolve_group(group), overlap=overlap, device=device, dtype=dtype)

@@ -25,7 +25,9 @@ class SplitRegion:
        over the ranks, in one all-reduce.
     """
 
-    def __init__(self, parent: nn.Module, siblings: Sequence[nn.Module], row: nn.Module | None, summed: Sequence[tuple[Sharded, str]], group: Group):
+    def __init__(
+        self, parent: nn.Module, siblings: Sequence[nn.Module], row: nn.Module | None, summed: Sequence[tuple[Sharded, str]], group: Group
+    ):
         self.parent, self.siblings, self.row, self.summed, self.group = parent, list(siblings), row, list(summed), group
         self.active = False
         self.input: Tensor | None = None

@@ -77,7 +77,9 @@ def all_reduce_(tensor: Tensor, group) -> Tensor:
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the "tp" group of `init_mesh`.
     """
     if tensor.requires_grad and torch.is_grad_enabled():
-        raise ValueError("tensor requires grad, and all_reduce_ is not differentiable: pass tensor.detach(), or call it under torch.no_grad()")
+        raise ValueError(
+            "tensor requires grad, and all_reduce_ is not differentiable: pass tensor.detach(), or call it under torch.no_grad()"
+        )
     _ops.all_reduce_(tensor, resolve_group(group).name, "sum", "all_reduce")
     return tensor
 

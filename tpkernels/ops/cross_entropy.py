@@ -112,14 +112,18 @@ def vocab_parallel_cross_entropy(
     if not logits_shard.is_floating_point():
         raise TypeError(f"logits_shard must be floating point, got {logits_shard.dtype}")
     if logits_shard.shape[:-1] != target.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, but logits_shard {tuple(logits_shard.shape)} needs {tuple(logits_shard.shape[:-1])}")
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but logits_shard {tuple(logits_shard.shape)} needs {tuple(logits_shard.shape[:-1])}"
+        )
     width = logits_shard.shape[-1]
     classes = num_classes if num_classes is not None else width * group.size
     sizes = chunk_sizes(classes, group.size)
     if width != sizes[group.rank]:
         raise ValueError(f"logits_shard has {width} classes on rank {group.rank}, but {classes} split over {group.size} ranks are {sizes}")
     flat = target.reshape(-1)
-    check_in_range("target", flat.masked_fill(flat == ignore_index, 0) if not flat.is_floating_point() else flat, classes, f"{classes} classes")
+    check_in_range(
+        "target", flat.masked_fill(flat == ignore_index, 0) if not flat.is_floating_point() else flat, classes, f"{classes} classes"
+    )
     loss = _VocabCrossEntropy.apply(
         logits_shard.reshape(-1, width), flat, sum(sizes[: group.rank]), classes, ignore_index, label_smoothing, group, num_classes is None
     )

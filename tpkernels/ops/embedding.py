@@ -23,8 +23,8 @@ def _(ids, weight, first, group, tag):
 class _VocabEmbedding(torch.autograd.Function):
     """ids [...], the same on every rank; weight [V_r, H], rows first .. first + V_r of the table.
 
-        y   [..., H]   = sum over ranks of (the row of each id that this rank holds, else 0)   one all-reduce
-        dw  [V_r, H]   = dy added up by id                                                  no communication
+    y   [..., H]   = sum over ranks of (the row of each id that this rank holds, else 0)   one all-reduce
+    dw  [V_r, H]   = dy added up by id                                                  no communication
     """
 
     @staticmethod
@@ -79,6 +79,8 @@ def vocab_parallel_embedding(
     size = num_embeddings if num_embeddings is not None else weight.shape[0] * group.size
     sizes = chunk_sizes(size, group.size)
     if weight.shape[0] != sizes[group.rank]:
-        raise ValueError(f"weight has {weight.shape[0]} rows on rank {group.rank}, but {size} split over {group.size} ranks are {sizes}: pass num_embeddings")
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows on rank {group.rank}, but {size} split over {group.size} ranks are {sizes}: pass num_embeddings"
+        )
     check_in_range("ids", ids, size, "a vocabulary of that size")
     return _VocabEmbedding.apply(ids, weight, sum(sizes[: group.rank]), padding_idx, group, tag)

@@ -95,11 +95,11 @@ class _ColumnLinear(torch.autograd.Function):
 class _RowLinear(torch.autograd.Function):
     """A linear layer split by input features over R ranks.
 
-        x   [..., K / R]   this rank's features
-        w   [N, K / R]     y  = sum over ranks of x @ w^T, + b + residual   one all-reduce, in chunks, each under the next's GEMM
-        dx  [..., K / R]   = dy @ w                                       no communication
-        dw  [N, K / R]     = dy^T @ x
-        db  [N]            = sum of dy over rows;  d(residual) = dy
+    x   [..., K / R]   this rank's features
+    w   [N, K / R]     y  = sum over ranks of x @ w^T, + b + residual   one all-reduce, in chunks, each under the next's GEMM
+    dx  [..., K / R]   = dy @ w                                       no communication
+    dw  [N, K / R]     = dy^T @ x
+    db  [N]            = sum of dy over rows;  d(residual) = dy
     """
 
     @staticmethod
@@ -234,11 +234,15 @@ def row_parallel_linear(
         if in_split is None:
             in_split = Split.chunks(x.shape[-1], group.size, dim=-1)
         if x.shape[-1] != in_split.size:
-            raise ValueError(f"input has {x.shape[-1]} features but the layer takes {in_split.size} (input_is_parallel=False: the whole input)")
+            raise ValueError(
+                f"input has {x.shape[-1]} features but the layer takes {in_split.size} (input_is_parallel=False: the whole input)"
+            )
         x = scatter(x, in_split, group, "scatter_backward")
     _check(x, weight, bias, group, "row")
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)} but the layer has {weight.shape[0]} output features: every rank takes the whole bias")
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} but the layer has {weight.shape[0]} output features: every rank takes the whole bias"
+        )
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
     chunks = choose(overlap, _rows(x), group).chunks

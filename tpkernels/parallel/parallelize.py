@@ -131,7 +131,9 @@ def _check_unnamed(family: _Family) -> None:
             )
     own = [name for name, _ in family.parent.named_parameters(recurse=False)]
     if own:
-        raise ValueError(f"{family.name} has parameters of its own ({', '.join(own)}) beside split layers: tpkernels cannot tell how to split them")
+        raise ValueError(
+            f"{family.name} has parameters of its own ({', '.join(own)}) beside split layers: tpkernels cannot tell how to split them"
+        )
 
 
 def _layout(family: _Family, group: Group) -> _Layout:
@@ -144,7 +146,9 @@ def _layout(family: _Family, group: Group) -> _Layout:
         for key, module in columns.items():
             size, style = _features(module)[1], family.children[key][1]
             if style not in ("colwise", "packed_colwise"):
-                raise ValueError(f"{family.name}.{key}: {style!r} needs to know the head size: {family.name} has none of {', '.join(_HEAD_DIM)}")
+                raise ValueError(
+                    f"{family.name}.{key}: {style!r} needs to know the head size: {family.name} has none of {', '.join(_HEAD_DIM)}"
+                )
             if style == "packed_colwise" and size % 2:
                 raise ValueError(f"{family.name}.{key}: 'packed_colwise' splits two equal halves, but it has {size} output features")
             splits[key] = Split.chunks(size, n, blocks=2 if style == "packed_colwise" else 1)
@@ -153,11 +157,15 @@ def _layout(family: _Family, group: Group) -> _Layout:
             for other, split in ((k, splits[k]) for k in columns):
                 blocks = 2 if family.children[other][1] == "packed_colwise" else 1
                 if split.size != splits[key].size * blocks:
-                    raise ValueError(f"{family.name}: {other} has {split.size} output features but {key} takes {splits[key].size}: they cannot be split alike")
+                    raise ValueError(
+                        f"{family.name}: {other} has {split.size} output features but {key} takes {splits[key].size}: they cannot be split alike"
+                    )
         return _Layout(splits)
 
     if not rows:
-        raise ValueError(f"{family.name} is an attention module whose {', '.join(columns)} are split, but the plan names no 'rowwise' layer in it")
+        raise ValueError(
+            f"{family.name} is an attention module whose {', '.join(columns)} are split, but the plan names no 'rowwise' layer in it"
+        )
     if len(rows) > 1:
         raise ValueError(f"{family.name} has more than one 'rowwise' layer ({', '.join(rows)}) beside attention heads")
     ((row_key, row),) = rows.items()
@@ -222,11 +230,15 @@ def _check_ties(model: nn.Module, styles: Mapping[str, str]) -> dict[int, nn.Par
         kinds = {styles.get(name.rpartition(".")[0], "replicate") for name in names}
         tied_tables = kinds <= {"embedding_rowwise", "colwise_gather_output"}
         if len(kinds) > 1 and not tied_tables:
-            raise ValueError(f"{' and '.join(names)} are one tied parameter: give their modules styles that split it alike, not {', '.join(sorted(kinds))}")
+            raise ValueError(
+                f"{' and '.join(names)} are one tied parameter: give their modules styles that split it alike, not {', '.join(sorted(kinds))}"
+            )
     return tied
 
 
-def _split_family(family: _Family, layout: _Layout, group: Group, overlap, tied: Mapping[int, nn.Parameter], shared: dict[int, nn.Parameter]) -> None:
+def _split_family(
+    family: _Family, layout: _Layout, group: Group, overlap, tied: Mapping[int, nn.Parameter], shared: dict[int, nn.Parameter]
+) -> None:
     parent, options = family.parent, dict(group=group, overlap=overlap)
     made: dict[str, nn.Module] = {}
     for key, (old, style) in family.children.items():
@@ -301,6 +313,8 @@ def _as_dtensors(model: nn.Module, group: Group) -> None:
                     else:
                         local, shape[split.dim] = split.pad(local), split.stored_size * group.size
                     stride = torch.empty(shape, device="meta").stride()
-                    tensor = DTensor.from_local(local, group.mesh, [Shard(split.dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+                    tensor = DTensor.from_local(
+                        local, group.mesh, [Shard(split.dim)], run_check=False, shape=torch.Size(shape), stride=stride
+                    )
                 done[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
             module._parameters[name] = done[id(parameter)]

@@ -89,6 +89,9 @@ def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
             import difflib
 
             near = difflib.get_close_matches(pattern, [re.sub(r"\.\d+\.", ".*.", name) for name in names], n=3, cutoff=0.5)
-            raise ValueError(f"plan[{pattern!r}] matches no module of {type(model).__name__}" + (f": near names are {', '.join(dict.fromkeys(near))}" if near else ""))
+            raise ValueError(
+                f"plan[{pattern!r}] matches no module of {type(model).__name__}"
+                + (f": near names are {', '.join(dict.fromkeys(near))}" if near else "")
+            )
         styles.update(dict.fromkeys(found, style))
     return styles

@@ -36,7 +36,11 @@ def choose(overlap, rows: int, group: Group) -> Schedule:
     if overlap != "auto":
         return Schedule(overlap, f"overlap={overlap} was asked for")
     if group.device_type == "cpu":
-        return Schedule(1, "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback")
+        return Schedule(
+            1, "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback"
+        )
     if rows < GPU_MIN_ROWS:
-        return Schedule(1, f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)")
+        return Schedule(
+            1, f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)"
+        )
     return Schedule(GPU_CHUNKS, f"{rows} rows >= {GPU_MIN_ROWS}: {GPU_CHUNKS} chunks hide half of the all-reduce (published, not measured)")

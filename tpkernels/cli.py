@@ -1,0 +1,58 @@
+"""The `tpkernels` command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="Tensor parallelism whose communication is hidden or cheap.", no_args_is_help=True, add_completion=False)
+
+
+@app.command()
+def demo(
+    tp: Annotated[int, typer.Option(min=1, help="Ranks to split the model over.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 5,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """Split SmolLM2-135M over ranks on this machine, train it, and hold it against the unsplit model."""
+    from .demo import run_demo
+
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{json_file.absolute().parent} is not a folder", param_hint="--json")
+    try:
+        run_demo(tp, steps, json_file)
+    except (RuntimeError, ValueError) as error:
+        Console(stderr=True).print(f"tpkernels demo: {error}", style="red")
+        raise typer.Exit(1) from None
+
+
+@app.command()
+def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """What tpkernels runs on here: versions, devices, transports. For bug reports."""
+    import torch
+    import torch.distributed as dist
+
+    from . import __version__
+
+    facts = {
+        "tpkernels": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "transports": [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there],
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        for name, value in facts.items():
+            print(f"{name}: {value}")
