@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
@@ -89,15 +90,25 @@ def sharded_modules() -> list[Sharded]:
 
 
 def localize(module: nn.Module, group: Group) -> None:
-    """Makes a stock module that every rank runs whole (a norm) read its parameters as local tensors.
+    """Makes the forward of a stock module that every rank runs whole (a norm) see its parameters as local tensors.
 
-    Its class becomes a subclass in which each parameter's name is a property; deepcopy and fully_shard keep that.
+    Its class becomes a subclass: deepcopy and fully_shard keep that, and everyone else still sees the parameters.
     """
     if isinstance(module, Sharded):
         return
     names = [name for name, p in module._parameters.items() if p is not None]
     stock = type(module)
-    properties = {name: property(lambda self, name=name: self.local(name)) for name in names}
-    module.__class__ = type(f"Local{stock.__name__}", (Sharded, stock), {**properties, "__module__": stock.__module__})
+
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        attributes = vars(self)  # found before nn.Module looks among the parameters
+        attributes.update((name, self.local(name)) for name in names)
+        try:
+            return stock.forward(self, *args, **kwargs)
+        finally:
+            for name in names:
+                del attributes[name]
+
+    module.__class__ = type(f"Local{stock.__name__}", (Sharded, stock), {"forward": forward, "__module__": stock.__module__})
     module._init_sharded(group)
     module.splits.update(dict.fromkeys(names))
