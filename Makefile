@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 SOURCES := setup.py $(shell find csrc -type f)
 
-.PHONY: setup demo test lint format clean
+CUDA_VENV := .venv-cuda
+export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
+
+.PHONY: setup demo test lint format bench check-gpu build-cuda gpu-day clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -36,5 +39,30 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+bench: setup
+	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr
+
+# What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants.
+check-gpu: setup
+	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py
+
+$(CUDA_VENV)/.installed: requirements-cuda.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements-cuda.txt
+	touch $@
+
+# The extension against a CUDA torch; needs the CUDA toolkit's nvcc, not a GPU. Headers that the toolkit lacks come from torch's wheels.
+build-cuda: $(CUDA_VENV)/.installed
+	CPATH=$$(echo $$PWD/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13/include) \
+		$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	cd $(CUDA_VENV) && bin/python -c "import tpkernels, torch; \
+		assert torch._C._dispatch_has_kernel_for_dispatch_key('tpkernels::add_bias_residual_', 'CUDA'); \
+		print('built and imported: tpkernels', tpkernels.__version__, 'with CUDA kernels, torch', torch.__version__)"
+
+# On a machine with GPUs and a CUDA torch in the active python: everything that waits for one.
+gpu-day:
+	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m pytest -q -m gpu
+
 clean:
-	rm -rf build $(VENV) tpkernels/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) tpkernels/*.so *.egg-info

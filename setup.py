@@ -22,7 +22,7 @@ setup(
         Extension(
             "tpkernels._C",
             sources,
-            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3"]},
+            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "--extended-lambda"]},
             define_macros=[("USE_C10D_GLOO", None)],
         )
     ],

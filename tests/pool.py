@@ -14,7 +14,7 @@ from datetime import timedelta
 TIMEOUT = 240  # seconds a call may take, on a loaded machine
 
 
-def _serve(rank: int, pipe, threads: int) -> None:
+def _serve(rank: int, pipe, threads: int, backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -22,24 +22,30 @@ def _serve(rank: int, pipe, threads: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(threads)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     while (job := pipe.recv()) is not None:
         module, name, args, size, store = job
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
         try:
             function = getattr(importlib.import_module(module), name)
-            dist.init_process_group("gloo", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
+            dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
             torch.manual_seed(0)
             pipe.send(("ok", function(*args)))
+            pipe.recv()  # nobody leaves before all have arrived: gloo takes a peer that is gone for a failure, even while connecting
         except BaseException as error:
+            if dist.is_initialized():  # its peers then fail at once instead of waiting for it
+                dist.destroy_process_group()
             pipe.send(("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            pipe.recv()
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
 
 class Pool:
-    def __init__(self, threads: int = 1):
-        self.threads, self.workers = threads, []
+    def __init__(self, threads: int = 1, backend: str = "gloo"):
+        self.threads, self.backend, self.workers = threads, backend, []
         self.folder = tempfile.TemporaryDirectory(prefix="tpkernels-test-")
         self.calls = 0
 
@@ -47,7 +53,7 @@ class Pool:
         context = mp.get_context("spawn")
         while len(self.workers) < size:
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(len(self.workers), there, self.threads), daemon=True)
+            process = context.Process(target=_serve, args=(len(self.workers), there, self.threads, self.backend), daemon=True)
             process.start()
             there.close()
             self.workers.append((process, here))
@@ -77,14 +83,16 @@ class Pool:
         if waiting:
             self.close()
             failure = failure or f"ranks {sorted(waiting.values())} of {size} did not return in {timeout} s: a hang"
+        for _, pipe in self.workers[:size]:
+            pipe.send("leave")
         if failure:
             raise AssertionError(failure)
         return results
 
     def close(self) -> None:
         for process, pipe in self.workers:
-            with contextlib.suppress(OSError):
-                pipe.close()
             process.kill()
             process.join()
+            with contextlib.suppress(OSError):
+                pipe.close()
         self.workers = []

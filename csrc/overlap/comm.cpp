@@ -1,12 +1,17 @@
 #include "comm.h"
 
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <numeric>
+#include <sstream>
+#include <string_view>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
 
 namespace tpkernels {
@@ -40,8 +45,32 @@ void log_write(Collective entry) {
 Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_)
     : group(c10d::resolve_process_group(group_name)), name(group_name), tag(std::move(tag_)), chunks(chunks_) {}
 
+void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const {
+  const char* debug = std::getenv("TPKERNELS_DEBUG");
+  if (!debug || std::string_view(debug) != "1") return;
+  constexpr int64_t width = 256;
+  std::ostringstream text;
+  text << op << " for " << tag << " of " << buffer.sizes() << " " << buffer.scalar_type() << ", chunk " << chunk << " of "
+       << chunks;
+  auto mine = at::zeros({width}, at::kByte);
+  std::strncpy(static_cast<char*>(mine.data_ptr()), text.str().c_str(), width - 1);
+  auto sent = mine.to(buffer.device()), all = at::empty({size() * width}, sent.options());
+  group->_allgather_base(all, sent)->wait();
+  all = all.cpu();
+  std::ostringstream report;
+  bool same = true;
+  for (int rank = 0; rank < size(); rank++) {
+    const char* theirs = static_cast<const char*>(all.data_ptr()) + rank * width;
+    same = same && std::strcmp(theirs, static_cast<const char*>(all.data_ptr())) == 0;
+    report << "\n  rank " << rank << ": " << theirs;
+  }
+  TORCH_CHECK(same, "the ranks of group ", name, " are about to run different collectives:", report.str());
+}
+
 Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
-  if (size() == 1 || buffer.numel() == 0) return {};
+  if (size() == 1) return {};
+  check_agreement("all_reduce", buffer, chunk);
+  if (buffer.numel() == 0) return {};
   if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
   c10d::AllreduceOptions options;
   options.reduceOp = std::move(op);
@@ -52,6 +81,7 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
 }
 
 Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) const {
+  check_agreement("all_gather", shard, 0);
   if (out.numel() == 0) return {};
   if (log_enabled()) log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
   c10d::AllgatherOptions options;

@@ -46,7 +46,7 @@ class Pending {
   }
 
  private:
-  std::vector<at::Tensor> tensors_;  // freed after work_: an unfinished collective still writes to them
+  std::vector<at::Tensor> tensors_;  // held until the wait: an unfinished collective still writes to them
   c10::intrusive_ptr<c10d::Work> work_;
 };
 
@@ -63,6 +63,10 @@ struct Channel {
   Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0, c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
   // Concatenates every rank's `shard` into `out` [size, *shard.shape].
   Pending all_gather(const at::Tensor& out, const at::Tensor& shard) const;
+
+ private:
+  // With TPKERNELS_DEBUG=1 the ranks tell each other what they are about to do, and all raise where they differ.
+  void check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const;
 };
 
 // Every buffer that a collective touches is allocated here, so that a registered pool can take this function's place.
