@@ -6,6 +6,7 @@ export MAX_JOBS ?= 2
 SOURCES := setup.py $(shell find csrc -type f)
 
 CUDA_VENV := .venv-cuda
+CUDA_HOME ?= /usr/local/cuda
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
 
 .PHONY: setup demo test lint format bench check-gpu build-cuda gpu-day clean
@@ -53,7 +54,7 @@ $(CUDA_VENV)/.installed: requirements-cuda.txt
 
 # The extension against a CUDA torch; needs the CUDA toolkit's nvcc, not a GPU. Headers that the toolkit lacks come from torch's wheels.
 build-cuda: $(CUDA_VENV)/.installed
-	CPATH=$$(echo $$PWD/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13/include) \
+	CUDA_HOME=$(CUDA_HOME) CPATH=$$(echo $$PWD/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13/include) \
 		$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 	cd $(CUDA_VENV) && bin/python -c "import tpkernels, torch; \
 		assert torch._C._dispatch_has_kernel_for_dispatch_key('tpkernels::add_bias_residual_', 'CUDA'); \

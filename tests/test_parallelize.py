@@ -48,10 +48,10 @@ def equal_to_unsplit(family, dtensor):
         assert torch.equal(*tokens)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("ranks, dtensor", [(2, True), (3, False), (4, True), (4, False)])
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_equal_to_unsplit(pool, family, ranks):
-    pool.run(ranks, equal_to_unsplit, family, ranks != 3)
+def test_equal_to_unsplit(pool, family, ranks, dtensor):
+    pool.run(ranks, equal_to_unsplit, family, dtensor)
 
 
 def llama_pair(dtensor=True, **changes):

@@ -11,6 +11,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from .group import Group, resolve_group
 from .nn.sharded import sharded_modules
+from .shard import Split
 
 _ops = torch.ops.tpkernels
 
@@ -39,10 +40,11 @@ def clip_grad_norm_(
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     groups: dict[int, Group] = {}
+    splits: dict[int, Split] = {}
     for module in sharded_modules():
         for name, split in module.splits.items():
             if split is not None and not split.replicated and module.group.size > 1:
-                groups[id(module._parameters[name])] = module.group
+                groups[id(module._parameters[name])], splits[id(module._parameters[name])] = module.group, split
     with_grad = [p for p in parameters if p.grad is not None]
     mine = [p for p in with_grad if id(p) in groups]
     whole = [p.grad for p in with_grad if id(p) not in groups]
@@ -52,7 +54,8 @@ def clip_grad_norm_(
     norm = get_total_norm(whole, norm_type, foreach=foreach).float()
     if names:
         (group,) = names.values()
-        split_norm = get_total_norm([p.grad for p in mine], norm_type, foreach=foreach).float()
+        once = [part for p in mine for part in _counted_once(p.grad, splits[id(p)], group.rank)]
+        split_norm = get_total_norm(once, norm_type, foreach=foreach).float()
         if norm_type == torch.inf:
             _ops.all_reduce_(split_norm, group.name, "max", "gradient_norm")
             norm = torch.maximum(norm.to(split_norm.device), split_norm)
@@ -64,6 +67,11 @@ def clip_grad_norm_(
         raise RuntimeError(f"the gradients' norm of order {norm_type} is {norm.item()}: pass error_if_nonfinite=False to clip all the same")
     clip_grads_with_norm_(parameters, max_norm, norm, foreach)
     return norm
+
+
+def _counted_once(grad: Tensor, split: Split, rank: int) -> list[Tensor]:
+    """What of a shard's gradient this rank counts: rows that several ranks hold belong to the first."""
+    return [grad.narrow(split.dim, start, stop - start) for start, stop in split.owned(rank)] if split.overlaps else [grad]
 
 
 class GradScaler(torch.amp.GradScaler):

@@ -28,8 +28,8 @@ def even_sizes(size: int, n: int) -> list[int]:
 class Split:
     """How the ranks divide dimension `dim` (of `size`) of a parameter in its stock layout.
 
-    `ranges[r]` are the [start, stop) intervals that rank r's module reads, in the order in which its shard holds them. With
-    `replicated`, ranks' parts overlap (a KV head read by several ranks): every rank then stores the whole parameter.
+    `ranges[r]` are the [start, stop) intervals that rank r's module reads, in the order in which its shard holds them; they may
+    overlap (a KV head read by several ranks). With `replicated` every rank stores the whole parameter all the same.
     """
 
     dim: int
@@ -67,6 +67,22 @@ class Split:
         """Whether the ranks' parts are torch.chunk's, so that DTensor's Shard describes the stock layout itself."""
         return not self.replicated and self.ranges == Split.chunks(self.size, len(self.ranges), self.dim).ranges
 
+    @cached_property
+    def overlaps(self) -> bool:
+        """Whether some rows are read more than once, so that their gradients must be summed over the ranks."""
+        return sum(self.sizes) > self.size
+
+    def owned(self, rank: int) -> list[tuple[int, int]]:
+        """[start, stop) of the shard's rows that no lower rank, and no earlier row of this one, holds too."""
+        seen = {row for ranges in self.ranges[:rank] for start, stop in ranges for row in range(start, stop)}
+        mine, at = [], 0
+        for row in (row for start, stop in self.ranges[rank] for row in range(start, stop)):
+            if row not in seen:
+                seen.add(row)
+                mine.append(at)
+            at += 1
+        return _runs(mine)
+
     @property
     def stored_size(self) -> int:
         """Rows that a rank's DTensor holds where its own count would not do: the largest rank's, the rest padding."""
@@ -87,6 +103,16 @@ class Split:
             for start, stop in ranges:
                 full.narrow(self.dim, start, stop - start).copy_(shard.narrow(self.dim, row, stop - start))
                 row += stop - start
+        return full
+
+    def add_up(self, shard: Tensor, rank: int) -> Tensor:
+        """A tensor of the whole shape with the rows of `rank`'s shard added in place, zero elsewhere."""
+        shape = list(shard.shape)
+        shape[self.dim] = self.size
+        full, row = shard.new_zeros(shape), 0
+        for start, stop in self.ranges[rank]:
+            full.narrow(self.dim, start, stop - start).add_(shard.narrow(self.dim, row, stop - start))
+            row += stop - start
         return full
 
     def pad(self, shard: Tensor) -> Tensor:
@@ -127,13 +153,14 @@ class HeadSplit:
     def q_split(self, head_dim: int, dim: int = 0) -> Split:
         return Split.units([(self.num_heads, self.q)], head_dim, dim)
 
-    def kv_split(self, head_dim: int, dim: int = 0) -> Split:
-        return Split.units([(self.num_kv_heads, self.kv)], head_dim, dim, self.kv_replicated)
+    def kv_split(self, head_dim: int, whole: bool = False) -> Split:
+        """`whole`: every rank stores the whole parameter where KV heads are replicated."""
+        return Split.units([(self.num_kv_heads, self.kv)], head_dim, replicated=whole and self.kv_replicated)
 
-    def qkv_split(self, head_dim: int, dim: int = 0) -> Split:
+    def qkv_split(self, head_dim: int, whole: bool = False) -> Split:
         """Of one fused weight whose rows are [q; k; v]."""
         kv = (self.num_kv_heads, self.kv)
-        return Split.units([(self.num_heads, self.q), kv, kv], head_dim, dim, self.kv_replicated)
+        return Split.units([(self.num_heads, self.q), kv, kv], head_dim, replicated=whole and self.kv_replicated)
 
 
 def split_heads(num_heads: int, num_kv_heads: int, n: int) -> HeadSplit:

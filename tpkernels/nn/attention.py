@@ -15,7 +15,7 @@ class ParallelSelfAttention(nn.Module):
     """Multi-head, grouped-query or multi-query self-attention: one all-reduce forward, one backward.
 
     Ranks take whole KV groups, as evenly as they come (9 heads on 2 ranks: 6 and 3 with 3 KV heads, 5 and 4 with 9). With more
-    ranks than KV heads each rank stores the KV projections whole and reads the heads it needs.
+    ranks than KV heads each rank holds copies of the KV heads that its query heads need.
 
     Args:
         hidden_size, num_heads, num_kv_heads: of the whole layer; num_kv_heads divides num_heads, None means num_heads.
@@ -58,7 +58,7 @@ class ParallelSelfAttention(nn.Module):
         self.k_proj = ColumnParallelLinear(hidden_size, kv.size, bias, out_split=kv, **options)
         self.v_proj = ColumnParallelLinear(hidden_size, kv.size, bias, out_split=kv, **options)
         self.o_proj = RowParallelLinear(q.size, hidden_size, bias, in_split=self.heads.q_split(self.head_dim, dim=1), **options)
-        shared = (self.k_proj, self.v_proj) if kv.replicated else ()
+        shared = (self.k_proj, self.v_proj) if kv.overlaps else ()
         summed = [(layer, name) for layer in shared for name in layer.splits]
         self.region = SplitRegion(self, [self.q_proj, self.k_proj, self.v_proj], self.o_proj, summed, group)
 

@@ -21,8 +21,8 @@ class SplitRegion:
        the others' outputs for that very input object; they are dropped when the parent returns or raises. A sibling that is
        called with another input, twice, or not at all, or that has hooks of its own, stands for itself and stays right.
     2. Dropout between the first sibling and the row layer draws from a generator of the rank's own.
-    3. Gradients of `summed` parameters (whole on every rank, used for its own heads: q_norm, replicated KV heads) are summed
-       over the ranks, in one all-reduce.
+    3. Gradients of `summed` parameters (on several ranks, used by each for its own heads: q_norm, replicated KV heads) are
+       summed over the ranks, in one all-reduce.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class SplitRegion:
         if self.summed and torch.is_grad_enabled() and self.group.size > 1:
             wanted = [(module, name) for module, name in self.summed if module._parameters[name].requires_grad]
             if wanted:
-                totals = sum_gradients([module.stored(name) for module, name in wanted], self.group, "replicated_gradients")
+                parameters = [module.stored(name) for module, name in wanted]
+                totals = sum_gradients(parameters, [module.splits[name] for module, name in wanted], self.group, "replicated_gradients")
                 for (module, name), total in zip(wanted, totals, strict=True):
                     module._summed[name] = total
 

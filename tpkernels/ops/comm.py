@@ -131,25 +131,26 @@ class _Scatter(torch.autograd.Function):
 
 
 class _SumGradients(torch.autograd.Function):
-    """Identity on parameters that every rank holds but uses for its own heads only; backward sums their gradients over the
-    ranks, all of them in one all-reduce, before DDP's or FSDP's hooks see them."""
+    """Identity on parameters that several ranks hold, each using them for its own heads; backward sums their gradients over the
+    ranks, all of them in one all-reduce, before DDP's or FSDP's hooks see them. `splits`: of those whose shards overlap, else None."""
 
     @staticmethod
-    def forward(ctx, group, tag, *parameters):
-        ctx.group, ctx.tag = group, tag
+    def forward(ctx, splits, group, tag, *parameters):
+        ctx.splits, ctx.group, ctx.tag = splits, group, tag
         return tuple(p.view_as(p) for p in parameters)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
+        grads = [g if split is None else split.add_up(g, ctx.group.rank) for g, split in zip(grads, ctx.splits, strict=True)]
         out: list[Tensor | None] = [None] * len(grads)
         # A dtype at a time; unused parameters take part with zeros, so that every rank sends the same buffer.
         for dtype in dict.fromkeys(g.dtype for g in grads):
-            mine = [i for i, g in enumerate(grads) if g.dtype == dtype and ctx.needs_input_grad[2 + i]]
+            mine = [i for i, g in enumerate(grads) if g.dtype == dtype and ctx.needs_input_grad[3 + i]]
             if mine:
                 for i, total in zip(mine, sum_over_ranks([grads[i] for i in mine], ctx.group, ctx.tag), strict=True):
-                    out[i] = total
-        return None, None, *out
+                    out[i] = total if ctx.splits[i] is None else ctx.splits[i].shard(total, ctx.group.rank)
+        return None, None, None, *out
 
 
 def gather(x: Tensor, split: Split, group: Group, tag: str) -> Tensor:
@@ -162,6 +163,7 @@ def scatter(x: Tensor, split: Split, group: Group, tag: str) -> Tensor:
     return x if group.size == 1 else _Scatter.apply(x, split, group, tag)
 
 
-def sum_gradients(parameters: Sequence[Tensor], group: Group, tag: str) -> tuple[Tensor, ...]:
-    """See `_SumGradients`."""
-    return _SumGradients.apply(group, tag, *parameters)
+def sum_gradients(parameters: Sequence[Tensor], splits: Sequence[Split | None], group: Group, tag: str) -> tuple[Tensor, ...]:
+    """See `_SumGradients`. A parameter that is stored whole counts as whole, whatever its split."""
+    overlapping = [None if split is None or split.replicated else split for split in splits]
+    return _SumGradients.apply(overlapping, group, tag, *parameters)

@@ -69,7 +69,7 @@ def parallelize(
         raise ValueError(f"plan must be 'auto' or a dict of name patterns to styles, got {plan!r}")
     styles = match_plan(model, auto_plan(model) if plan == "auto" else plan)
     families = _families(model, styles)
-    layouts = {family.name: _layout(family, group) for family in families}  # every check is done before anything changes
+    layouts = {family.name: _layout(family, group, dtensor) for family in families}  # every check is done before anything changes
     tied = _check_ties(model, styles)
 
     shared: dict[int, nn.Parameter] = {}  # id of a tied stock parameter -> its shard
@@ -136,7 +136,8 @@ def _check_unnamed(family: _Family) -> None:
         )
 
 
-def _layout(family: _Family, group: Group) -> _Layout:
+def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
+    """`whole`: KV heads that several ranks read are stored whole on each: as DTensors, copies would count twice in torch's norm."""
     n = group.size
     columns, rows = family.styled(*COLUMN), family.styled("rowwise")
     splits = {key: Split.chunks(_features(m)[1], n) for key, m in family.styled("colwise_gather_output").items()}
@@ -196,11 +197,11 @@ def _layout(family: _Family, group: Group) -> _Layout:
     for key in columns:
         style = family.children[key][1]
         if style == "packed_qkv_colwise":
-            splits[key] = heads.qkv_split(head_dim)
+            splits[key] = heads.qkv_split(head_dim, whole)
         elif style == "interleaved_qkv_colwise":
             splits[key] = heads.q_split(3 * head_dim)
         else:
-            splits[key] = heads.kv_split(head_dim) if key in counts else heads.q_split(head_dim)
+            splits[key] = heads.kv_split(head_dim, whole) if key in counts else heads.q_split(head_dim)
     splits[row_key] = heads.q_split(head_dim, dim=1)
     return _Layout(splits, heads, head_dim)
 
@@ -267,7 +268,7 @@ def _split_family(
     columns = [made[key] for key in family.styled(*COLUMN)]
     rows = [made[key] for key in family.styled("rowwise")]
     summed = [(made[key], name) for key in family.styled("replicated_with_grad_allreduce") for name in getattr(made[key], "splits", ())]
-    summed += [(layer, name) for layer in columns for name, split in layer.splits.items() if split.replicated]
+    summed += [(layer, name) for layer in columns for name, split in layer.splits.items() if split.overlaps]
     if columns and (rows or len(columns) > 1):
         SplitRegion(parent, columns, rows[0] if rows else None, summed, group)
     gathered = [made[key] for key in family.styled("colwise_gather_output")]
