@@ -424,3 +424,24 @@ def extended_plan():
 
 def test_a_plan_can_be_extended(pool):
     pool.run(2, extended_plan)
+
+
+def compiled():
+    stock, model = llama_pair()
+    ids, labels = families.batch()
+    torch.compile(model, backend="aot_eager")(ids, labels=labels).loss.backward()
+    stock(ids, labels=labels).loss.backward()
+    assert_same_grads(stock, model)
+    torch.manual_seed(0)
+    mlp, x = tpk.nn.ParallelMLP(8, 24, activation="swiglu", group=dist.group.WORLD), torch.randn(6, 8, requires_grad=True)
+    torch.compile(mlp, backend="aot_eager", fullgraph=True)(x).sum().backward()
+    grads = [x.grad, *(p.grad for p in mlp.parameters())]
+    for tensor in (x, *mlp.parameters()):
+        tensor.grad = None
+    mlp(x).sum().backward()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, (x.grad, *(p.grad for p in mlp.parameters())), strict=True))
+
+
+def test_torch_compile(pool):
+    """A whole model with graph breaks at its hooks, an MLP of ours without any."""
+    pool.run(2, compiled)

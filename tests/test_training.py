@@ -159,7 +159,8 @@ def tp_and_dp(how, changes):
         trained = DistributedDataParallel(model, process_group=mesh["dp"].get_group())
     ids, _ = families.batch(size=4)
     mine = ids.chunk(2)[mesh["dp"].get_local_rank()]
-    optimizers = [torch.optim.AdamW(m.parameters(), 1e-3, foreach=True) for m in (model, stock)]
+    kind = dict(fused=True) if how == "fsdp" else dict(foreach=True)
+    optimizers = [torch.optim.AdamW(m.parameters(), 1e-3, **kind) for m in (model, stock)]
     for step in range(3):
         loss, want = trained(mine, labels=mine).loss, stock(ids, labels=ids).loss
         loss.backward()

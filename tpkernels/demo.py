@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "The White Rabbit looked at its watch and said"
-BATCH, TOKENS, NEW_TOKENS, LEARNING_RATE = 2, 96, 20, 5e-5
+BATCH, TOKENS, NEW_TOKENS, LEARNING_RATE = 2, 64, 20, 5e-5
 console = Console()
 
 
@@ -202,7 +202,7 @@ def _on_rank(folder: str, batches: torch.Tensor, prompt: torch.Tensor, steps: in
     mesh = tpk.init_mesh(tp=int(os.environ["WORLD_SIZE"]), device="cpu")
     rank = mesh.get_rank()
     stock = _stock_shapes(model)
-    tpk.parallelize(model, mesh["tp"])
+    tpk.parallelize(model, mesh["tp"], dtensor=False)
     out: dict[str, Any] = {"param_bytes": _parameter_bytes(model), "split": _describe(model, stock), "heads": _heads(model)}
 
     reference = torch.load(os.path.join(folder, "reference.pt"), mmap=True)
@@ -276,7 +276,7 @@ def _dtensor_step_seconds(
         return "one rank: nothing to split"
     if any(count % tp for count in heads):
         return f"torch's ColwiseParallel cannot split {heads[0]} heads and {heads[1]} KV heads over {tp} ranks: it needs sizes that the ranks divide"
-    return _launch(tp, _dtensor_rank, folder, batches, steps, threads)[0]
+    return _launch(tp, _dtensor_rank, folder, batches, min(steps, 3), threads)[0]
 
 
 def _dtensor_rank(folder: str, batches: torch.Tensor, steps: int, threads: int) -> tuple[list[float], float]:

@@ -75,12 +75,11 @@ class Split:
     def owned(self, rank: int) -> list[tuple[int, int]]:
         """[start, stop) of the shard's rows that no lower rank, and no earlier row of this one, holds too."""
         seen = {row for ranges in self.ranges[:rank] for start, stop in ranges for row in range(start, stop)}
-        mine, at = [], 0
-        for row in (row for start, stop in self.ranges[rank] for row in range(start, stop)):
+        mine = []
+        for at, row in enumerate(row for start, stop in self.ranges[rank] for row in range(start, stop)):
             if row not in seen:
                 seen.add(row)
                 mine.append(at)
-            at += 1
         return _runs(mine)
 
     @property

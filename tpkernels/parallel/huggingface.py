@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 
 import torch
@@ -26,6 +27,7 @@ def adapt(model: nn.Module, group: Group, loss_parallel: bool) -> None:
         if shift is not None and _calls_loss_function(model):
             model.loss_function = _ParallelLoss(head, stock, shift)
             parameters = list(inspect.signature(model.forward).parameters)
+            assert group.mesh is not None  # made now: not in a forward, where torch.compile could not
             _LabelledCall(head, parameters.index("labels") if "labels" in parameters else None).attach(model)
 
 
@@ -115,8 +117,6 @@ class _ShareOfConfig:
         setattr(self._config, name, value)
 
     def __deepcopy__(self, memo):
-        import copy
-
         return _ShareOfConfig(copy.deepcopy(self._config, memo), **self._share)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 
@@ -86,8 +87,6 @@ def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
         style = check_style(pattern, style)
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            import difflib
-
             near = difflib.get_close_matches(pattern, [re.sub(r"\.\d+\.", ".*.", name) for name in names], n=3, cutoff=0.5)
             raise ValueError(
                 f"plan[{pattern!r}] matches no module of {type(model).__name__}"

