@@ -231,25 +231,26 @@ def test_the_norm_of_plain_parameters(pool, kind):
     pool.run(4, norms, kind)
 
 
-def scaler():
+def scaler(dtensor):
     torch.manual_seed(0)
-    layer = tpk.nn.RowParallelLinear(8, 4, group=dist.group.WORLD)
-    before = copy.deepcopy(layer.state_dict())
-    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
+    tpk.parallelize(model, dist.group.WORLD, {"0": "colwise", "1": "rowwise"}, dtensor=dtensor)
+    before = tpk.unsharded_state_dict(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
     scaler = tpk.GradScaler("cpu", group=dist.group.WORLD, init_scale=4.0)
-    scaler.scale(layer(torch.ones(2, 4)).sum()).backward()
-    if dist.get_rank() == 0:
-        layer.weight.grad[0, 0] = torch.inf  # on one rank only
-    scaler.step(optimizer)
-    scaler.update()
-    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
-    assert scaler.get_scale() == 2.0
-    optimizer.zero_grad()
-    scaler.scale(layer(torch.ones(2, 4)).sum()).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert not torch.equal(layer.weight, before["weight"]) and scaler.get_scale() == 2.0
+    for overflow in (True, False):
+        scaler.scale(model(torch.ones(2, 4)).sum()).backward()
+        if overflow and dist.get_rank() == 0:  # on one rank only
+            grad = model[1].weight.grad
+            (grad.to_local() if dtensor else grad)[0, 0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        after = tpk.unsharded_state_dict(model)
+        assert all(torch.equal(after[k], before[k]) for k in before) == overflow
+        assert scaler.get_scale() == 2.0
 
 
-def test_an_overflow_on_one_rank_skips_the_step_on_all(pool):
-    pool.run(2, scaler)
+@pytest.mark.parametrize("dtensor", [True, False])
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool, dtensor):
+    pool.run(2, scaler, dtensor)

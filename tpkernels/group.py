@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-_meshes: list[DeviceMesh] = []  # what init_mesh made, for group=None
+_meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # what init_mesh made, with its tp group, for group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
 
 # NCCL's share of a GPU while a GEMM runs beside it. Published advice is "few"; no figure of ours yet (not measured).
@@ -31,6 +31,7 @@ class Group:
         self.pg, self.device_type, self._mesh = pg, device_type, mesh
         self.size, self.rank, self.name = pg.size(), pg.rank(), pg.group_name
         chunked = _chunked_groups.get(pg.group_name)
+        chunked = chunked if _alive(chunked) else None
         # A second communicator (high stream priority, few CTAs) for chunked schedules on NCCL. The two are never in flight at
         # once: an op waits for its collectives on the stream that the next op's are launched from.
         self.has_chunked_group = chunked is not None
@@ -67,7 +68,7 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
     if isinstance(group, Group):
         return group
     if group is None:
-        groups = {mesh["tp"].get_group().group_name: mesh for mesh in _meshes}
+        groups = {pg.group_name: mesh for mesh, pg in _meshes if _alive(pg)}
         if not groups:
             raise ValueError(
                 "group=None means the 'tp' group of the mesh that tpk.init_mesh made, and it made none: call it first, or pass group="
@@ -135,7 +136,7 @@ def init_mesh(
     if device == "cuda" and "nccl" in backend and tp > 1:
         _chunked_groups[tp_group.group_name] = new_groups(ranks, _chunked_nccl_options)
     mesh = DeviceMesh.from_group([dp_group, tp_group], device, ranks, mesh_dim_names=("dp", "tp"))
-    _meshes[:] = [m for m in _meshes if _alive(m)] + [mesh]
+    _meshes[:] = [made for made in _meshes if _alive(made[1])] + [(mesh, tp_group)]
     return mesh
 
 
@@ -145,9 +146,6 @@ def _chunked_nccl_options():
     return options
 
 
-def _alive(mesh: DeviceMesh) -> bool:
-    """Whether the mesh's groups still exist (destroy_process_group ends them)."""
-    try:
-        return dist.get_process_group_ranks(mesh["tp"].get_group()) is not None
-    except (RuntimeError, ValueError, KeyError):
-        return False
+def _alive(group: ProcessGroup | None) -> bool:
+    """Whether it still exists: destroy_process_group ends it, and the next world's groups may have its name."""
+    return group is not None and group in dist.distributed_c10d._world.pg_map

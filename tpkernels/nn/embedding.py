@@ -67,6 +67,4 @@ class VocabParallelEmbedding(Sharded, nn.Embedding):
         self.fill("weight", stock.weight)
 
     def forward(self, input: Tensor) -> Tensor:
-        return vocab_parallel_embedding(
-            input, self.local("weight"), group=self.group, num_embeddings=self.num_embeddings, padding_idx=self.padding_idx
-        )
+        return vocab_parallel_embedding(input, self.local("weight"), self.num_embeddings, group=self.group, padding_idx=self.padding_idx)

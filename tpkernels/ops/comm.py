@@ -43,10 +43,15 @@ def log_collectives() -> Iterator[list[Collective]]:
         entries.extend(Collective(*row) for row in _C.log_stop())
 
 
-def _log_fake(op: str, tag: str, group: str, nbytes: int, bounds: Sequence[int] = (0, 1)) -> None:
-    """What the real op writes: a line per chunk, `nbytes` divided as `bounds` divides the rows."""
-    if not _C.log_enabled() or not nbytes or dist.distributed_c10d._resolve_process_group(group).size() == 1:
+def _log_fake(op: str, tag: str, group: str, buffer: Tensor, chunks: int = 0) -> None:
+    """What the real op writes for `buffer`: a line, or with `chunks` one for each chunk of its rows."""
+    if not _C.log_enabled():  # sizes are symbols where dynamic shapes are traced: nothing below is asked of them then
         return
+    nbytes = buffer.numel() * buffer.itemsize
+    if not nbytes or dist.distributed_c10d._resolve_process_group(group).size() == 1:
+        return
+    row_bytes = buffer.shape[-1] * buffer.itemsize if buffer.dim() else nbytes
+    bounds = _C.chunk_bounds(nbytes // row_bytes, chunks, row_bytes) if chunks else (0, 1)
     chunks = len(bounds) - 1
     for i in range(chunks):
         _C.log_write(op, tag, group, nbytes * (bounds[i + 1] - bounds[i]) // bounds[-1], i, chunks)
@@ -54,13 +59,13 @@ def _log_fake(op: str, tag: str, group: str, nbytes: int, bounds: Sequence[int] 
 
 @torch.library.register_fake("tpkernels::all_reduce_")
 def _(self, group, op, tag):
-    _log_fake("all_reduce", tag, group, self.nbytes)
+    _log_fake("all_reduce", tag, group, self)
 
 
 @torch.library.register_fake("tpkernels::all_gather")
 def _(self, group, tag):
     out = self.new_empty(dist.distributed_c10d._resolve_process_group(group).size(), *self.shape)
-    _log_fake("all_gather", tag, group, out.nbytes)
+    _log_fake("all_gather", tag, group, out)
     return out
 
 
@@ -73,7 +78,7 @@ def all_reduce_(tensor: Tensor, group) -> Tensor:
     """Sums `tensor` over the ranks of `group`, in place, and returns it. Not differentiable.
 
     Args:
-        tensor: of one shape and dtype on every rank; float32, bfloat16, float16, float64 or integers.
+        tensor: of one shape and dtype on every rank; float32, bfloat16, float16, float64, int32 or int64.
         group: a ProcessGroup, a 1-D DeviceMesh, or None for the "tp" group of `init_mesh`.
     """
     if tensor.requires_grad and torch.is_grad_enabled():
@@ -81,6 +86,7 @@ def all_reduce_(tensor: Tensor, group) -> Tensor:
             "tensor requires grad, and all_reduce_ is not differentiable: pass tensor.detach(), or call it under torch.no_grad()"
         )
     _ops.all_reduce_(tensor, resolve_group(group).name, "sum", "all_reduce")
+    torch.autograd.graph.increment_version(tensor)  # so that autograd notices where it had been saved
     return tensor
 
 

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from ..group import Group, resolve_group
 from ..shard import chunk_sizes
-from .embedding import check_in_range
+from .embedding import check_in_range, check_integers
 
 _ops = torch.ops.tpkernels
 
@@ -79,6 +79,10 @@ def _check_even(widths: Tensor, group: Group) -> None:
         raise ValueError(f"{message} (from {-int(widths[1])} to {int(widths[0])})")
 
 
+def _check_target(target: Tensor, ignore_index: int, num_classes: int) -> None:
+    check_in_range("target", target.masked_fill(target == ignore_index, 0), num_classes, f"{num_classes} classes")
+
+
 def vocab_parallel_cross_entropy(
     logits_shard: Tensor,
     target: Tensor,
@@ -121,11 +125,18 @@ def vocab_parallel_cross_entropy(
     if width != sizes[group.rank]:
         raise ValueError(f"logits_shard has {width} classes on rank {group.rank}, but {classes} split over {group.size} ranks are {sizes}")
     flat = target.reshape(-1)
-    check_in_range(
-        "target", flat.masked_fill(flat == ignore_index, 0) if not flat.is_floating_point() else flat, classes, f"{classes} classes"
-    )
+    check_integers("target", flat)
+    if num_classes is not None:
+        _check_target(flat, ignore_index, classes)
     loss = _VocabCrossEntropy.apply(
-        logits_shard.reshape(-1, width), flat, sum(sizes[: group.rank]), classes, ignore_index, label_smoothing, group, num_classes is None
+        logits_shard.reshape(flat.numel(), width),
+        flat,
+        sum(sizes[: group.rank]),
+        classes,
+        ignore_index,
+        label_smoothing,
+        group,
+        num_classes is None,
     )
     if reduction == "none":
         return loss.view(target.shape)

@@ -16,7 +16,7 @@ _ops = torch.ops.tpkernels
 @torch.library.register_fake("tpkernels::vocab_embedding")
 def _(ids, weight, first, group, tag):
     out = weight.new_empty(*ids.shape, weight.shape[1])
-    _log_fake("all_reduce", tag, group, out.nbytes)
+    _log_fake("all_reduce", tag, group, out)
     return out
 
 
@@ -46,10 +46,15 @@ class _VocabEmbedding(torch.autograd.Function):
         return None, dw.index_add_(0, local, dy)[: ctx.rows], None, None, None, None
 
 
+def check_integers(name: str, values: Tensor) -> None:
+    """What index_select and gather take; raised here because a rank with no rows does not come to them."""
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {values.dtype}")
+
+
 def check_in_range(name: str, values: Tensor, size: int, what: str) -> None:
     """Raises IndexError unless all of `values` are in [0, size); on a GPU asserts on the device, so that nothing is synchronised."""
-    if values.is_floating_point() or values.dtype == torch.bool:
-        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    check_integers(name, values)
     if not values.numel():
         return
     if values.device.type == "cuda":
@@ -61,26 +66,27 @@ def check_in_range(name: str, values: Tensor, size: int, what: str) -> None:
 
 
 def vocab_parallel_embedding(
-    ids: Tensor, weight: Tensor, *, group=None, num_embeddings: int | None = None, padding_idx: int | None = None, tag: str = "embedding"
+    ids: Tensor, weight: Tensor, num_embeddings: int, *, group=None, padding_idx: int | None = None, tag: str = "embedding"
 ) -> Tensor:
     """Rows `ids` of a table whose rows are split over the ranks in torch.chunk's sizes: [*ids.shape, H], whole on every rank.
 
     Args:
         ids: integers, the same on every rank.
         weight: [V_r, H], this rank's rows.
-        num_embeddings: V; None for an even split.
-        padding_idx: a row that gets no gradient.
+        num_embeddings: V.
+        padding_idx: a row that gets no gradient; negative ones count from the end.
 
     Raises:
         IndexError: an id outside the vocabulary (on a GPU a device-side assertion), before any communication.
         TypeError: ids that are not integers.
     """
     group = resolve_group(group)
-    size = num_embeddings if num_embeddings is not None else weight.shape[0] * group.size
-    sizes = chunk_sizes(size, group.size)
+    size, sizes = num_embeddings, chunk_sizes(num_embeddings, group.size)
     if weight.shape[0] != sizes[group.rank]:
-        raise ValueError(
-            f"weight has {weight.shape[0]} rows on rank {group.rank}, but {size} split over {group.size} ranks are {sizes}: pass num_embeddings"
-        )
+        raise ValueError(f"weight has {weight.shape[0]} rows on rank {group.rank}, but {size} split over {group.size} ranks are {sizes}")
     check_in_range("ids", ids, size, "a vocabulary of that size")
+    if padding_idx is not None:
+        if not -size <= padding_idx < size:
+            raise ValueError(f"padding_idx={padding_idx} is outside a vocabulary of {size}")
+        padding_idx %= size
     return _VocabEmbedding.apply(ids, weight, sum(sizes[: group.rank]), padding_idx, group, tag)

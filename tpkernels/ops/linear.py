@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _C
 from ..group import Group, resolve_group
 from ..schedule import check_overlap, choose
 from ..shard import Split
@@ -23,9 +22,7 @@ _ops = torch.ops.tpkernels
 @torch.library.register_fake("tpkernels::row_linear")
 def _(input, weight, bias, residual, group, chunks, tag):
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
-    if _C.log_enabled():
-        rows, row_bytes = out.numel() // max(out.shape[-1], 1), out.shape[-1] * out.itemsize
-        _log_fake("all_reduce", tag, group, out.nbytes, _C.chunk_bounds(rows, chunks, row_bytes))
+    _log_fake("all_reduce", tag, group, out, chunks)
     return out
 
 
@@ -34,10 +31,7 @@ def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, c
     grads = []
     if input_grad:
         grads.append(grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], weights[0].shape[1]))
-        if _C.log_enabled():
-            dx = grads[0]
-            rows, row_bytes = dx.numel() // max(dx.shape[-1], 1), dx.shape[-1] * dx.itemsize
-            _log_fake("all_reduce", tag, group, dx.nbytes, _C.chunk_bounds(rows, chunks, row_bytes))
+        _log_fake("all_reduce", tag, group, grads[0], chunks)
     grads += [dy.new_empty(dy.shape[-1], input.shape[-1]) for dy, need in zip(grad_outputs, weight_grad, strict=True) if need]
     grads += [dy.new_empty(dy.shape[-1]) for dy, need in zip(grad_outputs, bias_grad, strict=True) if need]
     return grads
@@ -143,6 +137,11 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, kin
             raise TypeError(f"{name} is {tensor.dtype} but input is {input.dtype}: cast one of them, or run under torch.autocast")
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name} is on {tensor.device} but input is on {input.device}: move one of them")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        hint = {"column": "this rank's part of the bias", "row": "the whole bias on every rank"}[kind]
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)} but weight has {weight.shape[0]} output features on rank {group.rank} of {group.size}: pass {hint}"
+        )
 
 
 def _rows(input: Tensor) -> int:
@@ -230,19 +229,15 @@ def row_parallel_linear(
     group = resolve_group(group)
     device_type = input.device.type
     x, weight, bias = (autocast(t, device_type) for t in (input, weight, bias))
-    if not input_is_parallel:
+    if not input_is_parallel and x.dim() and weight.dim() == 2:
         if in_split is None:
-            in_split = Split.chunks(x.shape[-1], group.size, dim=-1)
+            in_split = Split.chunks(weight.shape[1] * group.size, group.size, dim=-1)
         if x.shape[-1] != in_split.size:
             raise ValueError(
                 f"input has {x.shape[-1]} features but the layer takes {in_split.size} (input_is_parallel=False: the whole input)"
             )
         x = scatter(x, in_split, group, "scatter_backward")
     _check(x, weight, bias, group, "row")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)} but the layer has {weight.shape[0]} output features: every rank takes the whole bias"
-        )
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
     chunks = choose(overlap, _rows(x), group).chunks

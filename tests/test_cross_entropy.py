@@ -1,0 +1,188 @@
+"""The vocabulary-parallel cross entropy against torch's."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from refusal import assert_refused, refusals
+from torch.testing import assert_close
+
+import tpkernels as tpk
+import tpkernels.functional as tpf
+from tpkernels import reference
+from tpkernels.shard import Split, chunk_sizes
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def whole_logits(tokens, classes, dtype=torch.float32, scale=3.0):
+    return (torch.randn(*tokens, classes) * scale).to(dtype)
+
+
+def some_targets(tokens, classes):
+    """Every class by and by, one in five ignored."""
+    target = torch.randint(classes, tokens)
+    target.view(-1)[: classes - 1] = torch.arange(1, classes)[: target.numel()]
+    return target.masked_fill(torch.rand(tokens) < 0.2, -100)
+
+
+def split_run(logits, target, dloss=None, **options):
+    """Loss and the gradient of all logits, gathered by hand; checks that backward starts nothing and forward little."""
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    split = Split.chunks(logits.shape[-1], world, dim=-1)
+    mine = split.shard(logits, rank).clone().requires_grad_()
+    with tpk.log_collectives() as forward:
+        loss = tpf.vocab_parallel_cross_entropy(mine, target, group=group, num_classes=logits.shape[-1], **options)
+    with tpk.log_collectives() as backward:
+        loss.backward(torch.ones_like(loss) if dloss is None else dloss)
+    assert not backward
+    assert {c.op for c in forward} <= {"all_reduce"} and len(forward) <= 3
+    size = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    assert sum(c.bytes for c in forward) <= (4 * target.numel() + 2) * size.itemsize  # a few numbers a token, not its logits
+    assert loss.dtype == size and mine.grad.dtype == logits.dtype
+    padded = torch.zeros(*mine.shape[:-1], split.stored_size, dtype=mine.dtype)
+    padded[..., : mine.shape[-1]] = mine.grad
+    shards = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(shards, padded)
+    return loss.detach(), split.unshard(shards)
+
+
+def stock_run(logits, target, dloss=None, reduction="mean", **options):
+    stock = logits.detach().clone().requires_grad_()
+    loss = F.cross_entropy(stock.reshape(-1, stock.shape[-1]), target.reshape(-1), reduction=reduction, **options)
+    loss = loss.view(target.shape) if reduction == "none" else loss
+    loss.backward(torch.ones_like(loss) if dloss is None else dloss.to(loss.dtype))
+    return loss.detach(), stock.grad
+
+
+def assert_as_accurate_as_torch(logits, target, dloss=None, **options):
+    """max|ours - wide| < 2 max|torch in the same dtype - wide| + 1e-6; wide: float32 for half precision, float64 for float32."""
+    wide = stock_run(logits.to(torch.float64 if logits.dtype == torch.float32 else torch.float32), target, dloss, **options)
+    if logits.dtype != torch.float32:
+        assert_close(reference.vocab_cross_entropy(logits.chunk(3, -1), target, **options), wide[0])
+    ours, torchs = split_run(logits, target, dloss, **options), stock_run(logits, target, dloss, **options)
+    for name, a, b, want in zip(("loss", "gradient"), ours, torchs, wide, strict=True):
+        error, bound = (a - want).abs().max(), 2 * (b - want).abs().max() + 1e-6 * want.abs().max().clamp_min(1)
+        assert error < bound, f"{name} of {logits.dtype} {tuple(logits.shape)} {options}: {error:.2e}, torch's {bound:.2e}"
+
+
+def numerics():
+    for classes, dtype in itertools.product((331, 5), (torch.float32, torch.bfloat16, torch.float16)):
+        for reduction, smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
+            tokens = (4, 9) if reduction == "none" else (37,)
+            logits, target = whole_logits(tokens, classes, dtype), some_targets(tokens, classes)
+            dloss = torch.rand(tokens) if reduction == "none" else torch.tensor(0.7)
+            assert_as_accurate_as_torch(logits, target, dloss, reduction=reduction, label_smoothing=smoothing)
+        target = some_targets((37,), classes).masked_fill_(torch.arange(37) == 3, 2)
+        assert_as_accurate_as_torch(whole_logits((37,), classes, dtype), target.clamp_min(0), ignore_index=2)
+        assert_as_accurate_as_torch(whole_logits((), classes, dtype), torch.tensor(classes - 1))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_as_accurate_as_torch(pool, ranks):
+    pool.run(ranks, numerics)
+
+
+def extremes():
+    for classes, smoothing in itertools.product((331, 5), (0.0, 0.1)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert_as_accurate_as_torch(whole_logits((37,), classes, dtype, 1e4), some_targets((37,), classes), label_smoothing=smoothing)
+        same = dict(equal_nan=True, atol=1e-6, rtol=1e-6)
+        logits, target = whole_logits((37,), classes), some_targets((37,), classes).clamp_min(0)
+        masked = torch.rand(logits.shape) < 0.4
+        masked[:, -1] = True
+        masked[:9, :-2] = True  # all classes of some ranks
+        masked.scatter_(1, target[:, None], False)
+        masked[5], masked[6, target[6]] = True, True  # nothing left; the target itself
+        logits.masked_fill_(masked, -torch.inf)
+        for reduction in REDUCTIONS:
+            options = dict(reduction=reduction, label_smoothing=smoothing)
+            assert_close(split_run(logits, target, **options), stock_run(logits, target, **options), **same)
+            fine = target.masked_fill((torch.arange(37) == 5) | (torch.arange(37) == 6), -100)
+            assert_close(split_run(logits, fine, **options), stock_run(logits, fine, **options), **same)
+            for tokens in ((6,), (0,), (2, 0)):  # all ignored, none there
+                logits_, ignored = whole_logits(tokens, classes), torch.full(tokens, -100)
+                loss, _ = split_run(logits_, ignored, **options)
+                assert_close(loss, stock_run(logits_, ignored, **options)[0], **same)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_extreme_logits_and_nothing_to_count(pool, ranks):
+    pool.run(ranks, extremes)
+
+
+def other_layouts():
+    logits, target = whole_logits((4, 9), 332, torch.float64), some_targets((4, 9), 332)
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    want = F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    assert_close(split_run(logits, target)[0], want)
+    view = logits.transpose(0, 1)  # not contiguous, as is its shard
+    assert_close(split_run(view, target.t())[0], want)
+    shard = Split.chunks(332, world, dim=-1).shard(logits, rank)
+    assert_close(tpf.vocab_parallel_cross_entropy(shard, target, group=group), want)  # an even split needs no num_classes
+    loss = tpf.vocab_parallel_cross_entropy(shard, target, group=group, num_classes=332)
+    losses = [torch.empty_like(loss) for _ in range(world)]
+    dist.all_gather(losses, loss)
+    assert all(torch.equal(loss, other) for other in losses)
+
+
+def test_layouts_and_bit_equal_ranks(pool):
+    for ranks in (2, 4):
+        pool.run(ranks, other_layouts)
+
+
+def refused():
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    width = chunk_sizes(331, world)[rank]
+    logits, target = torch.zeros(4, width), torch.zeros(4, dtype=torch.long)
+
+    def loss(logits=logits, target=target, **options):
+        return lambda: tpf.vocab_parallel_cross_entropy(logits, target, **{"group": group, "num_classes": 331, **options})
+
+    return refusals(
+        {
+            "target too large": loss(target=target + 331),
+            "target negative": loss(target=target - 1),
+            "target float": loss(target=target.float()),
+            "target int16": loss(target=target.short()),
+            "target shape": loss(target=target[:3]),
+            "reduction": loss(reduction="avg"),
+            "smoothing": loss(label_smoothing=1.5),
+            "smoothing nan": loss(label_smoothing=float("nan")),
+            "integer logits": loss(logits=logits.long()),
+            "num_classes": loss(num_classes=500),
+        }
+    )
+
+
+def test_refused_on_every_rank_before_communication(pool):
+    expected = {
+        "target too large": (IndexError, "target", "331 to 331", "0 to 330"),
+        "target negative": (IndexError, "target", "-1", "0 to 330"),
+        "target float": (TypeError, "target", "torch.float32"),
+        "target int16": (TypeError, "target", "torch.int16"),
+        "target shape": (ValueError, "target", "(3,)", "(4,)"),
+        "reduction": (ValueError, "reduction", "'avg'"),
+        "smoothing": (ValueError, "label_smoothing", "1.5"),
+        "smoothing nan": (ValueError, "label_smoothing", "nan"),
+        "integer logits": (TypeError, "logits_shard", "torch.int64"),
+        "num_classes": (ValueError, "logits_shard", "500"),
+    }
+    assert_refused(pool.run(3, refused), expected)
+
+
+def uneven(classes, target):
+    shard = torch.zeros(2, chunk_sizes(classes, dist.get_world_size())[dist.get_rank()])
+    try:
+        tpf.vocab_parallel_cross_entropy(shard, torch.tensor([0, target]), group=dist.group.WORLD)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("classes,target", [(331, 0), (331, 330), (5, 0), (5, 4)])
+def test_uneven_shards_without_num_classes(pool, classes, target):
+    """Also for a target that only the wider shards' ranks would take for one in range."""
+    for message in pool.run(4, uneven, classes, target):
+        assert message is not None and "num_classes" in message

@@ -1,0 +1,173 @@
+"""The vocabulary-parallel embedding against nn.Embedding, exactly."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from refusal import assert_refused, refusals
+from torch import nn
+from torch.testing import assert_close
+
+import tpkernels as tpk
+import tpkernels.functional as tpf
+from tpkernels.nn import VocabParallelEmbedding
+from tpkernels.shard import Split, chunk_sizes
+
+EXACT = dict(atol=0, rtol=0)
+
+
+def some_ids(vocabulary):
+    """Of every rank and size: repeated, 0-d, 1-d, 3-d, none at all, not contiguous, int32."""
+    rng = torch.Generator().manual_seed(vocabulary)
+    ids = torch.randint(vocabulary, (4, 6), generator=rng)
+    every = torch.arange(vocabulary).repeat(2)
+    return [ids, ids.t(), every[::3], every.int(), ids[0, 0], ids.view(2, 3, 4).transpose(0, 2), ids[:0], torch.full((7,), vocabulary - 1)]
+
+
+def integers(*shape, dtype=torch.float32):
+    return torch.randint(-3, 4, shape).to(dtype)
+
+
+def check_function(vocabulary, padding_idx, dtype):
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    split, table = Split.chunks(vocabulary, world), integers(vocabulary, 6, dtype=dtype)
+    for ids in some_ids(vocabulary):
+        stock = table.clone().requires_grad_()
+        mine = split.shard(table, rank).clone().requires_grad_()
+        want = F.embedding(ids, stock, padding_idx)
+        with tpk.log_collectives() as log:
+            out = tpf.vocab_parallel_embedding(ids, mine, group=group, num_embeddings=vocabulary, padding_idx=padding_idx)
+        assert_close(out, want, **EXACT)
+        assert [(c.op, c.tag, c.bytes) for c in log] == [("all_reduce", "embedding", out.nbytes)] * (world > 1 and out.nbytes > 0)
+        dy = integers(*out.shape, dtype=dtype)
+        for grad in (dy, torch.ones((), dtype=dtype).expand(out.shape)):  # contiguous, and as sum() makes it
+            stock.grad = mine.grad = None
+            with tpk.log_collectives() as log:
+                out.backward(grad, retain_graph=True)
+            assert not log
+            want.backward(grad, retain_graph=True)
+            assert_close(mine.grad, split.shard(stock.grad, rank), **EXACT)
+
+
+def equal_to_nn_embedding():
+    for vocabulary in (331, 5):
+        for padding_idx, dtype in ((None, torch.float32), (3, torch.float32), (0, torch.bfloat16)):
+            check_function(vocabulary, padding_idx, dtype)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_equals_nn_embedding_exactly(pool, ranks):
+    pool.run(ranks, equal_to_nn_embedding)
+
+
+def check_module(make, stock):
+    """A split table against the stock one: weights, output, gradients, state dict."""
+    split = make()
+    assert split.weight.shape[0] == chunk_sizes(stock.num_embeddings, dist.get_world_size())[dist.get_rank()]
+    assert_close(dict(tpk.unsharded_state_dict(split)), dict(stock.state_dict()), **EXACT)
+    with torch.no_grad():
+        stock.weight.copy_(integers(*stock.weight.shape))
+    tpk.load_unsharded_state_dict(split, stock.state_dict())
+    ids = torch.arange(stock.num_embeddings).repeat(2).view(2, -1)
+    want, out = stock(ids), split(ids)
+    assert_close(out, want, **EXACT)
+    dy = integers(*out.shape)
+    out.backward(dy)
+    want.backward(dy)
+    assert_close(tpk.unsharded_gradients(split)["weight"], stock.weight.grad, **EXACT)
+
+
+def modules():
+    group = dist.group.WORLD
+    for vocabulary in (331, 5):
+        for padding_idx in (None, 2, -1):
+            torch.manual_seed(3)
+            stock = nn.Embedding(vocabulary, 6, padding_idx)
+            torch.manual_seed(3)
+            check_module(lambda v=vocabulary, p=padding_idx: VocabParallelEmbedding(v, 6, p, group=group), stock)
+            stock = nn.Embedding(vocabulary, 6, padding_idx)
+            check_module(lambda stock=stock: VocabParallelEmbedding.from_embedding(stock, group=group), stock)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_module_is_nn_embedding_for_a_seed_and_from_one(pool, ranks):
+    pool.run(ranks, modules)
+
+
+def from_embedding_leaves_its_source():
+    stock = nn.Embedding(331, 6)
+    stock.weight.requires_grad_(False)
+    stock.eval()
+    before = stock.weight.clone()
+    split = VocabParallelEmbedding.from_embedding(stock, group=dist.group.WORLD)
+    assert not split.weight.requires_grad and not split.training
+    with torch.no_grad():
+        split.weight.zero_()
+    assert torch.equal(stock.weight, before)
+    assert split.weight.untyped_storage().nbytes() == split.weight.nbytes  # does not keep the whole table alive
+
+
+def test_from_embedding_leaves_its_source(pool):
+    pool.run(2, from_embedding_leaves_its_source)
+
+
+def refused():
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    shard, options = torch.zeros(chunk_sizes(331, world)[rank], 6), dict(group=group, num_embeddings=331)
+
+    def look_up(*ids, weight=shard):
+        return lambda: tpf.vocab_parallel_embedding(torch.tensor(*ids), weight, **options)
+
+    return refusals(
+        {
+            "out of range": look_up([0, 331]),
+            "negative": look_up([[5, -1]]),
+            "float": look_up([1.0]),
+            "bool": look_up([True]),
+            "wrong rows": look_up([1], weight=torch.zeros(7, 6)),
+            "module": lambda: VocabParallelEmbedding(331, 6, group=group)(torch.tensor([400])),
+            "padding_idx": lambda: VocabParallelEmbedding(331, 6, 331, group=group),
+            "not an embedding": lambda: VocabParallelEmbedding.from_embedding(nn.Linear(2, 2), group=group),
+            "max_norm": lambda: VocabParallelEmbedding.from_embedding(nn.Embedding(9, 2, max_norm=1.0), group=group),
+        }
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_refused_on_every_rank_before_communication(pool, ranks):
+    expected = {
+        "out of range": (IndexError, "ids", "0 to 331", "0 to 330"),
+        "negative": (IndexError, "ids", "-1 to 5", "0 to 330"),
+        "float": (TypeError, "ids", "torch.float32"),
+        "bool": (TypeError, "ids", "torch.bool"),
+        "wrong rows": (ValueError, "weight has 7 rows", "num_embeddings"),
+        "module": (IndexError, "ids", "400", "330"),
+        "padding_idx": (ValueError, "padding_idx=331", "331"),
+        "not an embedding": (TypeError, "nn.Embedding", "Linear"),
+        "max_norm": (ValueError, "max_norm=1.0"),
+    }
+    assert_refused(pool.run(ranks, refused), expected)
+
+
+def small_integer_ids():
+    """5 rows on 4 ranks: the last has none, and must refuse what the others do."""
+    calls = {
+        str(dtype): lambda dtype=dtype: VocabParallelEmbedding(5, 6, group=dist.group.WORLD)(torch.tensor([1, 4], dtype=dtype))
+        for dtype in (torch.uint8, torch.int16)
+    }
+    return refusals(calls)
+
+
+def test_integers_that_nn_embedding_does_not_take(pool):
+    assert_refused(pool.run(4, small_integer_ids), {str(d): (TypeError, "ids", str(d)) for d in (torch.uint8, torch.int16)})
+
+
+def negative_padding_idx():
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    mine = torch.zeros(chunk_sizes(331, world)[rank], 6, requires_grad=True)
+    tpf.vocab_parallel_embedding(torch.tensor([330, 330]), mine, group=group, num_embeddings=331, padding_idx=-1).sum().backward()
+    assert not mine.grad.any()
+
+
+def test_negative_padding_idx_counts_from_the_end(pool):
+    pool.run(2, negative_padding_idx)
