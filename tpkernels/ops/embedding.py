@@ -83,7 +83,9 @@ def vocab_parallel_embedding(
     group = resolve_group(group)
     size, sizes = num_embeddings, chunk_sizes(num_embeddings, group.size)
     if weight.shape[0] != sizes[group.rank]:
-        raise ValueError(f"weight has {weight.shape[0]} rows on rank {group.rank}, but {size} split over {group.size} ranks are {sizes}")
+        raise ValueError(
+            f"weight has {weight.shape[0]} rows on rank {group.rank}, but num_embeddings={size} over {group.size} ranks is {sizes}"
+        )
     check_in_range("ids", ids, size, "a vocabulary of that size")
     if padding_idx is not None:
         if not -size <= padding_idx < size:
