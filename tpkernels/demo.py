@@ -110,7 +110,9 @@ def _progress() -> Progress:
 
 def _train(model, loss_of: Callable, batches: torch.Tensor, steps: int, title: str, show: bool) -> tuple[list[float], float]:
     """The loss of each step and the median seconds of one, the first left out where there are others."""
-    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE)
+    # Two groups: a fused or foreach step takes no mixture of DTensors and plain tensors (torch's own split leaves norms plain).
+    groups = [[p for p in model.parameters() if isinstance(p, DTensor) == kind] for kind in (False, True)]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], LEARNING_RATE)
     losses, seconds = [], []
     with _progress() as progress:
         task = progress.add_task(title, total=steps, visible=show)
@@ -299,8 +301,6 @@ def _dtensor_rank(folder: str, batches: torch.Tensor, steps: int, threads: int) 
         labels = F.pad(ids, (0, 1), value=-100)[..., 1:].flatten()
         return F.cross_entropy(model(ids).logits.flatten(0, 1), labels)
 
-    for p in model.parameters():  # one optimizer refuses DTensors mixed with plain tensors: the norms stay as they are
-        p.requires_grad_(isinstance(p, DTensor))
     title = f"torch DTensor over {dist.get_world_size()}: training steps"
     with loss_parallel():
         result = _train(model, loss_of, batches, steps, title, dist.get_rank() == 0)
