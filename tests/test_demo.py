@@ -38,6 +38,27 @@ def test_demo(tmp_path, tp, most_bytes):
     assert "How each module was split" in run.stdout and "the same" in run.stdout
 
 
+def test_own_model_example():
+    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "examples", "own_model.py")
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        "localhost:0",
+    ]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    run = subprocess.run([*launch, script], capture_output=True, text=True, timeout=300, env=env)
+    assert run.returncode == 0, run.stderr
+    losses = [[float(word) for word in line.split()[3::2]] for line in run.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 20 and all(abs(split - unsplit) <= 1e-4 * unsplit for split, unsplit in losses)
+    assert losses[-1][0] < 0.8 * losses[0][0]
+
+
 def test_env_and_errors(tmp_path):
     facts = json.loads(command("env", "--json").stdout)
     assert facts["transports"][0] == "gloo" and facts["cores"] == os.cpu_count()

@@ -200,6 +200,11 @@ class Attention(nn.Module):
         return self.wo(F.scaled_dot_product_attention(q, k, v, is_causal=x.shape == memory.shape).transpose(1, 2).flatten(2))
 
 
+class Quantised(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).round()
+
+
 PLAN = {"wq": "colwise", "wk": "colwise", "wv": "colwise", "extra": "colwise", "wo": "rowwise"}
 
 
@@ -387,6 +392,9 @@ def plan_errors():
     refuses({"model.layers.*.mlp.up_proj": "columnwise"}, "columnwise", *STYLES)
     refuses({"model.norm": "colwise"}, "LlamaRMSNorm", "nn.Linear")
     refuses({"model.layers.*.mlp.up_proj": "embedding_rowwise"}, "nn.Embedding")
+    sparse = nn.Sequential(nn.Linear(8, 6), nn.Embedding(9, 8, sparse=True))
+    refuses({"0": "colwise", "1": "embedding_rowwise"}, "sparse=True", model=sparse)
+    refuses({"0": "colwise"}, "Quantised", model=nn.Sequential(Quantised(8, 6)))
     refuses("guess", "'guess'")
     refuses("auto", "overlap", overlap=True)
     refuses({"0": "colwise", "1": "rowwise"}, "cannot be split alike", model=nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 8)))

@@ -41,11 +41,7 @@ class VocabParallelEmbedding(Sharded, nn.Embedding):
 
         A subclass with a forward of its own (Gemma 3's scaled embedding) keeps it, around the split lookup.
         """
-        if not isinstance(embedding, nn.Embedding):
-            raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
-        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
-            if getattr(embedding, option):
-                raise ValueError(f"an nn.Embedding with {option}={getattr(embedding, option)!r} cannot be split: set it to its default")
+        check_embedding(embedding)
         stock = type(embedding)
         kind = cls if stock is nn.Embedding else type(f"{cls.__name__}Of{stock.__name__}", (stock, cls), {})
         new = kind.__new__(kind)
@@ -68,3 +64,12 @@ class VocabParallelEmbedding(Sharded, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         return vocab_parallel_embedding(input, self.local("weight"), self.num_embeddings, group=self.group, padding_idx=self.padding_idx)
+
+
+def check_embedding(embedding: nn.Module) -> None:
+    """Raises unless it is an nn.Embedding that can be split by vocabulary."""
+    if not isinstance(embedding, nn.Embedding):
+        raise TypeError(f"embedding must be an nn.Embedding, got {type(embedding).__name__}")
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(embedding, option):
+            raise ValueError(f"an nn.Embedding with {option}={getattr(embedding, option)!r} cannot be split: set it to its default")

@@ -140,7 +140,7 @@ class ColumnParallelLinear(_ParallelLinear):
         """This rank's share of an nn.Linear (or transformers' Conv1D) that is the same on every rank; `linear` is left as it is."""
         _refuse_sequence_parallel(sequence_parallel)
         new = cls.__new__(cls)
-        in_features, out_features = _features(linear)
+        in_features, out_features = linear_features(linear)
         new._setup(in_features, out_features, resolve_group(group), activation, gather_output, overlap, out_split)
         weight, bias = new._from(linear)
         new.put("weight", weight, new._weight_split(new.out_split))
@@ -224,7 +224,7 @@ class RowParallelLinear(_ParallelLinear):
         """This rank's share of an nn.Linear (or transformers' Conv1D) that is the same on every rank; `linear` is left as it is."""
         _refuse_sequence_parallel(sequence_parallel)
         new = cls.__new__(cls)
-        in_features, out_features = _features(linear)
+        in_features, out_features = linear_features(linear)
         new._setup(in_features, out_features, resolve_group(group), input_is_parallel, skip_bias_add, overlap, in_split)
         weight, bias = new._from(linear)
         new.put("weight", weight, new._weight_split(new.in_split))
@@ -256,12 +256,15 @@ def _last_dim(split: Split) -> Split:
     return Split(-1, split.size, split.ranges, split.replicated)
 
 
-def _features(linear: nn.Module) -> tuple[int, int]:
-    """(in, out) of an nn.Linear, or of a Conv1D, whose weight is [in, out]."""
-    weight = getattr(linear, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not (isinstance(linear, nn.Linear) or type(linear).__name__ == "Conv1D"):
-        raise TypeError(f"linear must be an nn.Linear or a transformers Conv1D, got {type(linear).__name__}")
-    rows, columns = weight.shape
+def linear_features(linear: nn.Module) -> tuple[int, int]:
+    """(in, out) of an nn.Linear, or of a transformers Conv1D, whose weight is [in, out]; raises TypeError for anything else.
+
+    A subclass with a forward of its own (a quantised layer) is something else: its forward would be lost.
+    """
+    stock = type(linear).__name__ == "Conv1D" or (isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward)
+    if not stock:
+        raise TypeError(f"linear must be an nn.Linear with nn.Linear's forward, or a transformers Conv1D, got {type(linear).__name__}")
+    rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ..group import Group, resolve_group
-from ..nn.embedding import VocabParallelEmbedding
-from ..nn.linear import ColumnParallelLinear, RowParallelLinear, _features
+from ..nn.embedding import VocabParallelEmbedding, check_embedding
+from ..nn.linear import ColumnParallelLinear, RowParallelLinear, linear_features
 from ..nn.region import SplitRegion
 from ..nn.sharded import Sharded, localize
 from ..schedule import check_overlap
@@ -108,25 +108,30 @@ def _families(model: nn.Module, styles: Mapping[str, str]) -> list[_Family]:
     for name, style in styles.items():
         parent_name, _, key = name.rpartition(".")
         parent, module = model.get_submodule(parent_name), model.get_submodule(name)
-        is_linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if style.startswith(("colwise", "packed", "interleaved", "rowwise")) and not is_linear:
-            raise ValueError(f"{name!r} is a {type(module).__name__}: {style!r} splits an nn.Linear or a Conv1D")
-        if style == "embedding_rowwise" and not isinstance(module, nn.Embedding):
-            raise ValueError(f"{name!r} is a {type(module).__name__}: {style!r} splits an nn.Embedding")
+        try:
+            if style == "embedding_rowwise":
+                check_embedding(module)
+            elif style in (*COLUMN, *ROW, "colwise_gather_output"):
+                linear_features(module)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name!r} cannot be split as {style!r}: {error}") from None
         families.setdefault(parent_name, _Family(parent_name, parent, {})).children[key] = (module, style)
     for family in families.values():
-        _check_unnamed(family)
+        _check_unnamed(family, families)
     return list(families.values())
 
 
-def _check_unnamed(family: _Family) -> None:
+def _check_unnamed(family: _Family, families: Mapping[str, _Family]) -> None:
     """A parameter between split layers gets part of its gradient on each rank: which ones are, only the plan can say."""
     if not (family.styled(*COLUMN) and family.styled("rowwise")):
         return
+    prefix = f"{family.name}." if family.name else ""
     for key, module in family.parent.named_children():
-        if key not in family.children and any(True for _ in module.parameters()):
+        name = prefix + key
+        split_inside = any(other == name or other.startswith(f"{name}.") for other in families)
+        if key not in family.children and not split_inside and any(True for _ in module.parameters()):
             raise ValueError(
-                f"{family.name}.{key} has parameters and stands beside split layers, but the plan does not name it: give it "
+                f"{name} has parameters and stands beside split layers, but the plan does not name it: give it "
                 "'replicated_with_grad_allreduce' if it is applied to the rank's own heads or features, 'replicate' if to whole activations"
             )
     own = [name for name, _ in family.parent.named_parameters(recurse=False)]
@@ -140,12 +145,12 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
     """`whole`: KV heads that several ranks read are stored whole on each: as DTensors, copies would count twice in torch's norm."""
     n = group.size
     columns, rows = family.styled(*COLUMN), family.styled("rowwise")
-    splits = {key: Split.chunks(_features(m)[1], n) for key, m in family.styled("colwise_gather_output").items()}
-    splits |= {key: Split.chunks(_features(m)[0], n, dim=1) for key, m in family.styled("rowwise_split_input").items()}
+    splits = {key: Split.chunks(linear_features(m)[1], n) for key, m in family.styled("colwise_gather_output").items()}
+    splits |= {key: Split.chunks(linear_features(m)[0], n, dim=1) for key, m in family.styled("rowwise_split_input").items()}
     head_dim = _head_dim(family.parent, rows)
     if head_dim is None or not columns:
         for key, module in columns.items():
-            size, style = _features(module)[1], family.children[key][1]
+            size, style = linear_features(module)[1], family.children[key][1]
             if style not in ("colwise", "packed_colwise"):
                 raise ValueError(
                     f"{family.name}.{key}: {style!r} needs to know the head size: {family.name} has none of {', '.join(_HEAD_DIM)}"
@@ -154,7 +159,7 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
                 raise ValueError(f"{family.name}.{key}: 'packed_colwise' splits two equal halves, but it has {size} output features")
             splits[key] = Split.chunks(size, n, blocks=2 if style == "packed_colwise" else 1)
         for key, module in rows.items():
-            splits[key] = Split.chunks(_features(module)[0], n, dim=1)
+            splits[key] = Split.chunks(linear_features(module)[0], n, dim=1)
             for other, split in ((k, splits[k]) for k in columns):
                 blocks = 2 if family.children[other][1] == "packed_colwise" else 1
                 if split.size != splits[key].size * blocks:
@@ -170,10 +175,10 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
     if len(rows) > 1:
         raise ValueError(f"{family.name} has more than one 'rowwise' layer ({', '.join(rows)}) beside attention heads")
     ((row_key, row),) = rows.items()
-    num_heads = _features(row)[0] // head_dim
+    num_heads = linear_features(row)[0] // head_dim
     counts = {}  # KV heads as each column layer tells them
     for key, module in columns.items():
-        size, style = _features(module)[1], family.children[key][1]
+        size, style = linear_features(module)[1], family.children[key][1]
         units, left = divmod(size, head_dim)
         if style == "packed_qkv_colwise":
             units, odd = divmod(units - num_heads, 2)
@@ -208,13 +213,15 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
 
 def _head_dim(parent: nn.Module, rows: Mapping[str, nn.Module]) -> int | None:
     """Features of one attention head, None outside attention."""
-    for name in _HEAD_DIM:
-        if isinstance(size := getattr(parent, name, None), int):
-            return size
-    for name in _NUM_HEADS:
-        if isinstance(count := getattr(parent, name, None), int) and rows:
-            return _features(next(iter(rows.values())))[0] // count
-    return None
+    size, count = (
+        next((n for name in names if isinstance(n := getattr(parent, name, None), int)), None) for names in (_HEAD_DIM, _NUM_HEADS)
+    )
+    width = linear_features(next(iter(rows.values())))[0] if rows else None
+    if size is None and count and width:
+        size = width // count
+    if size and count and width and size * count != width:
+        return None  # a block that knows its heads, whose attention is another module
+    return size
 
 
 def _check_ties(model: nn.Module, styles: Mapping[str, str]) -> dict[int, nn.Parameter]:
