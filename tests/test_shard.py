@@ -103,7 +103,7 @@ def test_units_are_read_in_the_order_given_and_owned_once(per_rank, width):
     full = torch.arange(6 * width)
     shards = [split.shard(full, r) for r in range(len(per_rank))]
     assert [s.tolist() for s in shards] == [[unit * width + i for unit in units for i in range(width)] for units in per_rank]
-    counted = [row for r, shard in enumerate(shards) for start, stop in split.owned(r) for row in shard[start:stop].tolist()]
+    counted = [row for r, shard in enumerate(shards) for start, stop in split.owned[r] for row in shard[start:stop].tolist()]
     assert sorted(counted) == sorted(rows_held(split))
     if set(rows_held(split)) == set(range(split.size)):
         assert split.overlaps is (max(rows_held(split).values()) > 1)

@@ -71,7 +71,7 @@ def clip_grad_norm_(
 
 def _counted_once(grad: Tensor, split: Split, rank: int) -> list[Tensor]:
     """What of a shard's gradient this rank counts: rows that several ranks hold belong to the first."""
-    return [grad.narrow(split.dim, start, stop - start) for start, stop in split.owned(rank)] if split.overlaps else [grad]
+    return [grad.narrow(split.dim, start, stop - start) for start, stop in split.owned[rank]] if split.overlaps else [grad]
 
 
 class GradScaler(torch.amp.GradScaler):

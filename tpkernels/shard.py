@@ -72,15 +72,19 @@ class Split:
         """Whether some rows are read more than once, so that their gradients must be summed over the ranks."""
         return sum(self.sizes) > self.size
 
-    def owned(self, rank: int) -> list[tuple[int, int]]:
-        """[start, stop) of the shard's rows that no lower rank, and no earlier row of this one, holds too."""
-        seen = {row for ranges in self.ranges[:rank] for start, stop in ranges for row in range(start, stop)}
-        mine = []
-        for at, row in enumerate(row for start, stop in self.ranges[rank] for row in range(start, stop)):
-            if row not in seen:
-                seen.add(row)
-                mine.append(at)
-        return _runs(mine)
+    @cached_property
+    def owned(self) -> list[list[tuple[int, int]]]:
+        """For each rank, [start, stop) of its shard's rows that no lower rank, and no earlier row of its own, holds too."""
+        seen: set[int] = set()
+        owned = []
+        for ranges in self.ranges:
+            mine = []
+            for at, row in enumerate(row for start, stop in ranges for row in range(start, stop)):
+                if row not in seen:
+                    seen.add(row)
+                    mine.append(at)
+            owned.append(_runs(mine))
+        return owned
 
     @property
     def stored_size(self) -> int:

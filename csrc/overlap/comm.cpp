@@ -54,7 +54,8 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
        << chunks;
   auto mine = at::zeros({width}, at::kByte);
   std::strncpy(static_cast<char*>(mine.data_ptr()), text.str().c_str(), width - 1);
-  auto sent = mine.to(buffer.device()), all = at::empty({size() * width}, sent.options());
+  auto sent = empty_comm_buffer({width}, mine.options().device(buffer.device())).copy_(mine);
+  auto all = empty_comm_buffer({size() * width}, sent.options());
   group->_allgather_base(all, sent)->wait();
   all = all.cpu();
   std::ostringstream report;
