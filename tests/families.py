@@ -43,6 +43,8 @@ FAMILIES = {
         ),
     ),
     "gpt_neox": ("GPTNeoX", MHA),
+    "stablelm": ("StableLm", BASE),
+    "opt": ("OPT", dict(MHA, ffn_dim=150, word_embed_proj_dim=72, dropout=0.0)),
 }
 CONFIG = {"Gemma3": "Gemma3TextConfig"}
 MODEL = {"GPT2": "GPT2LMHeadModel"}

@@ -453,3 +453,25 @@ def compiled():
 def test_torch_compile(pool):
     """A whole model with graph breaks at its hooks, an MLP of ours without any."""
     pool.run(2, compiled)
+
+
+def other_heads():
+    import transformers
+
+    ids, _ = families.batch()
+    labels = torch.tensor([0, 1])
+    for name, options in (("LlamaModel", {}), ("GPT2Model", {}), ("LlamaForSequenceClassification", dict(labels=labels))):
+        config = families.make("gpt2" if "GPT2" in name else "llama").config
+        torch.manual_seed(0)
+        stock = getattr(transformers, name)(config).eval()
+        model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD)
+        assert any(isinstance(m, tpk.nn.ColumnParallelLinear) for m in model.modules())
+        with torch.no_grad():
+            for mine, want in zip(model(ids, **options)[:2], stock(ids, **options)[:2], strict=True):
+                if torch.is_tensor(mine):  # not the KV cache, which is split
+                    assert (mine - want).abs().max() < 1e-5
+
+
+def test_base_models_and_classifiers(pool):
+    """Nothing to split behind the last block, and a loss of their own."""
+    pool.run(2, other_heads)

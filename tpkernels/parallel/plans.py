@@ -32,7 +32,28 @@ _PHI3 = {
     "layers.*.mlp.gate_up_proj": "packed_colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-FAMILIES = {"gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "phi3": _PHI3}
+_OPT = {
+    "decoder.embed_tokens": "embedding_rowwise",
+    "decoder.layers.*.self_attn.q_proj": "colwise",
+    "decoder.layers.*.self_attn.k_proj": "colwise",
+    "decoder.layers.*.self_attn.v_proj": "colwise",
+    "decoder.layers.*.self_attn.out_proj": "rowwise",
+    "decoder.layers.*.fc1": "colwise",
+    "decoder.layers.*.fc2": "rowwise",
+    "decoder.layers.*.self_attn_layer_norm": "replicate",
+    "decoder.layers.*.final_layer_norm": "replicate",
+}
+_STABLELM = {
+    "embed_tokens": "embedding_rowwise",
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+FAMILIES = {"gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "phi3": _PHI3, "stablelm": _STABLELM, "opt": _OPT}
 
 
 def auto_plan(model: nn.Module) -> dict[str, str]:
