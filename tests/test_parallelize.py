@@ -475,3 +475,19 @@ def other_heads():
 def test_base_models_and_classifiers(pool):
     """Nothing to split behind the last block, and a loss of their own."""
     pool.run(2, other_heads)
+
+
+def tiny_vocabulary():
+    stock, model = llama_pair(vocab_size=5, pad_token_id=None)  # 2 + 2 + 1 + 0 on 4 ranks
+    ids = torch.randint(0, 5, (2, 7), generator=torch.Generator().manual_seed(0))
+    loss, want = model(ids, labels=ids).loss, stock(ids, labels=ids).loss
+    assert abs(loss - want) < 1e-5 * want
+    loss.backward()
+    want.backward()
+    assert_same_grads(stock, model)
+    with torch.no_grad():
+        assert (model(ids).logits - stock(ids).logits).abs().max() < 1e-4
+
+
+def test_a_rank_without_any_of_the_vocabulary(pool):
+    pool.run(4, tiny_vocabulary)

@@ -42,8 +42,8 @@ def clip_grad_norm_(
     groups: dict[int, Group] = {}
     splits: dict[int, Split] = {}
     for module in sharded_modules():
-        for name, split in module.splits.items():
-            if split is not None and not split.replicated and module.group.size > 1:
+        for name in module.splits:
+            if split := module.divided(name):
                 groups[id(module._parameters[name])], splits[id(module._parameters[name])] = module.group, split
     with_grad = [p for p in parameters if p.grad is not None]
     mine = [p for p in with_grad if id(p) in groups]

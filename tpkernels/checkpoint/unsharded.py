@@ -75,7 +75,7 @@ def load_unsharded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         full = state_dict[key]
         if key in owners:
             module, name = owners[key]
-            _store(module._parameters[name], full, module.splits.get(name) if isinstance(module, Sharded) else None, module)
+            _store(full, module, name)
         elif torch.is_tensor(value):
             value.copy_(full)
 
@@ -91,9 +91,8 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _divided(module: nn.Module, name: str) -> Split | None:
-    """The split of a parameter that the ranks divide, None for one that each stores whole."""
-    split = module.splits.get(name) if isinstance(module, Sharded) else None
-    return None if split is None or split.replicated or module.group.size == 1 else split
+    """Sharded.divided, of any module."""
+    return module.divided(name) if isinstance(module, Sharded) else None
 
 
 def _stock_shape(module: nn.Module, name: str) -> tuple[int, ...]:
@@ -115,12 +114,13 @@ def _gather(tensor: Tensor, module: nn.Module, name: str) -> Tensor:
     return all_gather_shards(tensor, split, module.group, "state_dict")
 
 
-def _store(parameter: Tensor, full: Tensor, split: Split | None, module: nn.Module) -> None:
+def _store(full: Tensor, module: nn.Module, name: str) -> None:
+    """Copies this rank's part of the stock tensor `full` into the parameter."""
+    parameter, split = module._parameters[name], _divided(module, name)
     if not isinstance(parameter, DTensor):
-        divided = split is not None and not split.replicated
-        parameter.copy_(split.shard(full, module.group.rank) if divided else full)
+        parameter.copy_(full if split is None else split.shard(full, module.group.rank))
         return
-    if split is not None and not split.replicated and not split.is_chunk:
+    if split is not None and not split.is_chunk:
         full = torch.cat([split.pad(split.shard(full, r)) for r in range(module.group.size)], split.dim)
     # fully_shard may have divided it further.
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

@@ -29,7 +29,7 @@ class SplitRegion:
         self, parent: nn.Module, siblings: Sequence[nn.Module], row: nn.Module | None, summed: Sequence[tuple[Sharded, str]], group: Group
     ):
         self.parent, self.siblings, self.row, self.summed, self.group = parent, list(siblings), row, list(summed), group
-        self.active = False
+        self.active = self.drops = False  # `drops`: something in this call of the parent may draw random numbers
         self.input: Tensor | None = None
         self.outputs: dict[nn.Module, Tensor] = {}
         self.random = RankRandom(group.rank)
@@ -40,17 +40,18 @@ class SplitRegion:
 
     def _begin(self, parent, args, kwargs) -> None:
         self._end()
-        self.active = True
+        self.active, self.drops = True, self.row is not None and self._drops()
         if self.summed and torch.is_grad_enabled() and self.group.size > 1:
             wanted = [(module, name) for module, name in self.summed if module._parameters[name].requires_grad]
             if wanted:
                 parameters = [module.stored(name) for module, name in wanted]
-                totals = sum_gradients(parameters, [module.splits[name] for module, name in wanted], self.group, "replicated_gradients")
+                totals = sum_gradients(parameters, [module.divided(name) for module, name in wanted], self.group, "replicated_gradients")
                 for (module, name), total in zip(wanted, totals, strict=True):
                     module._summed[name] = total
 
     def _end(self, *_) -> None:
-        self.active, self.input = False, None
+        self.active = self.drops = False
+        self.input = None
         self.outputs.clear()
         self.random.leave()
         for module, _name in self.summed:
@@ -58,7 +59,7 @@ class SplitRegion:
 
     def column(self, layer, input: Tensor) -> Tensor:
         """The output of sibling `layer`, before its activation."""
-        if self.active and self.row is not None and self._drops():
+        if self.drops:
             self.random.enter(input.device)
         if not self.active or not torch.is_grad_enabled() or len(self.siblings) < 2:
             return layer.linear(input)

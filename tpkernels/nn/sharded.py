@@ -7,7 +7,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from ..group import Group
 from ..ops.autocast import autocast
@@ -42,18 +42,27 @@ class Sharded:
         if full is None:
             self.register_parameter(name, None)
             return
-        whole = split is None or split.replicated
-        shard = full.detach() if whole else split.shard(full.detach(), self.group.rank)
-        # A copy: a view would keep the whole parameter alive.
-        self.register_parameter(name, nn.Parameter(shard.clone(memory_format=torch.contiguous_format), full.requires_grad))
         self.splits[name] = split
+        # A copy: a view would keep the whole parameter alive.
+        shard = self.own(name, full.detach()).clone(memory_format=torch.contiguous_format)
+        self.register_parameter(name, nn.Parameter(shard, full.requires_grad))
 
     def put_empty(self, name: str, shape: tuple[int, ...], split: Split | None, device, dtype) -> None:
+        self.splits[name] = split
         shape = list(shape)
-        if split is not None and not split.replicated:
+        if self.divided(name):
             shape[split.dim] = split.sizes[self.group.rank]
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self.splits[name] = split
+
+    def divided(self, name: str) -> Split | None:
+        """The split of a parameter of which this rank stores its own part only, None for one that it stores whole."""
+        split = self.splits.get(name)
+        return None if split is None or split.replicated or self.group.size == 1 else split
+
+    def own(self, name: str, full: Tensor) -> Tensor:
+        """What this rank stores of the stock parameter `full`."""
+        split = self.divided(name)
+        return full if split is None else split.shard(full, self.group.rank)
 
     def stored(self, name: str, cast: bool = False) -> Tensor | None:
         """This rank's tensor of a parameter, in autograd; with `cast`, in autocast's dtype, cast once while autocast is on."""
@@ -80,13 +89,20 @@ class Sharded:
     @torch.no_grad()
     def fill(self, name: str, full: Tensor) -> None:
         """Copies this rank's part of the stock parameter `full` into the parameter."""
-        tensor, split = self.stored(name), self.splits[name]
-        shard = full if split is None or split.replicated else split.shard(full, self.group.rank)
+        tensor, shard = self.stored(name), self.own(name, full)
         tensor[tuple(slice(size) for size in shard.shape)].copy_(shard)
 
 
 def sharded_modules() -> list[Sharded]:
     return list(_alive)
+
+
+def shard_dtensor(local: Tensor, group: Group, dim: int, size: int) -> DTensor:
+    """`local` as this rank's part of a DTensor that has `size` in dimension `dim`, where from_local would guess."""
+    shape = list(local.shape)
+    shape[dim] = size
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, group.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
 
 
 def localize(module: nn.Module, group: Group) -> None:

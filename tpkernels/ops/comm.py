@@ -170,6 +170,5 @@ def scatter(x: Tensor, split: Split, group: Group, tag: str) -> Tensor:
 
 
 def sum_gradients(parameters: Sequence[Tensor], splits: Sequence[Split | None], group: Group, tag: str) -> tuple[Tensor, ...]:
-    """See `_SumGradients`. A parameter that is stored whole counts as whole, whatever its split."""
-    overlapping = [None if split is None or split.replicated else split for split in splits]
-    return _SumGradients.apply(overlapping, group, tag, *parameters)
+    """See `_SumGradients`."""
+    return _SumGradients.apply(splits, group, tag, *parameters)

@@ -8,10 +8,11 @@ import inspect
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from ..group import Group
 from ..nn.linear import ColumnParallelLinear
+from ..nn.sharded import shard_dtensor
 from ..ops.cross_entropy import vocab_parallel_cross_entropy
 
 
@@ -57,10 +58,9 @@ class _ParallelLoss:
         target = options.get("shift_labels") if self.shift else labels
         if target is None:
             target = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-        target = target.reshape(-1).to(logits.device)
         loss = vocab_parallel_cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            target,
+            logits,  # as they are: a rank without any of the vocabulary could not tell its rows from reshape(-1, 0)
+            target.reshape(logits.shape[:-1]).to(logits.device),
             group=self.head.group,
             num_classes=self.head.out_features,
             ignore_index=ignore_index,
@@ -97,9 +97,7 @@ class _LabelledCall:
         return output
 
     def _as_dtensor(self, logits: Tensor) -> DTensor:
-        shape = torch.Size((*logits.shape[:-1], self.head.out_features))
-        stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(logits, self.head.group.mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+        return shard_dtensor(logits, self.head.group, -1, self.head.out_features)
 
 
 class _ShareOfConfig:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..group import Group, resolve_group
 from ..nn.embedding import VocabParallelEmbedding, check_embedding
 from ..nn.linear import ColumnParallelLinear, RowParallelLinear, linear_features
 from ..nn.region import SplitRegion
-from ..nn.sharded import Sharded, localize
+from ..nn.sharded import Sharded, localize, shard_dtensor
 from ..schedule import check_overlap
 from ..shard import HeadSplit, Split, split_heads
 from . import huggingface
@@ -250,10 +250,9 @@ def _split_family(
     parent, options = family.parent, dict(group=group, overlap=overlap)
     made: dict[str, nn.Module] = {}
     for key, (old, style) in family.children.items():
-        if style in COLUMN:
-            new = ColumnParallelLinear.from_linear(old, out_split=layout.splits[key], **options)
-        elif style == "colwise_gather_output":
-            new = ColumnParallelLinear.from_linear(old, out_split=layout.splits[key], gather_output=True, **options)
+        if style in (*COLUMN, "colwise_gather_output"):
+            gathers = style == "colwise_gather_output"
+            new = ColumnParallelLinear.from_linear(old, out_split=layout.splits[key], gather_output=gathers, **options)
         elif style in ROW:
             new = RowParallelLinear.from_linear(old, in_split=layout.splits[key], input_is_parallel=style == "rowwise", **options)
         elif style == "embedding_rowwise":
@@ -310,19 +309,12 @@ def _as_dtensors(model: nn.Module, group: Group) -> None:
                 continue
             localize(module, group)
             if id(parameter) not in done:
-                split = module.splits.get(name)
-                local = parameter.detach()
-                if split is None or split.replicated:
+                split, local = module.divided(name), parameter.detach()
+                if split is None:
                     tensor = DTensor.from_local(local, group.mesh, [Replicate()], run_check=False)
+                elif split.is_chunk:
+                    tensor = shard_dtensor(local, group, split.dim, split.size)
                 else:
-                    shape = list(local.shape)
-                    if split.is_chunk:
-                        shape[split.dim] = split.size
-                    else:
-                        local, shape[split.dim] = split.pad(local), split.stored_size * group.size
-                    stride = torch.empty(shape, device="meta").stride()
-                    tensor = DTensor.from_local(
-                        local, group.mesh, [Shard(split.dim)], run_check=False, shape=torch.Size(shape), stride=stride
-                    )
+                    tensor = shard_dtensor(split.pad(local), group, split.dim, split.stored_size * group.size)
                 done[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
             module._parameters[name] = done[id(parameter)]
