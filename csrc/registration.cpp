@@ -27,6 +27,32 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def(
       "column_linear_backward(Tensor[] grad_outputs, Tensor? input, Tensor[] weights, bool input_grad, bool[] weight_grad, "
       "bool[] bias_grad, str group, int chunks, str tag) -> Tensor[]");
+  // Fused memory-bound work, no communication: eager implementations in fused/, vectorised ones in cpu/, Triton's in
+  // tpkernels/kernels/.
+  m.def("bias_act(Tensor input, Tensor? bias, str activation) -> Tensor");
+  m.def("bias_act_backward(Tensor grad, Tensor input, Tensor? bias, str activation, bool bias_grad) -> Tensor[]");
+  m.def("gated_act(Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, str activation) -> Tensor");
+  m.def(
+      "gated_act_backward(Tensor grad, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, str activation, bool bias_grad) "
+      "-> Tensor[]");
+  m.def("column_linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, bool keep) -> (Tensor, Tensor)");
+  m.def(
+      "norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms) -> (Tensor, Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor mean, Tensor rstd, bool rms, bool "
+      "weight_grad, "
+      "bool bias_grad) -> Tensor[]");
+  m.def("vocab_ce_stats(Tensor logits, Tensor target, int first) -> Tensor");
+  m.def(
+      "vocab_ce_grad(Tensor logits, Tensor target, Tensor log_norm, Tensor scale, int first, float on_target, float everywhere) "
+      "-> Tensor");
+  m.def(
+      "vocab_ce_grad_(Tensor(a!) logits, Tensor target, Tensor log_norm, Tensor scale, int first, float on_target, float "
+      "everywhere) "
+      "-> ()");
+  m.def("dropout(Tensor input, Tensor seed, float p, int row, int column) -> Tensor");
+  m.def("rotary(Tensor input, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
 }
 
 static void register_engine(torch::Library& m) {
