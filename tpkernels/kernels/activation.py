@@ -1,0 +1,242 @@
+"""Bias and activation in one pass, forward and backward; gated ones from two halves, wherever these lie."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Config, Tunable, as_rows, cdiv, on_device, torch_wide, wide
+
+
+@triton.jit
+def act(x, ACT: tl.constexpr):
+    """act(x) for float32 or float64 x."""
+    if ACT == "relu":
+        return tl.where(x <= 0, 0, x)  # NaN stays NaN, as torch's
+    elif ACT == "relu2":
+        r = tl.where(x <= 0, 0, x)
+        return r * r
+    elif ACT == "silu":
+        return x * tl.sigmoid(x)
+    elif ACT == "gelu_tanh":  # 0.5 (1 + tanh u) = sigmoid(2 u)
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        tl.static_assert(ACT == "gelu")
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def act_and_grad(x, ACT: tl.constexpr):
+    """act(x) and its derivative; what is not used is not computed."""
+    if ACT == "relu":
+        return tl.where(x <= 0, 0, x), tl.where(x <= 0, 0, 1).to(x.dtype)
+    elif ACT == "relu2":
+        r = tl.where(x <= 0, 0, x)
+        return r * r, 2 * r
+    elif ACT == "silu":
+        s = tl.sigmoid(x)
+        return x * s, s * (1 + x * (1 - s))
+    elif ACT == "gelu_tanh":
+        s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * s, s + x * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * x * x)
+    else:
+        tl.static_assert(ACT == "gelu")
+        cdf = 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+        return x * cdf, cdf + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+@triton.jit
+def bias_act_kernel(
+    gate, up, gate_bias, up_bias, out, rows, cols, gate_stride, up_stride, out_stride,
+    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(cols, COLS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
+    mask = (row < rows) & (col < cols)
+    x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
+    if BIAS:
+        x += tl.load(gate_bias + col, col < cols, other=0.0).to(WIDE)
+    y = act(x, ACT)
+    if GATED:
+        u = tl.load(up + row * up_stride + col, mask, other=0.0).to(WIDE)
+        if BIAS:
+            u += tl.load(up_bias + col, col < cols, other=0.0).to(WIDE)
+        y *= u
+    tl.store(out + row * out_stride + col, y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def bias_act_backward_kernel(
+    grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols,
+    grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride,
+    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One strip of columns and every PARTS-th tile of rows: the strip's share of the bias gradient stays in registers.
+
+    partial [PARTS, cols], or [PARTS, 2, cols] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
+    """
+    tiles = tl.cdiv(cols, COLS)
+    part = tl.program_id(0) // tiles
+    col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
+    inside = col < cols
+    if BIAS:
+        b = tl.load(gate_bias + col, inside, other=0.0).to(WIDE)
+        if GATED:
+            c = tl.load(up_bias + col, inside, other=0.0).to(WIDE)
+    gate_sum = tl.zeros((ROWS, COLS), WIDE)
+    up_sum = tl.zeros((ROWS, COLS), WIDE)
+    for tile in range(part, tl.cdiv(rows, ROWS), PARTS):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+        mask = (row < rows) & inside
+        dy = tl.load(grad + row * grad_stride + col, mask, other=0.0).to(WIDE)
+        x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
+        if BIAS:
+            x += b
+        y, slope = act_and_grad(x, ACT)
+        if GATED:
+            u = tl.load(up + row * up_stride + col, mask, other=0.0).to(WIDE)
+            if BIAS:
+                u += c
+            du = dy * y
+            dy *= u
+            tl.store(d_up + row * d_up_stride + col, du.to(d_up.dtype.element_ty), mask)
+            if BIAS_GRAD:
+                up_sum += du
+        dx = dy * slope
+        tl.store(d_gate + row * d_gate_stride + col, dx.to(d_gate.dtype.element_ty), mask)
+        if BIAS_GRAD:
+            gate_sum += dx
+    if BIAS_GRAD:
+        column = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)
+        width = cols * 2 if GATED else cols
+        tl.store(partial + part * width + column, tl.sum(gate_sum, 0), column < cols)
+        if GATED:
+            tl.store(partial + part * width + cols + column, tl.sum(up_sum, 0), column < cols)
+
+
+@triton.jit
+def sum_partials_kernel(partial, out, cols, PARTS: tl.constexpr, COLS: tl.constexpr):
+    """out [cols] = partial [PARTS, cols] added up, part by part."""
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((COLS,), partial.dtype.element_ty)
+    for part in range(PARTS):
+        total += tl.load(partial + part * cols + col, col < cols, other=0.0)
+    tl.store(out + col, total.to(out.dtype.element_ty), col < cols)
+
+
+def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """partial [P, N] -> [N], in one fixed order."""
+    parts, cols = partial.shape
+    out = partial.new_empty(cols, dtype=dtype)
+    if cols:
+        sum_partials_kernel[(cdiv(cols, 256),)](partial, out, cols, PARTS=parts, COLS=256)
+    return out
+
+
+def _tiles(features: int, itemsize: int) -> list[Config]:
+    # A warp's row of 16-byte accesses is 32 * 16 bytes; a tile has as many rows as give each thread two to four of them.
+    cols = min(max(features, 16), 512 // itemsize * 2)
+    return [Config(dict(ROWS=max(1, size // cols), COLS=cols), warps) for size, warps in ((4096, 4), (2048, 4), (8192, 8), (4096, 8))]
+
+
+def _sample(features, dtype, device):
+    x, b = torch.randn(4096, features, dtype=dtype, device=device), torch.randn(features, dtype=dtype, device=device)
+    return lambda: bias_act(x, b, "gelu_tanh")
+
+
+def _sample_backward(features, dtype, device):
+    x, b = torch.randn(4096, features, dtype=dtype, device=device), torch.randn(features, dtype=dtype, device=device)
+    return lambda: bias_act_backward(x, x, b, "gelu_tanh", True)
+
+
+FORWARD = Tunable("bias_act", _tiles, _sample)
+BACKWARD = Tunable("bias_act_backward", _tiles, _sample_backward)
+GATED = {"swiglu": "silu", "geglu": "gelu"}
+
+
+def parts_of(rows: int, rows_per_tile: int, columns: int) -> int:
+    """How many programs share a strip of columns: enough to fill a GPU, and so few that the partial sums stay below 5% of the
+    bytes moved. From the shape alone, so that a sum has one order on every device."""
+    return max(1, min(cdiv(rows, max(rows_per_tile, 64)), cdiv(2048, columns)))
+
+
+def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
+    rows, cols = gate.shape
+    if not gate.numel():
+        return
+    config = FORWARD(cols, gate.element_size())
+    grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols, config.blocks["COLS"]),)
+    with on_device([gate]):
+        bias_act_kernel[grid](
+            gate, up, gate_bias, up_bias, out, rows, cols, gate.stride(0), up.stride(0) if up is not None else 0, out.stride(0),
+            ACT=GATED.get(activation, activation), GATED=up is not None, BIAS=gate_bias is not None, WIDE=wide(gate.dtype),
+            **config.options(),
+        )  # fmt: skip
+
+
+def _launch_backward(grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad) -> Tensor | None:
+    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient [cols], or [2 * cols] for gated ones."""
+    rows, cols = gate.shape
+    width = cols * 2 if up is not None else cols
+    dtype = gate_bias.dtype if gate_bias is not None else gate.dtype
+    if not gate.numel():
+        return gate.new_zeros(width, dtype=dtype) if bias_grad else None
+    config = BACKWARD(cols, gate.element_size())
+    columns = cdiv(cols, config.blocks["COLS"])
+    parts = parts_of(rows, config.blocks["ROWS"], columns)
+    partial = gate.new_empty(parts, width, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    with on_device([gate]):
+        bias_act_backward_kernel[(parts * columns,)](
+            grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols, grad.stride(0), gate.stride(0),
+            up.stride(0) if up is not None else 0, d_gate.stride(0), d_up.stride(0) if up is not None else 0,
+            ACT=GATED.get(activation, activation), GATED=up is not None, BIAS=gate_bias is not None, BIAS_GRAD=bias_grad,
+            WIDE=wide(gate.dtype), PARTS=parts, **config.options(),
+        )  # fmt: skip
+        return sum_partials(partial, dtype) if bias_grad else None
+
+
+def _halves(packed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    return packed.chunk(2, -1) if packed is not None else (None, None)
+
+
+def bias_act(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    x = as_rows(input)
+    gate, up = x.chunk(2, -1) if activation in GATED else (x, None)
+    gate_bias, up_bias = _halves(bias) if up is not None else (bias, None)
+    out = input.new_empty(*input.shape[:-1], gate.shape[-1])
+    _launch(gate, up, gate_bias, up_bias, as_rows(out), activation)
+    return out
+
+
+def bias_act_backward(grad: Tensor, input: Tensor, bias: Tensor | None, activation: str, bias_grad: bool) -> list[Tensor]:
+    x, dx = as_rows(input), input.new_empty(input.shape)
+    flat = as_rows(dx)
+    if activation in GATED:
+        (gate, up), (d_gate, d_up), (gate_bias, up_bias) = _halves(x), _halves(flat), _halves(bias)
+    else:
+        gate, up, d_gate, d_up, gate_bias, up_bias = x, None, flat, None, bias, None
+    d_bias = _launch_backward(as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad)
+    return [dx] if d_bias is None else [dx, d_bias]
+
+
+def gated_act(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str) -> Tensor:
+    out = gate.new_empty(gate.shape)
+    _launch(as_rows(gate), as_rows(up), gate_bias, up_bias, as_rows(out), activation)
+    return out
+
+
+def gated_act_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str, bias_grad: bool
+) -> list[Tensor]:
+    d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    d_bias = _launch_backward(
+        as_rows(grad), as_rows(gate), as_rows(up), gate_bias, up_bias, as_rows(d_gate), as_rows(d_up), activation, bias_grad
+    )
+    return [d_gate, d_up] if d_bias is None else [d_gate, d_up, *d_bias.chunk(2)]
+
+
+OPS = {f.__name__: f for f in (bias_act, bias_act_backward, gated_act, gated_act_backward)}
