@@ -6,6 +6,7 @@
 
 #include "overlap/comm.h"
 #include "overlap/linear.h"
+#include "overlap/loss.h"
 
 // Tensor.to(dtype) that shares autocast's cache of weight casts, as nn.Linear does under autocast.
 static at::Tensor autocast_to(const at::Tensor& self, at::ScalarType dtype) {
@@ -27,6 +28,15 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def(
       "column_linear_backward(Tensor[] grad_outputs, Tensor? input, Tensor[] weights, bool input_grad, bool[] weight_grad, "
       "bool[] bias_grad, str group, int chunks, str tag) -> Tensor[]");
+  m.def(
+      "vocab_ce(Tensor logits, Tensor target, int first, int num_classes, int ignore_index, float smoothing, str group, str tag) "
+      "-> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "vocab_linear_ce(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, int first, int num_classes, "
+      "int ignore_index, float smoothing, int chunk_rows, bool input_grad, bool weight_grad, bool bias_grad, str group, str tag) "
+      "-> "
+      "Tensor[]");
   // Fused memory-bound work, no communication: eager implementations in fused/, vectorised ones in cpu/, Triton's in
   // tpkernels/kernels/.
   m.def("bias_act(Tensor input, Tensor? bias, str activation) -> Tensor");
@@ -62,6 +72,8 @@ static void register_engine(torch::Library& m) {
   m.impl("all_gather", &tpkernels::all_gather);
   m.impl("row_linear", &tpkernels::row_linear);
   m.impl("column_linear_backward", &tpkernels::column_linear_backward);
+  m.impl("vocab_ce", &tpkernels::vocab_ce);
+  m.impl("vocab_linear_ce", &tpkernels::vocab_linear_ce);
 }
 
 TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { register_engine(m); }

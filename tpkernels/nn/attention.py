@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..group import resolve_group
+from ..ops.rotary import rotary as rotate
 from ..shard import split_heads
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .region import SplitRegion
@@ -62,13 +63,22 @@ class ParallelSelfAttention(nn.Module):
         summed = [(layer, name) for layer in shared for name in layer.splits]
         self.region = SplitRegion(self, [self.q_proj, self.k_proj, self.v_proj], self.o_proj, summed, group)
 
-    def forward(self, input: Tensor, attn_mask: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """`attn_mask`: as scaled_dot_product_attention's, broadcast over this rank's heads."""
+    def forward(
+        self,
+        input: Tensor,
+        attn_mask: Tensor | None = None,
+        residual: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """`attn_mask`: as scaled_dot_product_attention's, broadcast over this rank's heads. `rotary`: the (cos, sin) of
+        `tpkernels.functional.rotary_tables` for these tokens, for rotary embedding of the queries and keys."""
 
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
         q, k, v = heads(self.q_proj(input)), heads(self.k_proj(input)), heads(self.v_proj(input))
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         y = F.scaled_dot_product_attention(
             q,
             k,

@@ -6,7 +6,9 @@ from torch import Tensor, nn
 
 from ..group import resolve_group
 from .attention import ParallelSelfAttention
+from .dropout import Dropout
 from .mlp import ParallelMLP
+from .norm import LayerNorm, RMSNorm
 
 
 class ParallelTransformerBlock(nn.Module):
@@ -17,7 +19,7 @@ class ParallelTransformerBlock(nn.Module):
     Args:
         hidden_size, num_heads, ffn_size, num_kv_heads: of the whole block; ffn_size None means 4 * hidden_size.
         norm: "layernorm" or "rmsnorm".
-        dropout: of both branches' outputs, the same mask on every rank; attention_dropout: of the attention weights.
+        dropout: of both branches' outputs, the same mask on every rank and at any TP size; attention_dropout: of the attention weights.
 
     Shapes: [batch, tokens, hidden_size] -> the same.
     """
@@ -42,7 +44,7 @@ class ParallelTransformerBlock(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        norms = {"layernorm": nn.LayerNorm, "rmsnorm": nn.RMSNorm}
+        norms = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
         if norm not in norms:
             raise ValueError(f"norm must be one of {', '.join(norms)}, got {norm!r}")
         place = dict(device=device, dtype=dtype)
@@ -51,11 +53,13 @@ class ParallelTransformerBlock(nn.Module):
         self.attention = ParallelSelfAttention(hidden_size, num_heads, num_kv_heads, causal=causal, dropout=attention_dropout, **options)
         self.mlp_norm = norms[norm](hidden_size, eps, **place)
         self.mlp = ParallelMLP(hidden_size, ffn_size if ffn_size is not None else 4 * hidden_size, activation=activation, **options)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
-    def forward(self, input: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, attn_mask: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`attn_mask`, `rotary`: as ParallelSelfAttention's."""
+        x = self.attention_norm(input)
         if self.training and self.dropout.p:
-            x = input + self.dropout(self.attention(self.attention_norm(input), attn_mask))
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
-        x = self.attention(self.attention_norm(input), attn_mask, residual=input)
+            x, stream = self.mlp_norm(self.dropout(self.attention(x, attn_mask, rotary=rotary)), input)
+            return stream + self.dropout(self.mlp(x))
+        x = self.attention(x, attn_mask, residual=input, rotary=rotary)
         return self.mlp(self.mlp_norm(x), residual=x)

@@ -9,7 +9,7 @@ from .. import _C
 from ..group import Group, resolve_group
 from ..ops.activation import GATED, bias_act, check_activation
 from ..ops.comm import gather
-from ..ops.linear import column_linears, row_parallel_linear
+from ..ops.linear import column_linear_act, column_linears, row_parallel_linear
 from ..schedule import check_overlap, choose
 from ..shard import Split
 from .sharded import Sharded
@@ -153,8 +153,10 @@ class ColumnParallelLinear(_ParallelLinear):
         return column_linears(input, [weight], [bias], self.group, self.overlap, self.tag)[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self.linear(input) if self.region is None else self.region.column(self, input)
-        if self.activation is not None:
+        if self.activation is not None and self.region is None:
+            y = column_linear_act(input, *self.weight_and_bias(), self.activation, self.group, self.overlap, self.tag)
+        else:
+            y = self.linear(input) if self.region is None else self.region.column(self, input)
             y = bias_act(y, None, self.activation)
         return gather(y, self.output_split, self.group, "gather_output") if self.gather_output else y
 

@@ -47,14 +47,19 @@ def _log_fake(op: str, tag: str, group: str, buffer: Tensor, chunks: int = 0) ->
     """What the real op writes for `buffer`: a line, or with `chunks` one for each chunk of its rows."""
     if not _C.log_enabled():  # sizes are symbols where dynamic shapes are traced: nothing below is asked of them then
         return
-    nbytes = buffer.numel() * buffer.itemsize
-    if not nbytes or dist.distributed_c10d._resolve_process_group(group).size() == 1:
-        return
-    row_bytes = buffer.shape[-1] * buffer.itemsize if buffer.dim() else nbytes
-    bounds = _C.chunk_bounds(nbytes // row_bytes, chunks, row_bytes) if chunks else (0, 1)
-    chunks = len(bounds) - 1
-    for i in range(chunks):
-        _C.log_write(op, tag, group, nbytes * (bounds[i + 1] - bounds[i]) // bounds[-1], i, chunks)
+    if not chunks:
+        _log_fake_chunk(op, tag, group, buffer, 0, 1)
+    elif buffer.numel():
+        rows = buffer.numel() // buffer.shape[-1]
+        bounds = _C.chunk_bounds(rows, chunks, buffer.shape[-1] * buffer.itemsize)
+        for i, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            _log_fake_chunk(op, tag, group, buffer.view(rows, -1)[begin:end], i, len(bounds) - 1)
+
+
+def _log_fake_chunk(op: str, tag: str, group: str, buffer: Tensor, chunk: int, chunks: int) -> None:
+    """What the real op writes for `buffer`, one of `chunks`: nothing if it is empty or the group's only rank's."""
+    if _C.log_enabled() and buffer.numel() and dist.distributed_c10d._resolve_process_group(group).size() > 1:
+        _C.log_write(op, tag, group, buffer.numel() * buffer.itemsize, chunk, chunks)
 
 
 @torch.library.register_fake("tpkernels::all_reduce_")

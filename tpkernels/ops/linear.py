@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..group import Group, resolve_group
-from ..schedule import check_overlap, choose
+from ..schedule import check_overlap, choose, fuses_activation
 from ..shard import Split
-from .activation import bias_act
+from .activation import GATED, bias_act, check_activation
 from .autocast import autocast
 from .comm import _log_fake, gather, scatter
 
@@ -84,6 +84,42 @@ class _ColumnLinear(torch.autograd.Function):
             for i, grad in zip(wanted, grads, strict=True):
                 out[i] = grad
         return tuple(out)
+
+
+@torch.library.register_fake("tpkernels::column_linear_act")
+def _(input, weight, bias, activation, keep):
+    features = weight.shape[0]
+    out = input.new_empty(*input.shape[:-1], features // 2 if activation in GATED else features)
+    return out, input.new_empty(*input.shape[:-1], features) if keep else input.new_empty(0)
+
+
+class _ColumnLinearAct(torch.autograd.Function):
+    """_ColumnLinear and the activation in its GEMM's epilogue.
+
+    y   = act(x @ w^T + b)        p = x @ w^T is stored too where a gradient is needed, and only there
+    dp  = dy * act'(p + b), db    one pass
+    dx, dw                        of dp, as _ColumnLinear's
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, activation, group, chunks, tag):
+        need_x, need_w = ctx.needs_input_grad[:2]
+        y, pre = _ops.column_linear_act(x, weight, bias, activation, any(ctx.needs_input_grad[:3]))
+        ctx.save_for_backward(x if need_w else None, weight if need_x else None, bias, pre)
+        ctx.activation, ctx.group, ctx.chunks, ctx.tag = activation, group, chunks, tag
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight, bias, pre = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dp, *db = _ops.bias_act_backward(dy, pre, bias, ctx.activation, need_b)
+        grads = []
+        if need_x or need_w:
+            weights, channel = [weight] if need_x else [], ctx.group.channel(ctx.chunks)
+            grads = _ops.column_linear_backward([dp], x, weights, need_x, [need_w], [False], channel, ctx.chunks, ctx.tag)
+        return grads[0] if need_x else None, grads[-1] if need_w else None, db[0] if need_b else None, None, None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -163,6 +199,23 @@ def column_linears(
     return _ColumnLinear.apply(x, group, choose(overlap, _rows(x), group).chunks, tag, *weights, *biases)
 
 
+def column_linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, group: Group, overlap="auto", tag: str = "column_backward"
+) -> Tensor:
+    """act(input @ weight^T + bias): the activation in the GEMM's epilogue where that is expected to win, else in a pass of its own.
+
+    Either way the bias goes with the activation, not with the GEMM: its gradient then comes out of the activation's backward pass.
+    """
+    x, weight, bias = (autocast(t, input.device.type) for t in (input, weight, bias))
+    _check(x, weight, bias, group, "column")
+    rows, record = _rows(x), torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if not fuses_activation(x.device, x.dtype, rows, *weight.shape, record):
+        return bias_act(*column_linears(x, [weight], [None], group, overlap, tag), bias, activation)
+    if not record:
+        return _ops.column_linear_act(x, weight, bias, activation, False)[0]
+    return _ColumnLinearAct.apply(x, weight, bias, activation, group, choose(overlap, rows, group).chunks, tag)
+
+
 def column_parallel_linear(
     input: Tensor,
     weight: Tensor,
@@ -189,10 +242,12 @@ def column_parallel_linear(
         TypeError, ValueError: dtypes or sizes that do not fit, an unknown activation or overlap; before any communication.
     """
     check_overlap(overlap)
+    check_activation(activation)
     group = resolve_group(group)
-    (y,) = column_linears(input, [weight], [bias], group, overlap, tag)
-    if activation is not None:
-        y = bias_act(y, None, activation)
+    if activation is None:
+        (y,) = column_linears(input, [weight], [bias], group, overlap, tag)
+    else:
+        y = column_linear_act(input, weight, bias, activation, group, overlap, tag)
     if gather_output:
         if out_split is None:
             out_split = Split.chunks(y.shape[-1] * group.size, group.size, dim=-1)

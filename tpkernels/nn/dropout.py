@@ -1,0 +1,17 @@
+"""Dropout whose mask is the same at any TP size."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.dropout import dropout
+
+
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout that draws by seed and position; see `tpkernels.functional.dropout`. `inplace` is not supported."""
+
+    def __init__(self, p: float = 0.5):
+        super().__init__(p)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return dropout(input, self.p) if self.training and self.p else input
