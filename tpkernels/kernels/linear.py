@@ -1,0 +1,133 @@
+"""The column-parallel GEMM with bias and activation in its epilogue."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activation import GATED, act
+from .common import Config, Tunable, as_rows, cdiv, on_device
+
+
+@triton.jit
+def _half(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """a[row] @ w[col]^T in float32."""
+    k = tl.arange(0, DEPTH)
+    a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
+    w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, inner, DEPTH):
+        inside = k < inner - start
+        left = tl.load(a_tile, (row < rows)[:, None] & inside[None, :], other=0.0)
+        right = tl.load(w_tile, inside[:, None] & (col < cols)[None, :], other=0.0)
+        total = tl.dot(left, right, total, input_precision=PRECISION)
+        a_tile += DEPTH
+        w_tile += DEPTH
+    return total
+
+
+@triton.jit
+def _halves(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+    """a[row] @ w[col]^T and a[row] @ w[cols + col]^T in float32, a read once."""
+    k = tl.arange(0, DEPTH)
+    a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
+    w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
+    up_tile = w_tile + tl.cast(cols, tl.int64) * w_stride
+    gate = tl.zeros((ROWS, COLS), tl.float32)
+    up = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, inner, DEPTH):
+        inside = k < inner - start
+        mask = inside[:, None] & (col < cols)[None, :]
+        left = tl.load(a_tile, (row < rows)[:, None] & inside[None, :], other=0.0)
+        gate = tl.dot(left, tl.load(w_tile, mask, other=0.0), gate, input_precision=PRECISION)
+        up = tl.dot(left, tl.load(up_tile, mask, other=0.0), up, input_precision=PRECISION)
+        a_tile += DEPTH
+        w_tile += DEPTH
+        up_tile += DEPTH
+    return gate, up
+
+
+@triton.jit
+def column_linear_act_kernel(
+    a, w, bias, out, pre, rows, cols, inner, a_stride, w_stride,
+    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """out [rows, cols] = act(a [rows, inner] @ w^T + bias), w [cols, inner], or [2 cols, inner] for [gate; up].
+
+    pre: the product without bias, as wide as w is long. Tiles of GROUP rows of tiles follow each other column by column, so that
+    those in flight share their operands in L2.
+    """
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    row = (first + pid % (GROUP * across) % height) * ROWS + tl.arange(0, ROWS)
+    col = pid % (GROUP * across) // height * COLS + tl.arange(0, COLS)
+
+    mask = (row < rows)[:, None] & (col < cols)[None, :]
+    at = row[:, None].to(tl.int64) * cols + col[None, :]
+    if GATED:
+        gate, up = _halves(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH)
+        if KEEP:
+            packed = row[:, None].to(tl.int64) * (2 * cols) + col[None, :]
+            tl.store(pre + packed, gate.to(pre.dtype.element_ty), mask)
+            tl.store(pre + packed + cols, up.to(pre.dtype.element_ty), mask)
+        if BIAS:
+            gate += tl.load(bias + col, col < cols, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + cols + col, col < cols, other=0.0).to(tl.float32)[None, :]
+        y = act(gate, ACT) * up
+    else:
+        x = _half(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH)
+        if KEEP:
+            tl.store(pre + at, x.to(pre.dtype.element_ty), mask)
+        if BIAS:
+            x += tl.load(bias + col, col < cols, other=0.0).to(tl.float32)[None, :]
+        y = act(x, ACT)
+    tl.store(out + at, y.to(out.dtype.element_ty), mask)
+
+
+def _candidates(features: int, itemsize: int) -> list[Config]:
+    shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3), (16, 128, 128, 4, 3))
+    if itemsize > 2:  # full precision: as many bytes a tile
+        shapes = ((64, 64, 32, 4, 2), (128, 64, 32, 4, 2))
+    return [Config(dict(ROWS=m, COLS=n, DEPTH=k, GROUP=8), warps, stages) for m, n, k, warps, stages in shapes]
+
+
+def _gated_candidates(features: int, itemsize: int) -> list[Config]:
+    """Half as many columns: a program holds two accumulators."""
+    halved = [Config({**c.blocks, "COLS": c.blocks["COLS"] // 2}, *c[1:]) for c in _candidates(features, itemsize)]
+    return [c for c in halved if c.blocks["COLS"] >= 32]
+
+
+def _sample(features, dtype, device, activation="gelu_tanh"):
+    x, w = torch.randn(4096, features, dtype=dtype, device=device), torch.randn(features, features, dtype=dtype, device=device)
+    return lambda: column_linear_act(x, w, None, activation, True)
+
+
+PLAIN = Tunable("column_linear_act", _candidates, _sample)
+PACKED = Tunable("column_linear_act_gated", _gated_candidates, lambda *args: _sample(*args, activation="swiglu"))
+
+
+def column_linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+    gated = activation in GATED
+    x, w = as_rows(input), as_rows(weight)
+    rows, inner, features = x.shape[0], x.shape[1], w.shape[0]
+    cols = features // 2 if gated else features
+    out = input.new_empty(*input.shape[:-1], cols)
+    pre = input.new_empty(*input.shape[:-1], features) if keep else input.new_empty(0)
+    if rows and cols:
+        config = (PACKED if gated else PLAIN)(cols, x.element_size())
+        blocks = config.blocks
+        with on_device([x]):
+            column_linear_act_kernel[(cdiv(rows, blocks["ROWS"]) * cdiv(cols, blocks["COLS"]),)](
+                x, w, bias, out, pre, rows, cols, inner, x.stride(0), w.stride(0),
+                ACT=GATED.get(activation, activation), GATED=gated, BIAS=bias is not None, KEEP=keep,
+                PRECISION="ieee" if x.element_size() > 2 else "tf32", **config.options(),
+            )  # fmt: skip
+    return out, pre
+
+
+OPS = {"column_linear_act": column_linear_act}
