@@ -12,7 +12,7 @@ use_cuda = torch.version.cuda is not None and CUDA_HOME is not None and os.envir
 if torch.version.cuda is not None and not use_cuda:
     print(f"tpkernels: building without CUDA kernels: torch is for CUDA {torch.version.cuda}, CUDA_HOME={CUDA_HOME}")
 
-sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/overlap/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/overlap/*.cpp") + glob.glob("csrc/fused/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
 if use_cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cu"))
 Extension = CUDAExtension if use_cuda else CppExtension

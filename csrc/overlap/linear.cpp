@@ -1,28 +1,17 @@
 #include "linear.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
+#include "../op.h"
 #include "comm.h"
 
 namespace tpkernels {
 
 namespace {
-
-// The ops record no graph (an autograd.Function wraps them) and have had their inputs cast already.
-struct BelowAutograd {
-  at::AutoDispatchBelowADInplaceOrView below_autograd;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
-
-int64_t rows_of(const at::Tensor& t) { return c10::multiply_integers(t.sizes().begin(), t.sizes().end() - 1); }
-
-at::Tensor as_rows(const at::Tensor& t) { return t.reshape({rows_of(t), t.size(-1)}); }
 
 at::Tensor slice_rows(const at::Tensor& t, const std::vector<int64_t>& bounds, size_t i) {
   return t.narrow(0, bounds[i], bounds[i + 1] - bounds[i]);
