@@ -101,7 +101,9 @@ def extremes():
             options = dict(reduction=reduction, label_smoothing=smoothing)
             assert_close(split_run(logits, target, **options), stock_run(logits, target, **options), **same)
             fine = target.masked_fill((torch.arange(37) == 5) | (torch.arange(37) == 6), -100)
-            assert_close(split_run(logits, fine, **options), stock_run(logits, fine, **options), **same)
+            loss, grad = stock_run(logits, fine, **options)
+            grad[5:7] = 0  # torch's own is NaN for an ignored row of nothing but -inf
+            assert_close(split_run(logits, fine, **options), (loss, grad), **same)
             for tokens in ((6,), (0,), (2, 0)):  # all ignored, none there
                 logits_, ignored = whole_logits(tokens, classes), torch.full(tokens, -100)
                 loss, _ = split_run(logits_, ignored, **options)

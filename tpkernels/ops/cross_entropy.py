@@ -245,6 +245,7 @@ def _check(name, values, width, target, group, classes, label_smoothing, reducti
         raise ValueError(f"target has shape {tuple(target.shape)}, but {name} {tuple(values.shape)} needs {tuple(values.shape[:-1])}")
     sizes = chunk_sizes(classes, group.size)
     if width != sizes[group.rank]:
-        raise ValueError(f"{width} classes on rank {group.rank}, but {classes} split over {group.size} ranks are {sizes}")
+        shard = "weight_shard" if name == "input" else name
+        raise ValueError(f"{shard} has {width} classes on rank {group.rank}, but {classes} split over {group.size} ranks are {sizes}")
     check_integers("target", target)
     return sum(sizes[: group.rank])
