@@ -1,6 +1,6 @@
 """Tensor parallelism for PyTorch whose communication is hidden or cheap."""
 
-import torch as _torch  # noqa: F401  the extension links against its libraries
+import torch as _torch  # the extension links against its libraries
 
 try:
     from . import _C  # noqa: F401
@@ -10,12 +10,15 @@ except ImportError as error:
         "`pip install --no-build-isolation .` with the torch in use"
     ) from error
 
-from . import functional, nn
+from . import functional, kernels, nn
 from .checkpoint import load_unsharded_state_dict, unsharded_gradients, unsharded_state_dict
 from .group import init_mesh
 from .ops.comm import all_reduce_, log_collectives
 from .optim import GradScaler, clip_grad_norm_
 from .parallel import auto_plan, parallelize
+
+if (_torch.version.cuda or _torch.version.hip) and kernels.available():
+    kernels.register()  # without Triton the ops run as a few ATen calls each
 
 __version__ = "0.1.0"
 __all__ = [

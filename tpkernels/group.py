@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import kernels
+
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # what init_mesh made, with its tp group, for group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
 
@@ -96,7 +98,8 @@ def init_mesh(
 
     Starts the default process group from torchrun's variables if there is none, and leaves one that exists as it is. The mesh's
     own groups are new: NCCL on GPUs (with, for chunked schedules, a second one of high stream priority and few CTAs), gloo on
-    CPUs, unless `backend` names another. On GPUs the current device is set from LOCAL_RANK.
+    CPUs, unless `backend` names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel
+    configurations that `kernels.tuning.tune` saved on their first rank's machine, if it did.
 
     Args:
         tp, dp: sizes; tp * dp must be the number of ranks.
@@ -136,6 +139,10 @@ def init_mesh(
     if device == "cuda" and "nccl" in backend and tp > 1:
         _chunked_groups[tp_group.group_name] = new_groups(ranks, _chunked_nccl_options)
     mesh = DeviceMesh.from_group([dp_group, tp_group], device, ranks, mesh_dim_names=("dp", "tp"))
+    if device == "cuda" and kernels.available():
+        from .kernels import tuning  # imports Triton
+
+        tuning.load(tp_group)
     _meshes[:] = [made for made in _meshes if _alive(made[1])] + [(mesh, tp_group)]
     return mesh
 
