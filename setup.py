@@ -1,6 +1,7 @@
 """Builds tpkernels._C: against a CPU torch, or against a CUDA torch where its toolkit is installed. No GPU is asked for."""
 
 import glob
+import importlib.util
 import os
 
 import torch
@@ -17,11 +18,20 @@ if use_cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cu"))
 Extension = CUDAExtension if use_cuda else CppExtension
 
+
+def nvtx_headers():
+    """Of the nvidia-nvtx wheel, for builds without a CUDA toolkit, which has its own. Where there are none the ranges are left out."""
+    packages = importlib.util.find_spec("nvidia")
+    folders = packages.submodule_search_locations if packages else []
+    return [root for folder in folders for root in glob.glob(f"{folder}/*/include") if os.path.exists(f"{root}/nvtx3/nvToolsExt.h")][:1]
+
+
 setup(
     ext_modules=[
         Extension(
             "tpkernels._C",
             sources,
+            include_dirs=[] if use_cuda else nvtx_headers(),
             extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "--extended-lambda"]},
             define_macros=[("USE_C10D_GLOO", None)],
         )

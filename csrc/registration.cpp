@@ -7,6 +7,7 @@
 #include "overlap/comm.h"
 #include "overlap/linear.h"
 #include "overlap/loss.h"
+#include "overlap/ranges.h"
 
 // Tensor.to(dtype) that shares autocast's cache of weight casts, as nn.Linear does under autocast.
 static at::Tensor autocast_to(const at::Tensor& self, at::ScalarType dtype) {
@@ -81,6 +82,8 @@ TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) { register_engine(m); }
 
 PYBIND11_MODULE(_C, m) {
   m.def("chunk_bounds", &tpkernels::chunk_bounds, pybind11::arg("rows"), pybind11::arg("chunks"), pybind11::arg("row_bytes"));
+  m.def("range_push", &tpkernels::range_push);
+  m.def("range_pop", &tpkernels::range_pop);
   m.def("log_start", &tpkernels::log_start);
   m.def("log_enabled", &tpkernels::log_enabled);
   m.def("log_write", [](std::string op, std::string tag, std::string group, int64_t bytes, int64_t chunk, int64_t chunks) {

@@ -309,15 +309,16 @@ SOURCES = ("comm.cpp", "linear.cpp")
 
 
 def engine_text(name: str, seen: set[str], system: dict[str, None]) -> str:
-    """A source with its own headers in their places; other headers are collected in `system`."""
+    """A source with its own headers in their places; other headers, but for those inside an #if, are collected in `system`."""
     seen.add(name)
-    text = ""
+    text, conditional = "", False
     for line in (ROOT / "csrc/overlap" / name).read_text().splitlines(keepends=True):
         if own := re.match(r'#include "(.+)"', line):
             text += "" if own[1] in seen else engine_text(own[1], seen, system)
-        elif line.startswith("#include"):
+        elif line.startswith("#include") and not conditional:
             system[line] = None
         elif not line.startswith("#pragma once"):
+            conditional = line.startswith("#if") or (conditional and not line.startswith("#endif"))
             text += line
     return text
 

@@ -42,8 +42,16 @@ void log_write(Collective entry) {
   if (logging) log_entries.push_back(std::move(entry));
 }
 
-Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_)
-    : group(c10d::resolve_process_group(group_name)), name(group_name), tag(std::move(tag_)), chunks(chunks_) {}
+Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_, const char* pipeline_)
+    : group(c10d::resolve_process_group(group_name)),
+      name(group_name),
+      tag(std::move(tag_)),
+      chunks(chunks_),
+      pipeline(pipeline_) {}
+
+std::string Channel::wait_name(int64_t chunk) const {
+  return ranges_enabled() ? range_name(range_of(), "wait", chunk, pipeline ? chunks : 0) : std::string();
+}
 
 void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const {
   const char* debug = std::getenv("TPKERNELS_DEBUG");
@@ -77,8 +85,9 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
   options.reduceOp = std::move(op);
   options.asyncOp = true;  // NCCL runs a synchronous one on the compute stream, where nothing can overlap it
   std::vector<at::Tensor> tensors{buffer};
+  const auto launch = range("all_reduce", chunk);
   auto work = group->allreduce(tensors, options);
-  return {std::move(work), std::move(tensors)};
+  return {std::move(work), std::move(tensors), wait_name(chunk)};
 }
 
 Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) const {
@@ -88,8 +97,9 @@ Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) cons
   c10d::AllgatherOptions options;
   options.asyncOp = true;
   auto flat_out = out.view({-1}), flat_shard = shard.view({-1});
+  const auto launch = range("all_gather");
   auto work = group->_allgather_base(flat_out, flat_shard, options);
-  return {std::move(work), {flat_out, flat_shard}};
+  return {std::move(work), {flat_out, flat_shard}, wait_name(0)};
 }
 
 at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }

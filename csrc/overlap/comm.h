@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "ranges.h"
+
 namespace tpkernels {
 
 // One line of the collective log; `chunk` of `chunks` is 0 of 1 for a collective that is not chunked.
@@ -29,8 +31,9 @@ void log_write(Collective entry);
 class Pending {
  public:
   Pending() = default;
-  Pending(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors)
-      : tensors_(std::move(tensors)), work_(std::move(work)) {}
+  // `wait_name`: of the wait's range; empty where no profiler is attached.
+  Pending(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors, std::string wait_name)
+      : wait_name_(std::move(wait_name)), tensors_(std::move(tensors)), work_(std::move(work)) {}
   Pending(Pending&&) = default;
   Pending& operator=(Pending&&) = delete;
   ~Pending() {
@@ -40,22 +43,25 @@ class Pending {
     }
   }
   void wait() {
+    const Range range(std::exchange(wait_name_, {}));
     auto work = std::move(work_);
     if (work) work->wait();
     tensors_.clear();
   }
 
  private:
+  std::string wait_name_;
   std::vector<at::Tensor> tensors_;  // held until the wait: an unfinished collective still writes to them
   c10::intrusive_ptr<c10d::Work> work_;
 };
 
-// Where a collective runs and what the log calls it.
+// Where a collective runs and what the log calls it. A profiler calls it by `pipeline`, with its chunk, or else by the tag.
 struct Channel {
-  Channel(const std::string& group, std::string tag, int64_t chunks = 1);
+  Channel(const std::string& group, std::string tag, int64_t chunks = 1, const char* pipeline = nullptr);
   c10::intrusive_ptr<c10d::ProcessGroup> group;
   std::string name, tag;
   int64_t chunks;
+  const char* pipeline;
 
   int rank() const { return group->getRank(); }
   int size() const { return group->getSize(); }
@@ -63,8 +69,12 @@ struct Channel {
   Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0, c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
   // Concatenates every rank's `shard` into `out` [size, *shard.shape].
   Pending all_gather(const at::Tensor& out, const at::Tensor& shard) const;
+  // A profiler's range around a step of chunk `chunk`, such as its GEMM.
+  Range range(const char* step, int64_t chunk = 0) const { return {range_of(), step, chunk, pipeline ? chunks : 0}; }
 
  private:
+  std::string_view range_of() const { return pipeline ? std::string_view(pipeline) : std::string_view(tag); }
+  std::string wait_name(int64_t chunk) const;
   // With TPKERNELS_DEBUG=1 the ranks tell each other what they are about to do, and all raise where they differ.
   void check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const;
 };

@@ -35,7 +35,7 @@ at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const s
   auto out = empty_comm_buffer({x.size(0), weight.size(0)}, input.options());
   const auto bounds = chunk_bounds(x.size(0), chunks, weight.size(0) * input.element_size());
   const size_t count = bounds.size() - 1;
-  const Channel channel(group, tag, count);
+  const Channel channel(group, tag, count, "row");
   // Without a residual pass to ride on, the bias enters the sum through the first rank's GEMM.
   const bool gemm_adds_bias = bias && !residual && channel.rank() == 0;
 
@@ -43,10 +43,13 @@ at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const s
   pending.reserve(count);
   for (size_t i = 0; i < count; i++) {
     auto slice = slice_rows(out, bounds, i), x_i = slice_rows(x, bounds, i);
-    if (gemm_adds_bias) {
-      at::addmm_out(slice, *bias, x_i, weight_t);
-    } else {
-      at::mm_out(slice, x_i, weight_t);
+    {
+      const auto range = channel.range("gemm", i);
+      if (gemm_adds_bias) {
+        at::addmm_out(slice, *bias, x_i, weight_t);
+      } else {
+        at::mm_out(slice, x_i, weight_t);
+      }
     }
     pending.push_back(channel.all_reduce(slice, i));
   }
@@ -55,6 +58,7 @@ at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const s
   for (size_t i = 0; i < count; i++) {
     pending[i].wait();
     if (!rest) continue;
+    const auto range = channel.range("epilogue", i);
     auto slice = slice_rows(out, bounds, i), rest_i = slice_rows(*rest, bounds, i);
     if (bias) {
       add_bias_residual_(slice, *bias, rest_i);
@@ -74,6 +78,7 @@ at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int6
   if (weight.size(0) == 0) {
     out.zero_();
   } else {
+    const Range range(tag, "lookup");
     at::index_select_out(out, weight, 0, local.masked_fill_(outside, 0));
     out.masked_fill_(outside.unsqueeze(1), 0);
   }
@@ -97,12 +102,15 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, cons
     auto dx = empty_comm_buffer({rows, features}, dys[0].options());
     const auto bounds = chunk_bounds(rows, chunks, features * dx.element_size());
     const size_t count = bounds.size() - 1;
-    const Channel channel(group, tag, count);
+    const Channel channel(group, tag, count, "column");
     pending.reserve(count);
     for (size_t i = 0; i < count; i++) {
       auto slice = slice_rows(dx, bounds, i);
-      at::mm_out(slice, slice_rows(dys[0], bounds, i), weights[0]);
-      for (size_t j = 1; j < dys.size(); j++) slice.addmm_(slice_rows(dys[j], bounds, i), weights[j]);
+      {
+        const auto range = channel.range("gemm", i);
+        at::mm_out(slice, slice_rows(dys[0], bounds, i), weights[0]);
+        for (size_t j = 1; j < dys.size(); j++) slice.addmm_(slice_rows(dys[j], bounds, i), weights[j]);
+      }
       pending.push_back(channel.all_reduce(slice, i));
     }
     auto shape = grad_outputs[0].sizes().vec();
@@ -110,10 +118,13 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, cons
     grads.push_back(dx.view(shape));
   }
   const auto x = input ? as_rows(*input) : at::Tensor();
-  for (size_t j = 0; j < dys.size(); j++)  // under the last chunks' all-reduces
-    if (weight_grad[j]) grads.push_back(at::mm(dys[j].t(), x));
-  for (size_t j = 0; j < dys.size(); j++)
-    if (bias_grad[j]) grads.push_back(dys[j].sum(0));
+  {
+    const Range range("column", "wgrad");
+    for (size_t j = 0; j < dys.size(); j++)  // under the last chunks' all-reduces
+      if (weight_grad[j]) grads.push_back(at::mm(dys[j].t(), x));
+    for (size_t j = 0; j < dys.size(); j++)
+      if (bias_grad[j]) grads.push_back(dys[j].sum(0));
+  }
   for (auto& p : pending) p.wait();
   return grads;
 }
