@@ -33,6 +33,24 @@ def demo(
 
 
 @app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="An SQLite export of Nsight Systems, or a .json[.gz] trace of torch.profiler.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+) -> None:
+    """How much of a recorded trace's communication ran under computation."""
+    from .profiling.trace import print_report, read_trace, report
+
+    try:
+        result = report(*read_trace(file))
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=2) + "\n")
+    except (OSError, ValueError) as error:
+        Console(stderr=True).print(f"tpkernels trace: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    print_report(result, Console())
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What tpkernels runs on here: versions, devices, transports. For bug reports."""
     import torch
