@@ -115,7 +115,7 @@ def test_the_command_prints_and_writes_the_figures(tmp_path):
     run = trace(path, "--json", tmp_path / "out.json")
     assert run.exit_code == 0, run.output
     assert json.loads((tmp_path / "out.json").read_text()) == report(*read_trace(path))
-    assert "33.3%" in run.output and "25.9%" in run.output and "no collectives" in run.output
+    assert "collective" in run.output and "33.3%" in run.output and "25.9%" in run.output and "no collectives" in run.output
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])

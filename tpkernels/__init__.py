@@ -10,7 +10,7 @@ except ImportError as error:
         "`pip install --no-build-isolation .` with the torch in use"
     ) from error
 
-from . import functional, kernels, nn
+from . import functional, kernels, nn, profiling
 from .checkpoint import load_unsharded_state_dict, unsharded_gradients, unsharded_state_dict
 from .group import init_mesh
 from .ops.comm import all_reduce_, log_collectives
@@ -32,6 +32,7 @@ __all__ = [
     "log_collectives",
     "nn",
     "parallelize",
+    "profiling",
     "unsharded_gradients",
     "unsharded_state_dict",
 ]

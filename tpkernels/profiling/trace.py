@@ -189,7 +189,7 @@ def _read_chrome(path: Path) -> list[Kernel]:
 
 def print_report(result: dict[str, Any], console: Console) -> None:
     if result["ranges"]:
-        table = _table("Ranges on the host (a GPU's launches, not what they ran)", "range", "count", "ms")
+        table = _table("Ranges on the host", "range", "count", "ms")
         for r in result["ranges"]:
             table.add_row(escape(r["name"]), str(r["count"]), _ms(r["total_ns"]))
         console.print(table)
@@ -216,7 +216,7 @@ def _ms(ns: int) -> str:
 
 def _table(title: str, name: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(name, overflow="ellipsis", no_wrap=True)  # kernels' names fill screens
+    table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=48)  # kernels' names fill screens
     for column in columns:
         table.add_column(column, justify="right")
     return table
