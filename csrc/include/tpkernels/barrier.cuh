@@ -1,0 +1,44 @@
+// How the ranks' blocks wait for one another: flags in peer memory, counted in epochs. docs/device-kernels.md argues the protocol.
+#pragma once
+
+#include "platform.cuh"
+
+namespace tpkernels {
+
+constexpr int kMaxRanks = 8;
+constexpr int kMaxBlocks = 36;
+constexpr int kThreads = 512;
+
+// A rank's symmetric buffer is [flags | half 0 | half 1]; flag [lane][p] is written by rank p's block `lane` and zero at first.
+constexpr size_t kFlagBytes = (kMaxBlocks * kMaxRanks * sizeof(uint32_t) + 127) / 128 * 128;
+
+// Every launch takes two epochs, one-shot too though it has one barrier: so the second bit is the count of launches modulo 2.
+constexpr uint32_t kEpochsPerLaunch = 2;
+
+// Offset of the half that a launch uses. The other one may still be read by peers that are in the launch before.
+__device__ __forceinline__ size_t half_offset(uint32_t epoch, size_t half_bytes) {
+  return kFlagBytes + (epoch / kEpochsPerLaunch % 2) * half_bytes;
+}
+
+// All threads of block b of every rank call it with the same epoch. What all of them wrote before is visible to all of them after.
+// A flag only grows, modulo 2^32: a fast peer that has already signalled its next epoch satisfies this wait too.
+template <int kRanks>
+__device__ __forceinline__ void barrier(char* const* peers, int rank, uint32_t epoch) {
+  __syncthreads();
+  if (threadIdx.x < kRanks) {
+    const int peer = threadIdx.x, lane = blockIdx.x * kMaxRanks;
+    store_release(reinterpret_cast<uint32_t*>(peers[peer]) + lane + rank, epoch);
+    uint32_t* seen = reinterpret_cast<uint32_t*>(peers[rank]) + lane + peer;
+    while (static_cast<int32_t>(load_acquire(seen) - epoch) < 0) spin();
+  }
+  __syncthreads();
+}
+
+// Block b also moves the lanes that this grid does not have, so that the next launch, whatever its grid, finds one epoch everywhere.
+// To be called after a barrier: all threads have read the block's epoch by then.
+__device__ __forceinline__ void advance_epochs(uint32_t* epochs, uint32_t epoch) {
+  const int lane = blockIdx.x + threadIdx.x * gridDim.x;
+  if (lane < kMaxBlocks) epochs[lane] = epoch + kEpochsPerLaunch;
+}
+
+}  // namespace tpkernels

@@ -1,0 +1,75 @@
+// What nvcc and the CPU (tests/device/simt) spell differently: nothing else in these headers asks which of the two compiles it.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+#ifndef __CUDACC__
+#include "simt.h"
+#endif
+
+namespace tpkernels {
+
+// A release makes what this thread wrote, and what it knows of from a __syncthreads, visible to who acquires it: on this GPU, on
+// another one of the node, hence the system's scope. A plain store, unlike an atomic, needs no native peer atomics.
+__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+#ifdef __CUDACC__
+  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+#else
+  __atomic_store_n(flag, value, __ATOMIC_RELEASE);
+  simt::stored();
+#endif
+}
+
+__device__ __forceinline__ uint32_t load_acquire(uint32_t* flag) {
+#ifdef __CUDACC__
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+#else
+  return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
+#endif
+}
+
+// In a loop that waits for a flag.
+__device__ __forceinline__ void spin() {
+#ifndef __CUDACC__
+  simt::wait_for_store();
+#endif
+}
+
+// All reads of tensors and of peers' memory. On the host the const is cast away because GCC's ThreadSanitizer does not look at reads
+// through pointers to const; on the GPU these are plain loads, never ld.global.nc: a peer writes what they read.
+template <typename V>
+__device__ __forceinline__ V load(const V* address) {
+#ifdef __CUDACC__
+  return *address;
+#else
+  simt::preempt();
+  return *const_cast<V*>(address);
+#endif
+}
+
+template <typename V>
+__device__ __forceinline__ void store(V* address, const V& value) {
+#ifndef __CUDACC__
+  simt::preempt();
+#endif
+  *address = value;
+}
+
+// The block's shared memory. Each <V, kSize> is one array, whoever asks for it.
+template <typename V, int kSize>
+__device__ __forceinline__ V* shared_array() {
+#ifdef __CUDACC__
+  __shared__ V array[kSize];
+  return array;
+#else
+  static char key;
+  return static_cast<V*>(simt::shared_memory(&key, sizeof(V) * kSize));
+#endif
+}
+
+}  // namespace tpkernels
