@@ -31,7 +31,7 @@ setup(
         Extension(
             "tpkernels._C",
             sources,
-            include_dirs=[] if use_cuda else nvtx_headers(),
+            include_dirs=[os.path.abspath("csrc/include"), *([] if use_cuda else nvtx_headers())],
             extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "--extended-lambda"]},
             define_macros=[("USE_C10D_GLOO", None)],
         )

@@ -27,6 +27,9 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def("all_gather(Tensor self, str group, str tag) -> Tensor");
   m.def("row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, str tag) -> Tensor");
   m.def(
+      "row_linear_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor norm_weight, float eps, str group, "
+      "int chunks, str tag) -> (Tensor, Tensor)");
+  m.def(
       "column_linear_backward(Tensor[] grad_outputs, Tensor? input, Tensor[] weights, bool input_grad, bool[] weight_grad, "
       "bool[] bias_grad, str group, int chunks, str tag) -> Tensor[]");
   m.def(
@@ -38,6 +41,10 @@ TORCH_LIBRARY(tpkernels, m) {
       "int ignore_index, float smoothing, int chunk_rows, bool input_grad, bool weight_grad, bool bias_grad, str group, str tag) "
       "-> "
       "Tensor[]");
+  m.def(
+      "open_peer_memory(str group, Tensor buffer, int peers, int multicast, int rank, int size, int half_bytes, int "
+      "one_shot_bytes) "
+      "-> ()");
   // Fused memory-bound work, no communication: eager implementations in fused/, vectorised ones in cpu/, Triton's in
   // tpkernels/kernels/.
   m.def("bias_act(Tensor input, Tensor? bias, str activation) -> Tensor");
@@ -72,6 +79,7 @@ static void register_engine(torch::Library& m) {
   m.impl("vocab_embedding", &tpkernels::vocab_embedding);
   m.impl("all_gather", &tpkernels::all_gather);
   m.impl("row_linear", &tpkernels::row_linear);
+  m.impl("row_linear_rms_norm", &tpkernels::row_linear_rms_norm);
   m.impl("column_linear_backward", &tpkernels::column_linear_backward);
   m.impl("vocab_ce", &tpkernels::vocab_ce);
   m.impl("vocab_linear_ce", &tpkernels::vocab_linear_ce);
@@ -84,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("chunk_bounds", &tpkernels::chunk_bounds, pybind11::arg("rows"), pybind11::arg("chunks"), pybind11::arg("row_bytes"));
   m.def("range_push", &tpkernels::range_push);
   m.def("range_pop", &tpkernels::range_pop);
+  m.def("peer_buffer_bytes", [](int64_t half_bytes) { return tpkernels::peer_buffer_bytes(half_bytes); });
+  m.def("close_peer_memory", [](const std::string& group) { tpkernels::set_peer_memory(group, nullptr); });
   m.def("log_start", &tpkernels::log_start);
   m.def("log_enabled", &tpkernels::log_enabled);
   m.def("log_write", [](std::string op, std::string tag, std::string group, int64_t bytes, int64_t chunk, int64_t chunks) {

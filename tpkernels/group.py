@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import kernels
+from .peer_memory import open_peer_memory, peer_memory
 
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # what init_mesh made, with its tp group, for group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
@@ -27,11 +28,13 @@ class Group:
         size, rank: of the group and of the caller in it.
         name: by which C++ finds the group (`c10d::resolve_process_group`).
         device_type: "cpu" or "cuda".
+        peers: what its small all-reduces run on instead of NCCL, if anything.
     """
 
     def __init__(self, pg: ProcessGroup, device_type: str, mesh: DeviceMesh | None = None):
         self.pg, self.device_type, self._mesh = pg, device_type, mesh
         self.size, self.rank, self.name = pg.size(), pg.rank(), pg.group_name
+        self.peers = peer_memory(pg)
         chunked = _chunked_groups.get(pg.group_name)
         chunked = chunked if _alive(chunked) else None
         # A second communicator (high stream priority, few CTAs) for chunked schedules on NCCL. The two are never in flight at
@@ -97,8 +100,8 @@ def init_mesh(
     """A DeviceMesh ("dp", "tp") of dp * tp ranks, tp innermost, so that a TP group's ranks are neighbours on one node.
 
     Starts the default process group from torchrun's variables if there is none, and leaves one that exists as it is. The mesh's
-    own groups are new: NCCL on GPUs (with, for chunked schedules, a second one of high stream priority and few CTAs), gloo on
-    CPUs, unless `backend` names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel
+    own groups are new: NCCL on GPUs (with, for chunked schedules, a second one of high stream priority and few CTAs, and for small
+    all-reduces the GPUs' peer memory where they have access to it; where not, a warning says why), gloo on CPUs, unless `backend` names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel
     configurations that `kernels.tuning.tune` saved on their first rank's machine, if it did.
 
     Args:
@@ -138,6 +141,7 @@ def init_mesh(
     tp_group, dp_group = new_groups(ranks), new_groups(ranks.t())
     if device == "cuda" and "nccl" in backend and tp > 1:
         _chunked_groups[tp_group.group_name] = new_groups(ranks, _chunked_nccl_options)
+        open_peer_memory(tp_group, torch.device("cuda", torch.cuda.current_device()))
     mesh = DeviceMesh.from_group([dp_group, tp_group], device, ranks, mesh_dim_names=("dp", "tp"))
     if device == "cuda" and kernels.available():
         from .kernels import tuning  # imports Triton

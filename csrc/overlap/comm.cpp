@@ -13,6 +13,7 @@
 #include <sstream>
 #include <string_view>
 #include <torch/csrc/distributed/c10d/GroupRegistry.hpp>
+#include <unordered_map>
 
 namespace tpkernels {
 
@@ -42,12 +43,33 @@ void log_write(Collective entry) {
   if (logging) log_entries.push_back(std::move(entry));
 }
 
+namespace {
+std::mutex peers_mutex;
+std::unordered_map<std::string, std::shared_ptr<PeerMemory>> peer_memories;
+}  // namespace
+
+std::shared_ptr<PeerMemory> find_peer_memory(const std::string& group) {
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  const auto found = peer_memories.find(group);
+  return found == peer_memories.end() ? nullptr : found->second;
+}
+
+void set_peer_memory(const std::string& group, std::shared_ptr<PeerMemory> memory) {
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  if (memory) {
+    peer_memories[group] = std::move(memory);
+  } else {
+    peer_memories.erase(group);
+  }
+}
+
 Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_, const char* pipeline_)
     : group(c10d::resolve_process_group(group_name)),
       name(group_name),
       tag(std::move(tag_)),
       chunks(chunks_),
-      pipeline(pipeline_) {}
+      pipeline(pipeline_),
+      peers(find_peer_memory(group_name)) {}
 
 std::string Channel::wait_name(int64_t chunk) const {
   return ranges_enabled() ? range_name(range_of(), "wait", chunk, pipeline ? chunks : 0) : std::string();
@@ -76,8 +98,19 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
   TORCH_CHECK(same, "the ranks of group ", name, " are about to run different collectives:", report.str());
 }
 
+void Channel::all_reduce_now(const at::Tensor& buffer, const Epilogue& epilogue) const {
+  check_agreement("all_reduce", buffer, 0);
+  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), 0, 1});
+  const auto launch = range("all_reduce");
+  peers->all_reduce_(buffer, epilogue);
+}
+
 Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
   if (size() == 1) return {};
+  if (op == c10d::ReduceOp::SUM && fits_peers(buffer.view({1, -1}))) {
+    all_reduce_now(buffer.view({1, -1}), {});
+    return {};
+  }
   check_agreement("all_reduce", buffer, chunk);
   if (buffer.numel() == 0) return {};
   if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});

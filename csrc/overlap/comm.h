@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "peer.h"
 #include "ranges.h"
 
 namespace tpkernels {
@@ -62,11 +63,16 @@ struct Channel {
   std::string name, tag;
   int64_t chunks;
   const char* pipeline;
+  std::shared_ptr<PeerMemory> peers;
 
   int rank() const { return group->getRank(); }
   int size() const { return group->getSize(); }
   // Sums (or takes the maximum of) a contiguous `buffer` over the group, in place. Nothing is in flight on a group of one.
   Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0, c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
+  // Whether all_reduce_now takes `buffer` [M, N].
+  bool fits_peers(const at::Tensor& buffer) const { return peers && chunks == 1 && buffer.numel() && peers->takes(buffer); }
+  // The same sum through the group's peer memory, with what follows it in the same kernel; nothing is in flight afterwards.
+  void all_reduce_now(const at::Tensor& buffer, const Epilogue& epilogue) const;
   // Concatenates every rank's `shard` into `out` [size, *shard.shape].
   Pending all_gather(const at::Tensor& out, const at::Tensor& shard) const;
   // A profiler's range around a step of chunk `chunk`, such as its GEMM.

@@ -2,6 +2,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
@@ -24,11 +25,19 @@ void add_bias_residual_(const at::Tensor& out, const at::Tensor& bias, const at:
   op.call(out, bias, residual);
 }
 
-}  // namespace
+at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("tpkernels::norm", "")
+                       .typed<std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
+                           const at::Tensor&, const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                           const std::optional<at::Tensor>&, double, bool)>();
+  return std::get<0>(op.call(input, std::nullopt, weight, std::nullopt, eps, true));
+}
 
-at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag) {
-  BelowAutograd guard;
+// row_linear; where its all-reduce takes the epilogue along, `normed` of that is written too.
+at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+               const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag,
+               Epilogue& epilogue) {
   auto x = as_rows(input), weight_t = weight.t();
   auto shape = input.sizes().vec();
   shape.back() = weight.size(0);
@@ -37,7 +46,8 @@ at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const s
   const size_t count = bounds.size() - 1;
   const Channel channel(group, tag, count, "row");
   // Without a residual pass to ride on, the bias enters the sum through the first rank's GEMM.
-  const bool gemm_adds_bias = bias && !residual && channel.rank() == 0;
+  const bool small = channel.fits_peers(out);
+  const bool gemm_adds_bias = bias && !residual && !small && channel.rank() == 0;
 
   std::vector<Pending> pending;
   pending.reserve(count);
@@ -50,6 +60,13 @@ at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const s
       } else {
         at::mm_out(slice, x_i, weight_t);
       }
+    }
+    if (small) {  // one chunk, summed with its epilogue in one kernel
+      if (bias) epilogue.bias = *bias;
+      if (residual) epilogue.residual = as_rows(*residual).contiguous();
+      if (epilogue.weight.defined()) epilogue.normed = at::empty_like(out);
+      channel.all_reduce_now(slice, epilogue);
+      return out.view(shape);
     }
     pending.push_back(channel.all_reduce(slice, i));
   }
@@ -67,6 +84,29 @@ at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const s
     }
   }
   return out.view(shape);
+}
+
+}  // namespace
+
+at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag) {
+  BelowAutograd guard;
+  Epilogue epilogue;
+  return row(input, weight, bias, residual, group, chunks, tag, epilogue);
+}
+
+std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input, const at::Tensor& weight,
+                                                       const std::optional<at::Tensor>& bias,
+                                                       const std::optional<at::Tensor>& residual, const at::Tensor& norm_weight,
+                                                       double eps, const std::string& group, int64_t chunks,
+                                                       const std::string& tag) {
+  BelowAutograd guard;
+  Epilogue epilogue;
+  epilogue.weight = norm_weight.to(weight.scalar_type());
+  epilogue.eps = eps;
+  auto sum = row(input, weight, bias, residual, group, chunks, tag, epilogue);
+  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};
+  return {sum, rms_norm(sum, norm_weight, eps)};
 }
 
 at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t first, const std::string& group,

@@ -6,6 +6,7 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 namespace tpkernels {
@@ -13,6 +14,14 @@ namespace tpkernels {
 // sum over ranks of input [..., K/n] @ weight [N, K/n]^T, + bias [N] + residual [..., N]
 at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                       const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag);
+
+// row_linear and the RMSNorm of its result: (result, result * rsqrt(mean(result^2) + eps) * norm_weight). No gradient is prepared
+// for.
+std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input, const at::Tensor& weight,
+                                                       const std::optional<at::Tensor>& bias,
+                                                       const std::optional<at::Tensor>& residual, const at::Tensor& norm_weight,
+                                                       double eps, const std::string& group, int64_t chunks,
+                                                       const std::string& tag);
 
 // Rows of a table split by vocabulary: this rank holds rows first .. first + weight.size(0); others' ids give zeros to the sum.
 at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int64_t first, const std::string& group,

@@ -9,6 +9,7 @@ from ..group import resolve_group
 from ..ops.rotary import rotary as rotate
 from ..shard import split_heads
 from .linear import ColumnParallelLinear, RowParallelLinear
+from .norm import RMSNorm
 from .region import SplitRegion
 
 
@@ -69,9 +70,11 @@ class ParallelSelfAttention(nn.Module):
         attn_mask: Tensor | None = None,
         residual: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
+        norm: RMSNorm | None = None,
+    ):
         """`attn_mask`: as scaled_dot_product_attention's, broadcast over this rank's heads. `rotary`: the (cos, sin) of
-        `tpkernels.functional.rotary_tables` for these tokens, for rotary embedding of the queries and keys."""
+        `tpkernels.functional.rotary_tables` for these tokens, for rotary embedding of the queries and keys. `norm`: as
+        RowParallelLinear's."""
 
         def heads(x: Tensor) -> Tensor:
             return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
@@ -88,4 +91,4 @@ class ParallelSelfAttention(nn.Module):
             is_causal=self.causal and attn_mask is None,
             enable_gqa=q.shape[1] != k.shape[1],
         )
-        return self.o_proj(y.transpose(1, 2).flatten(2), residual)
+        return self.o_proj(y.transpose(1, 2).flatten(2), residual, norm)

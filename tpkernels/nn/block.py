@@ -61,5 +61,9 @@ class ParallelTransformerBlock(nn.Module):
         if self.training and self.dropout.p:
             x, stream = self.mlp_norm(self.dropout(self.attention(x, attn_mask, rotary=rotary)), input)
             return stream + self.dropout(self.mlp(x))
-        x = self.attention(x, attn_mask, residual=input, rotary=rotary)
-        return self.mlp(self.mlp_norm(x), residual=x)
+        if isinstance(self.mlp_norm, RMSNorm):
+            normed, x = self.attention(x, attn_mask, residual=input, rotary=rotary, norm=self.mlp_norm)
+        else:
+            x = self.attention(x, attn_mask, residual=input, rotary=rotary)
+            normed = self.mlp_norm(x)
+        return self.mlp(normed, residual=x)

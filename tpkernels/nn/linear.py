@@ -12,6 +12,7 @@ from ..ops.comm import gather
 from ..ops.linear import column_linear_act, column_linears, row_parallel_linear
 from ..schedule import check_overlap, choose
 from ..shard import Split
+from .norm import RMSNorm
 from .sharded import Sharded
 
 
@@ -53,14 +54,14 @@ class _ParallelLinear(Sharded, nn.Module):
             self.fill("bias", stock.bias)
 
     def _explain(self, rows: int, features: int, when: str) -> str:
-        schedule = choose(self.overlap, rows, self.group)
         row_bytes = features * self.weight.element_size()
+        schedule = choose(self.overlap, rows, row_bytes, self.group)
         bounds = _C.chunk_bounds(rows, schedule.chunks, row_bytes)
         sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
         lines = [
             f"{self}",
             f"{when}: one all-reduce of [{rows}, {features}] {self.weight.dtype}, {rows * row_bytes:,} bytes, over {self.group.size} ranks",
-            f"schedule: {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {', '.join(map(str, sizes))} rows",
+            f"schedule: {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {', '.join(map(str, sizes))} rows, over {schedule.transport}",
             f"why: {schedule.reason}",
         ]
         if self.group.device_type == "cuda" and not self.group.has_chunked_group:
@@ -233,7 +234,8 @@ class RowParallelLinear(_ParallelLinear):
         new.put("bias", bias, None)
         return new
 
-    def forward(self, input: Tensor, residual: Tensor | None = None):
+    def forward(self, input: Tensor, residual: Tensor | None = None, norm: RMSNorm | None = None):
+        """With `norm` returns (norm(output), output), in one pass where that is possible."""
         if self.region is not None:
             self.region.leave()
         weight, bias = self.weight_and_bias()
@@ -245,6 +247,7 @@ class RowParallelLinear(_ParallelLinear):
             residual=residual,
             input_is_parallel=self.input_is_parallel,
             in_split=self.input_split,
+            norm=None if norm is None else (norm.weight, norm.epsilon(input.dtype)),
             overlap=self.overlap,
         )
         return (output, bias) if self.skip_bias_add else output

@@ -14,9 +14,11 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, normalized_shape: int, eps: float | None = None, elementwise_affine: bool = True, device=None, dtype=None):
         super().__init__(_features(normalized_shape), eps, elementwise_affine, device, dtype)
 
+    def epsilon(self, dtype: torch.dtype) -> float:
+        return self.eps if self.eps is not None else torch.finfo(dtype).eps  # torch's own default
+
     def forward(self, input: Tensor, residual: Tensor | None = None):
-        eps = self.eps if self.eps is not None else torch.finfo(input.dtype).eps  # torch's own default
-        return rms_norm(input, self.weight, eps, residual)
+        return rms_norm(input, self.weight, self.epsilon(input.dtype), residual)
 
 
 class LayerNorm(nn.LayerNorm):

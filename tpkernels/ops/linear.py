@@ -15,6 +15,7 @@ from ..shard import Split
 from .activation import GATED, bias_act, check_activation
 from .autocast import autocast
 from .comm import _log_fake, gather, scatter
+from .norm import rms_norm
 
 _ops = torch.ops.tpkernels
 
@@ -24,6 +25,12 @@ def _(input, weight, bias, residual, group, chunks, tag):
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
     _log_fake("all_reduce", tag, group, out, chunks)
     return out
+
+
+@torch.library.register_fake("tpkernels::row_linear_rms_norm")
+def _(input, weight, bias, residual, norm_weight, eps, group, chunks, tag):
+    out = _ops.row_linear(input, weight, bias, residual, group, chunks, tag)
+    return out, torch.empty_like(out)
 
 
 @torch.library.register_fake("tpkernels::column_linear_backward")
@@ -184,6 +191,15 @@ def _rows(input: Tensor) -> int:
     return input.numel() // max(input.shape[-1], 1)
 
 
+def _wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _chunks(overlap, input: Tensor, features: int, group: Group) -> int:
+    """Row chunks of an all-reduce of [rows of input, features]."""
+    return choose(overlap, _rows(input), features * input.itemsize, group).chunks
+
+
 def column_linears(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], group: Group, overlap="auto", tag: str = "column_backward"
 ) -> tuple[Tensor, ...]:
@@ -196,7 +212,7 @@ def column_linears(
         _check(x, w, b, group, "column")
     if not torch.is_grad_enabled():
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    return _ColumnLinear.apply(x, group, choose(overlap, _rows(x), group).chunks, tag, *weights, *biases)
+    return _ColumnLinear.apply(x, group, _chunks(overlap, x, x.shape[-1], group), tag, *weights, *biases)
 
 
 def column_linear_act(
@@ -208,12 +224,12 @@ def column_linear_act(
     """
     x, weight, bias = (autocast(t, input.device.type) for t in (input, weight, bias))
     _check(x, weight, bias, group, "column")
-    rows, record = _rows(x), torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if not fuses_activation(x.device, x.dtype, rows, *weight.shape, record):
+    record = _wants_grad(x, weight, bias)
+    if not fuses_activation(x.device, x.dtype, _rows(x), *weight.shape, record):
         return bias_act(*column_linears(x, [weight], [None], group, overlap, tag), bias, activation)
     if not record:
         return _ops.column_linear_act(x, weight, bias, activation, False)[0]
-    return _ColumnLinearAct.apply(x, weight, bias, activation, group, choose(overlap, rows, group).chunks, tag)
+    return _ColumnLinearAct.apply(x, weight, bias, activation, group, _chunks(overlap, x, x.shape[-1], group), tag)
 
 
 def column_parallel_linear(
@@ -264,9 +280,10 @@ def row_parallel_linear(
     residual: Tensor | None = None,
     input_is_parallel: bool = True,
     in_split: Split | None = None,
+    norm: tuple[Tensor, float] | None = None,
     overlap: str | bool | int = "auto",
     tag: str = "row_forward",
-) -> Tensor:
+):
     """The sum over ranks of input @ weight^T, + bias + residual: [..., N], whole and bit-equal on every rank.
 
     Args:
@@ -275,6 +292,8 @@ def row_parallel_linear(
         bias: [N], the same on every rank; added once.
         residual: [..., N], the same on every rank; bias and residual are added in one pass, under the next chunk's all-reduce.
         in_split: which input features each rank has; None for an even split.
+        norm: the weight [N] and eps of an RMSNorm: returns (norm of the result, result). Where no gradient is wanted and the
+            all-reduce is small enough for the GPUs' peer memory, all of it is one kernel.
         overlap: "auto", False (one chunk) or the number of row chunks.
 
     Raises:
@@ -295,7 +314,14 @@ def row_parallel_linear(
     _check(x, weight, bias, group, "row")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
-    chunks = choose(overlap, _rows(x), group).chunks
-    if residual is not None and residual.dtype != x.dtype:  # as y + residual promotes: a float32 residual stream under autocast
-        return residual + _RowLinear.apply(x, weight, bias, None, group, chunks, tag)
-    return _RowLinear.apply(x, weight, bias, residual, group, chunks, tag)
+    chunks = _chunks(overlap, x, weight.shape[0], group)
+    if norm is not None and norm[0].shape != weight.shape[:1]:
+        raise ValueError(f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features")
+    mixed = residual is not None and residual.dtype != x.dtype
+    if norm is not None and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
+        y, normed = _ops.row_linear_rms_norm(x, weight, bias, residual, *norm, group.channel(chunks), chunks, tag)
+        return normed, y
+    y = _RowLinear.apply(x, weight, bias, None if mixed else residual, group, chunks, tag)
+    if mixed:  # as y + residual promotes: a float32 residual stream under autocast
+        y = residual + y
+    return y if norm is None else (rms_norm(y, *norm), y)

@@ -16,9 +16,10 @@ GPU_CHUNKS = 2  # two beat four at 8192 x 8192 bf16 on an H100 (nvFuser#5751)
 
 @dataclass(frozen=True)
 class Schedule:
-    """The row chunks in which a GEMM and its all-reduce run, and the reason in words."""
+    """The row chunks in which a GEMM and its all-reduce run, what carries the all-reduce, and the reason in words."""
 
     chunks: int
+    transport: str
     reason: str
 
 
@@ -29,23 +30,30 @@ def check_overlap(overlap) -> None:
     raise ValueError(f"overlap must be 'auto', False (one chunk) or a number of row chunks >= 1, got {overlap!r}")
 
 
-def choose(overlap, rows: int, group: Group) -> Schedule:
-    """The schedule for `rows` rows: a function of what all ranks share, so that they never disagree."""
+def choose(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
+    """The schedule for `rows` rows of `row_bytes` bytes: a function of what all ranks share, so that they never disagree."""
+    nbytes, peers = rows * row_bytes, group.peers
+    backend = "gloo" if group.device_type == "cpu" else "nccl"
+    small = 0 < nbytes <= peers.max_bytes
+    # A forced number of chunks above one means the pipeline, which the peer kernels, being part of the stream, have no use for.
+    carrier = "symm" if small and overlap in ("auto", False, 1) else backend
     if group.size == 1:
-        return Schedule(1, "one rank: nothing to reduce")
+        return Schedule(1, backend, "one rank: nothing to reduce")
     if overlap is False:
-        return Schedule(1, "overlap=False: one chunk")
+        return Schedule(1, carrier, "overlap=False: one chunk")
     if overlap != "auto":
-        return Schedule(overlap, f"overlap={overlap} was asked for")
+        return Schedule(overlap, carrier, f"overlap={overlap} was asked for")
     if group.device_type == "cpu":
-        return Schedule(
-            1, "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback"
-        )
+        reason = "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback"
+        return Schedule(1, backend, reason)
+    if small:
+        kind = "one-shot" if nbytes <= peers.one_shot_bytes else "two-shot"
+        return Schedule(1, "symm", f"{nbytes:,} bytes <= {peers.max_bytes:,}: {kind} over peer memory (published, not measured)")
     if rows < GPU_MIN_ROWS:
-        return Schedule(
-            1, f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)"
-        )
-    return Schedule(GPU_CHUNKS, f"{rows} rows >= {GPU_MIN_ROWS}: {GPU_CHUNKS} chunks hide half of the all-reduce (published, not measured)")
+        reason = f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)"
+        return Schedule(1, backend, reason)
+    reason = f"{rows} rows >= {GPU_MIN_ROWS}: {GPU_CHUNKS} chunks hide half of the all-reduce (published, not measured)"
+    return Schedule(GPU_CHUNKS, backend, reason)
 
 
 # Dense bf16 FLOP/s and memory bytes/s by compute capability, of the SXM parts (NVIDIA's data sheets of A100, H100 and B200).
