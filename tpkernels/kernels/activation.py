@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Tunable, as_rows, cdiv, on_device, torch_wide, wide
+from .common import Config, Tunable, as_rows, cdiv, on_device, parts_of, sum_partials, torch_wide, wide
 
 
 @triton.jit
@@ -70,14 +70,14 @@ def bias_act_kernel(
 
 @triton.jit
 def bias_act_backward_kernel(
-    grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols,
+    grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols, parts,
     grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride,
     ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """One strip of columns and every PARTS-th tile of rows: the strip's share of the bias gradient stays in registers.
+    """One strip of columns and every parts-th tile of rows: the strip's share of the bias gradient stays in registers.
 
-    partial [PARTS, cols], or [PARTS, 2, cols] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
+    partial [parts, 1, cols], or [parts, 2, cols] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
     """
     tiles = tl.cdiv(cols, COLS)
     part = tl.program_id(0) // tiles
@@ -89,7 +89,7 @@ def bias_act_backward_kernel(
             c = tl.load(up_bias + col, inside, other=0.0).to(WIDE)
     gate_sum = tl.zeros((ROWS, COLS), WIDE)
     up_sum = tl.zeros((ROWS, COLS), WIDE)
-    for tile in range(part, tl.cdiv(rows, ROWS), PARTS):
+    for tile in range(part, tl.cdiv(rows, ROWS), parts):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
         mask = (row < rows) & inside
         dy = tl.load(grad + row * grad_stride + col, mask, other=0.0).to(WIDE)
@@ -118,25 +118,6 @@ def bias_act_backward_kernel(
             tl.store(partial + part * width + cols + column, tl.sum(up_sum, 0), column < cols)
 
 
-@triton.jit
-def sum_partials_kernel(partial, out, cols, PARTS: tl.constexpr, COLS: tl.constexpr):
-    """out [cols] = partial [PARTS, cols] added up, part by part."""
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((COLS,), partial.dtype.element_ty)
-    for part in range(PARTS):
-        total += tl.load(partial + part * cols + col, col < cols, other=0.0)
-    tl.store(out + col, total.to(out.dtype.element_ty), col < cols)
-
-
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """partial [P, N] -> [N], in one fixed order."""
-    parts, cols = partial.shape
-    out = partial.new_empty(cols, dtype=dtype)
-    if cols:
-        sum_partials_kernel[(cdiv(cols, 256),)](partial, out, cols, PARTS=parts, COLS=256)
-    return out
-
-
 def _tiles(features: int, itemsize: int) -> list[Config]:
     # A warp's row of 16-byte accesses is 32 * 16 bytes; a tile has as many rows as give each thread two to four of them.
     cols = min(max(features, 16), 512 // itemsize * 2)
@@ -158,12 +139,6 @@ BACKWARD = Tunable("bias_act_backward", _tiles, _sample_backward)
 GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
-def parts_of(rows: int, rows_per_tile: int, columns: int) -> int:
-    """How many programs share a strip of columns: enough to fill a GPU, and so few that the partial sums stay below 5% of the
-    bytes moved. From the shape alone, so that a sum has one order on every device."""
-    return max(1, min(cdiv(rows, max(rows_per_tile, 64)), cdiv(2048, columns)))
-
-
 def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
     rows, cols = gate.shape
     if not gate.numel():
@@ -179,24 +154,27 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
 
 
 def _launch_backward(grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad) -> Tensor | None:
-    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient [cols], or [2 * cols] for gated ones."""
+    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial sums, [parts, 1 (2 for gated ones), cols]."""
     rows, cols = gate.shape
-    width = cols * 2 if up is not None else cols
-    dtype = gate_bias.dtype if gate_bias is not None else gate.dtype
+    halves = 2 if up is not None else 1
     if not gate.numel():
-        return gate.new_zeros(width, dtype=dtype) if bias_grad else None
+        return gate.new_zeros(1, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
     config = BACKWARD(cols, gate.element_size())
     columns = cdiv(cols, config.blocks["COLS"])
     parts = parts_of(rows, config.blocks["ROWS"], columns)
-    partial = gate.new_empty(parts, width, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    partial = gate.new_empty(parts, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
     with on_device([gate]):
         bias_act_backward_kernel[(parts * columns,)](
-            grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols, grad.stride(0), gate.stride(0),
+            grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols, parts, grad.stride(0), gate.stride(0),
             up.stride(0) if up is not None else 0, d_gate.stride(0), d_up.stride(0) if up is not None else 0,
             ACT=GATED.get(activation, activation), GATED=up is not None, BIAS=gate_bias is not None, BIAS_GRAD=bias_grad,
-            WIDE=wide(gate.dtype), PARTS=parts, **config.options(),
+            WIDE=wide(gate.dtype), **config.options(),
         )  # fmt: skip
-        return sum_partials(partial, dtype) if bias_grad else None
+    return partial
+
+
+def _bias_dtype(input: Tensor, bias: Tensor | None) -> torch.dtype:
+    return input.dtype if bias is None else bias.dtype
 
 
 def _halves(packed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -219,8 +197,8 @@ def bias_act_backward(grad: Tensor, input: Tensor, bias: Tensor | None, activati
         (gate, up), (d_gate, d_up), (gate_bias, up_bias) = _halves(x), _halves(flat), _halves(bias)
     else:
         gate, up, d_gate, d_up, gate_bias, up_bias = x, None, flat, None, bias, None
-    d_bias = _launch_backward(as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad)
-    return [dx] if d_bias is None else [dx, d_bias]
+    partial = _launch_backward(as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad)
+    return [dx] if partial is None else [dx, *sum_partials(partial.flatten(1).unsqueeze(1), _bias_dtype(input, bias))]
 
 
 def gated_act(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str) -> Tensor:
@@ -233,10 +211,10 @@ def gated_act_backward(
     grad: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str, bias_grad: bool
 ) -> list[Tensor]:
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    d_bias = _launch_backward(
+    partial = _launch_backward(
         as_rows(grad), as_rows(gate), as_rows(up), gate_bias, up_bias, as_rows(d_gate), as_rows(d_up), activation, bias_grad
     )
-    return [d_gate, d_up] if d_bias is None else [d_gate, d_up, *d_bias.chunk(2)]
+    return [d_gate, d_up] if partial is None else [d_gate, d_up, *sum_partials(partial, _bias_dtype(gate, gate_bias))]
 
 
 OPS = {f.__name__: f for f in (bias_act, bias_act_backward, gated_act, gated_act_backward)}

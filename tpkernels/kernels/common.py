@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -75,3 +76,35 @@ def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextMan
     """Triton launches on the current device: this makes it the tensors'."""
     tensor = next(t for t in tensors if t is not None)
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def parts_of(rows: int, rows_per_tile: int, columns: int) -> int:
+    """How many programs share a strip of columns: enough to fill a GPU, and so few that the partial sums stay below 5% of the
+    bytes moved. From the shape alone, so that a sum has one order on every device."""
+    return max(1, min(cdiv(rows, max(rows_per_tile, 64)), cdiv(2048, columns)))
+
+
+@triton.jit
+def sum_partials_kernel(partial, first, second, parts, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """first [cols] (and second [cols]) = partial [parts, 1 or 2, cols] added up in one fixed order."""
+    width = cols * 2 if second is not None else cols
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    total = tl.zeros((ROWS, COLS), partial.dtype.element_ty)
+    for start in range(0, parts, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        total += tl.load(partial + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0)
+    value = tl.sum(total, 0).to(first.dtype.element_ty)
+    tl.store(first + col, value, col < cols)
+    if second is not None:
+        tl.store(second + col - cols, value, (col >= cols) & (col < width))
+
+
+def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """partial [P, K, N] with K of at most 2 -> K tensors [N], which share no storage."""
+    parts, count, cols = partial.shape
+    out = [partial.new_empty(cols, dtype=dtype) for _ in range(count)]
+    if count and cols:
+        with on_device([partial]):
+            grid = (cdiv(count * cols, 32),)
+            sum_partials_kernel[grid](partial, out[0], out[1] if count == 2 else None, parts, cols, ROWS=64, COLS=32)
+    return out

@@ -1,0 +1,177 @@
+"""The Triton launches of the memory-bound ops at typical sizes: what they compile to and what they move, found without a GPU.
+
+A specification is made from what the op's launcher itself passes to the kernel, so it cannot drift from it. To compile, leave
+TRITON_INTERPRET unset; to run `launch` on CPU tensors, set it before triton is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from tpkernels.kernels import activation, cross_entropy, dropout, norm, rotary
+
+ROWS, HIDDEN, FFN, VOCAB = 256, 4096, 8192, 32768
+POINTERS = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
+}  # fmt: skip
+ANNOTATED = {"tl.int64": "i64", "tl.uint32": "u32"}
+
+
+def _random(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def _activation(op, gated, separate=False):
+    """Inputs of a forward or (`op` ends in backward) backward with bias."""
+    act, width = ("swiglu", 2 * FFN) if gated else ("gelu_tanh", FFN)
+    x, bias = _random(ROWS, width), _random(width)
+    tensors = dict(zip(("gate", "up"), x.chunk(2, -1), strict=True)) if separate else dict(x=x)
+    biases = dict(zip(("gate_bias", "up_bias"), bias.chunk(2), strict=True)) if separate else dict(bias=bias)
+    if op.endswith("backward"):
+        inputs = dict(grad=_random(ROWS, FFN), **tensors, **biases)
+        return inputs, lambda: activation.OPS[op](*inputs.values(), act, True)
+    inputs = dict(**tensors, **biases)
+    return inputs, lambda: activation.OPS[op](*inputs.values(), act)
+
+
+def _norm(rms, features=HIDDEN, residual=True):
+    inputs = dict(x=_random(ROWS, features), weight=_random(features))
+    if residual:
+        inputs["residual"] = _random(ROWS, features)
+    if not rms:
+        inputs["bias"] = _random(features)
+    get = inputs.get
+    return inputs, lambda: norm.norm(get("x"), get("residual"), get("weight"), get("bias"), 1e-6, rms)
+
+
+def _norm_backward(rms, features=HIDDEN):
+    inputs = {name: _random(ROWS, features) for name in ("grad", "grad_sum", "sum")}
+    inputs |= dict(weight=_random(features), mean=_random(0 if rms else ROWS, dtype=torch.float32), rstd=torch.ones(ROWS))
+    return inputs, lambda: norm.norm_backward(*inputs.values(), rms, True, not rms)
+
+
+def _logits():
+    return dict(logits=_random(ROWS, VOCAB), target=torch.randint(VOCAB, (ROWS,)))
+
+
+def _stats():
+    inputs = _logits()
+    return inputs, lambda: [cross_entropy.vocab_ce_stats(*inputs.values(), 0)]
+
+
+def _grad(in_place):
+    inputs = _logits() | dict(log_norm=torch.full((ROWS,), 11.0), scale=torch.ones(ROWS))
+    if in_place:
+        return inputs, lambda: [cross_entropy.vocab_ce_grad_(*inputs.values(), 0, 1.0, 0.0), inputs["logits"]][1:]
+    return inputs, lambda: [cross_entropy.vocab_ce_grad(*inputs.values(), 0, 1.0, 0.0)]
+
+
+def _dropout():
+    inputs = dict(x=_random(ROWS, HIDDEN), seed=torch.zeros(1, dtype=torch.int64))
+    return inputs, lambda: [dropout.dropout(*inputs.values(), 0.1, 0, 0)]
+
+
+def _rotary(interleaved, rotated):
+    """Queries [B, H, T, D] as attention layers have them: a transposed view."""
+    inputs = dict(x=_random(2, 64, 32, 128).transpose(1, 2), cos=_random(64, rotated // 2), sin=_random(64, rotated // 2))
+    return inputs, lambda: [rotary.rotary(*inputs.values(), interleaved, False)]
+
+
+CASES = {
+    "bias_act": lambda: _activation("bias_act", False),
+    "bias_act gated": lambda: _activation("bias_act", True),
+    "gated_act": lambda: _activation("gated_act", True, separate=True),
+    "bias_act_backward": lambda: _activation("bias_act_backward", False),
+    "bias_act_backward gated": lambda: _activation("bias_act_backward", True),
+    "gated_act_backward": lambda: _activation("gated_act_backward", True, separate=True),
+    "norm rms": lambda: _norm(True),
+    "norm rms, no residual": lambda: _norm(True, residual=False),
+    "norm": lambda: _norm(False),
+    "norm 16384": lambda: _norm(False, 16384),
+    "norm_backward rms": lambda: _norm_backward(True),
+    "norm_backward": lambda: _norm_backward(False),
+    "norm_backward 8192": lambda: _norm_backward(False, 8192),
+    "vocab_ce_stats": _stats,
+    "vocab_ce_grad": lambda: _grad(False),
+    "vocab_ce_grad_": lambda: _grad(True),
+    "dropout": _dropout,
+    "rotary": lambda: _rotary(False, 128),
+    "rotary interleaved": lambda: _rotary(True, 128),
+    "rotary partial": lambda: _rotary(False, 64),
+}
+# Beyond what fits in registers: a tensor is read again, from L2 where it still is.
+LONG = {
+    "norm 32768": lambda: _norm(False, 32768),
+    "norm_backward 16384": lambda: _norm_backward(False, 16384),
+}
+
+
+@contextlib.contextmanager
+def recorded_launches():
+    """The launches made inside, (kernel, positional arguments, keyword arguments), which do not run."""
+    launches = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        launches.append((self, args, kwargs))
+
+    whole = {kind: kind.run for kind in (JITFunction, InterpretedFunction)}
+    for kind in whole:
+        kind.run = run
+    try:
+        yield launches
+    finally:
+        for kind, method in whole.items():
+            kind.run = method
+
+
+def _specification(kernel, args, kwargs) -> dict:
+    """As triton's launcher specialises: None and 1 become constants, and what is divisible by 16 is known to be."""
+    names, annotations = kernel.arg_names, kernel.fn.__annotations__
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name not in options}
+    signature, constexprs, divisible = {}, {}, []
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            signature[name] = POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                divisible.append(name)
+        elif value is None or annotations.get(name) == "tl.constexpr" or (value == 1 and name not in annotations):
+            constexprs[name] = value
+        else:
+            signature[name] = ANNOTATED[annotations[name]] if name in annotations else "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                divisible.append(name)
+    return dict(
+        kernel=kernel, signature=signature, constexprs=constexprs, divisible=divisible, **{"num_warps": 4, "num_stages": 3, **options}
+    )
+
+
+def _launch(case) -> dict:
+    inputs, call = case()
+    outputs = call()
+    return dict(inputs=inputs, outputs={str(i): t for i, t in enumerate(outputs)})
+
+
+def specs() -> list[dict]:
+    """One dict for each kernel that each case launches:
+
+    name, kernel, signature (argument -> triton type), constexprs, num_warps, num_stages, divisible (arguments that are multiples
+    of 16), kind, launch (the op on CPU tensors, by triton's interpreter: dict(inputs={name: tensor}, outputs={name: tensor})) and
+    scratch (bytes of partial sums that the op writes once and reads once besides).
+    """
+    found = []
+    for name, case in (CASES | LONG).items():
+        _, call = case()
+        with recorded_launches() as launches:
+            call()
+        scratch = sum(t.nbytes for kernel, args, _ in launches if kernel.__name__ == "sum_partials_kernel" for t in args[:1])
+        found += [
+            dict(name=f"{name}: {kernel.__name__}", **_specification(kernel, args, kwargs),
+                 kind="memory" if name in CASES else "memory, read again", launch=lambda case=case: _launch(case), scratch=scratch)
+            for kernel, args, kwargs in launches
+        ]  # fmt: skip
+    return found

@@ -1,0 +1,138 @@
+"""What cross-entropy needs of a rank's columns of the logits, in one pass over them, and their gradient in another."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Config, Tunable, as_rows, cdiv, on_device, torch_wide, wide
+
+
+@triton.jit
+def stats_kernel(
+    logits, target, out, rows, cols, logits_stride, first,
+    WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    m = tl.full((ROWS, COLS), float("-inf"), WIDE)
+    s = tl.zeros((ROWS, COLS), WIDE)
+    total = tl.zeros((ROWS, COLS), WIDE)
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)[None, :]
+        mask = inside[:, None] & (col < cols)
+        z = tl.load(logits + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(WIDE)
+        total += tl.where(mask, z, 0)
+        e = tl.where(z == m, 1, tl.exp(-tl.abs(z - m)))  # -inf - -inf would be NaN
+        s = tl.where(z > m, s * e + 1, s + e)
+        m = tl.maximum(m, z, propagate_nan=tl.PropagateNan.ALL)
+    nan = tl.sum((m != m).to(tl.int32), 1) > 0  # which tl.max does not tell
+    largest = tl.where(nan, float("nan"), tl.max(m, 1))
+    # A lane, or a whole row, without any logit above -inf has counted exp(-inf - -inf) as 1.
+    s = tl.where(m == float("-inf"), 0, s * tl.exp(m - largest[:, None]))
+    tl.store(out + row, largest, inside)
+    tl.store(out + rows + row, tl.sum(s, 1), inside)
+    label = tl.load(target + row, inside, other=0).to(tl.int64) - first
+    here = inside & (label >= 0) & (label < cols)
+    tl.store(out + 2 * rows + row, tl.load(logits + row * logits_stride + label, here, other=0.0).to(WIDE), inside)
+    tl.store(out + 3 * rows + row, tl.sum(total, 1), inside)
+
+
+@triton.jit
+def grad_kernel(
+    logits, target, log_norm, scale, out, rows, cols, logits_stride, out_stride, first,
+    ON_TARGET: tl.constexpr, EVERYWHERE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """`out` may be `logits`."""
+    tiles = tl.cdiv(cols, COLS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
+    inside = row < rows
+    mask = inside & (col < cols)
+    factor = tl.load(scale + row, inside, other=0.0)
+    label = tl.load(target + row, inside, other=0).to(tl.int64) - first
+    # Rows that do not count are not read.
+    z = tl.load(logits + row * logits_stride + col, mask & (factor != 0), other=0.0).to(WIDE)
+    p = tl.exp(z - tl.load(log_norm + row, inside, other=0.0)) - EVERYWHERE
+    p = tl.where(factor == 0, 0, tl.where(col == label, p - ON_TARGET, p) * factor)
+    tl.store(out + row * out_stride + col, p.to(out.dtype.element_ty), mask)
+
+
+def _stats_tiles(features: int, itemsize: int) -> list[Config]:
+    options = ((4096, 8), (4096, 4), (2048, 4), (8192, 16))
+    return [Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps) for size, warps in options]
+
+
+def _grad_tiles(features: int, itemsize: int) -> list[Config]:
+    options = ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
+    return [Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps) for size, warps in options]
+
+
+def _sample_inputs(features, dtype, device):
+    logits = torch.randn(2048, features, dtype=dtype, device=device)
+    return logits, torch.zeros(2048, dtype=torch.int64, device=device), torch.ones(2048, dtype=torch_wide(dtype), device=device)
+
+
+def _sample_stats(features, dtype, device):
+    logits, target, _ = _sample_inputs(features, dtype, device)
+    return lambda: vocab_ce_stats(logits, target, 0)
+
+
+def _sample_grad(features, dtype, device):
+    logits, target, ones = _sample_inputs(features, dtype, device)
+    return lambda: vocab_ce_grad(logits, target, ones, ones, 0, 1.0, 0.0)
+
+
+STATS = Tunable("vocab_ce_stats", _stats_tiles, _sample_stats)
+GRAD = Tunable("vocab_ce_grad", _grad_tiles, _sample_grad)
+
+
+def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywhere) -> None:
+    rows, cols = logits.shape
+    if not logits.numel():
+        return
+    config = GRAD(cols, logits.element_size())
+    grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols, config.blocks["COLS"]),)
+    with on_device([logits]):
+        grad_kernel[grid](
+            logits, target.contiguous(), log_norm.contiguous(), scale.contiguous(), out, rows, cols, logits.stride(0), out.stride(0),
+            first, ON_TARGET=on_target, EVERYWHERE=everywhere, WIDE=wide(logits.dtype), **config.options(),
+        )  # fmt: skip
+
+
+def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
+    z = as_rows(logits)
+    rows, cols = z.shape
+    out = z.new_zeros(4, rows, dtype=torch_wide(z.dtype)) if not cols else z.new_empty(4, rows, dtype=torch_wide(z.dtype))
+    if not z.numel():
+        out[0] = -torch.inf
+        return out
+    config = STATS(cols, z.element_size())
+    with on_device([z]):
+        stats_kernel[(cdiv(rows, config.blocks["ROWS"]),)](
+            z, target.contiguous(), out, rows, cols, z.stride(0), first, WIDE=wide(z.dtype), **config.options()
+        )
+    return out
+
+
+def vocab_ce_grad(
+    logits: Tensor, target: Tensor, log_norm: Tensor, scale: Tensor, first: int, on_target: float, everywhere: float
+) -> Tensor:
+    out = logits.new_empty(logits.shape)
+    _launch_grad(as_rows(logits), target, log_norm, scale, out, first, on_target, everywhere)
+    return out
+
+
+def vocab_ce_grad_(
+    logits: Tensor, target: Tensor, log_norm: Tensor, scale: Tensor, first: int, on_target: float, everywhere: float
+) -> None:
+    z = as_rows(logits)
+    _launch_grad(z, target, log_norm, scale, z, first, on_target, everywhere)
+    if z is not logits:  # no unit stride along the vocabulary: the gradient is in a copy
+        logits.copy_(z)
+
+
+OPS = {f.__name__: f for f in (vocab_ce_stats, vocab_ce_grad, vocab_ce_grad_)}

@@ -1,0 +1,67 @@
+"""Dropout whose mask is a function of the seed and an element's place alone: any split of a tensor drops what the whole does."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Config, Tunable, as_rows, cdiv, on_device, wide
+
+
+@triton.jit
+def dropout_kernel(
+    input, seed, out, rows, cols, input_stride, first_row: tl.int64, first_group,
+    SHIFT: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Philox4x32 with 7 rounds (Salmon et al. 2011), one call for four neighbours: tiles begin where a group of four does, SHIFT
+    columns before the tensor's own first."""
+    tiles = tl.cdiv(cols + SHIFT, COLS)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    tile = tl.program_id(0) % tiles
+    col = tile * COLS + tl.arange(0, COLS)[None, :] - SHIFT
+    mask = (row < rows) & (col >= 0) & (col < cols)
+    group = (first_group + tile * (COLS // 4) + tl.arange(0, COLS // 4)[None, :]).to(tl.uint32)
+    where = row + first_row
+    a, b, c, d = tl.philox(tl.load(seed), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7)
+    random = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+    x = tl.load(input + row * input_stride + col, mask, other=0.0).to(WIDE)
+    y = tl.where(random >= THRESHOLD, x * SCALE, 0)
+    tl.store(out + row * cols + col, y.to(out.dtype.element_ty), mask)
+
+
+def _tiles(features: int, itemsize: int) -> list[Config]:
+    cols = min(max(features, 16), 512 // itemsize * 4)
+    return [Config(dict(ROWS=max(1, size // cols), COLS=cols), warps) for size, warps in ((2048, 4), (4096, 8), (1024, 4), (4096, 4))]
+
+
+def _sample(features, dtype, device):
+    x, seed = torch.randn(4096, features, dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    return lambda: dropout(x, seed, 0.1, 0, 0)
+
+
+TUNABLE = Tunable("dropout", _tiles, _sample)
+
+
+def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Tensor:
+    threshold = round(p * 2**32)
+    if threshold == 2**32:
+        return input.new_zeros(input.shape)
+    out = input.new_empty(input.shape)
+    if not input.numel():
+        return out
+    x = as_rows(input)
+    rows, cols = x.shape
+    group, shift = divmod(column, 4)
+    config = TUNABLE(cols, input.element_size())
+    grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols + shift, config.blocks["COLS"]),)
+    with on_device([x]):
+        dropout_kernel[grid](
+            x, seed, out, rows, cols, x.stride(0), row, group,
+            SHIFT=shift, THRESHOLD=threshold, SCALE=1 / (1 - p), WIDE=wide(input.dtype), **config.options(),
+        )  # fmt: skip
+    return out
+
+
+OPS = {"dropout": dropout}

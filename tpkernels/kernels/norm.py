@@ -1,0 +1,289 @@
+"""RMSNorm and LayerNorm with the residual addition before them, and their gradients: each tensor crosses memory once."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Config, Tunable, as_rows, cdiv, on_device, sum_partials, torch_wide, wide
+
+
+@triton.jit
+def norm_kernel(
+    input, residual, weight, bias, out, total, mean, rstd, rows, cols, input_stride, residual_stride,
+    EPS: tl.constexpr, RMS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Whole rows in registers: COLS >= cols. `out` and `total` (the sum, with a residual) are contiguous."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    r = row[:, None]
+    col = tl.arange(0, COLS)[None, :]
+    mask = inside[:, None] & (col < cols)
+    h = tl.load(input + r * input_stride + col, mask, other=0.0)
+    if weight is not None:  # loads before the sums, which all threads wait for
+        w = tl.load(weight + col, col < cols, other=0.0)
+    if bias is not None:
+        b = tl.load(bias + col, col < cols, other=0.0)
+    if residual is not None:
+        h = (h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)).to(out.dtype.element_ty)
+        tl.store(total + r * cols + col, h, mask)
+    x = h.to(WIDE)
+    if not RMS:
+        mu = tl.sum(x, 1) / cols
+        tl.store(mean + row, mu, inside)
+        x = tl.where(mask, x - mu[:, None], 0)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / cols + EPS)
+    tl.store(rstd + row, scale, inside)
+    y = x * scale[:, None]
+    if weight is not None:
+        y *= w.to(WIDE)
+    if bias is not None:
+        y += b.to(WIDE)
+    tl.store(out + r * cols + col, y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def norm_long_kernel(
+    input, residual, weight, bias, out, total, mean, rstd, rows, cols, input_stride, residual_stride,
+    EPS: tl.constexpr, RMS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Rows that do not fit in registers, block by block: the sum is read a second time, mostly from L2.
+
+    Blocks' means and squared deviations are merged as by Chan, Golub, LeVeque 1979, so that nothing cancels.
+    """
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    r = row[:, None]
+    mu = tl.zeros((ROWS,), WIDE)
+    squares = tl.zeros((ROWS,), WIDE)
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)[None, :]
+        mask = inside[:, None] & (col < cols)
+        h = tl.load(input + r * input_stride + col, mask, other=0.0)
+        if residual is not None:
+            h = (h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)).to(out.dtype.element_ty)
+            tl.store(total + r * cols + col, h, mask)
+        x = h.to(WIDE)
+        if not RMS:
+            count = tl.minimum(cols - start, COLS)
+            block = tl.sum(x, 1) / count
+            x = tl.where(mask, x - block[:, None], 0)
+            delta = block - mu
+            share = count.to(WIDE) / (start + count)
+            mu += delta * share
+            squares += delta * delta * share * start
+        squares += tl.sum(x * x, 1)
+    scale = tl.rsqrt(squares / cols + EPS)
+    tl.store(rstd + row, scale, inside)
+    if not RMS:
+        tl.store(mean + row, mu, inside)
+    if residual is not None:
+        tl.debug_barrier()  # what this program's other threads wrote to `total`
+    for start in range(0, cols, COLS):
+        col = start + tl.arange(0, COLS)[None, :]
+        mask = inside[:, None] & (col < cols)
+        if residual is not None:
+            x = tl.load(total + r * cols + col, mask, other=0.0).to(WIDE)
+        else:
+            x = tl.load(input + r * input_stride + col, mask, other=0.0).to(WIDE)
+        y = (x - mu[:, None]) * scale[:, None]
+        if weight is not None:
+            y *= tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+        if bias is not None:
+            y += tl.load(bias + col, col < cols, other=0.0).to(WIDE)
+        tl.store(out + r * cols + col, y.to(out.dtype.element_ty), mask)
+
+
+@triton.jit
+def norm_backward_kernel(
+    grad, grad_sum, total, weight, mean, rstd, out, partial, rows, cols, parts, grad_stride, grad_sum_stride, total_stride,
+    RMS: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """Every parts-th tile of whole rows, COLS >= cols: the program's share of the weight's and bias's gradient stays in registers.
+
+    partial [parts, WEIGHT_GRAD + BIAS_GRAD, cols]: what `sum_partials` adds up. No atomics: their order would vary.
+    """
+    col = tl.arange(0, COLS)[None, :]
+    if weight is not None:
+        w = tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+    weight_sum = tl.zeros((ROWS, COLS), WIDE)
+    bias_sum = tl.zeros((ROWS, COLS), WIDE)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), parts):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        r = row[:, None]
+        mask = inside[:, None] & (col < cols)
+        dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
+        x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
+        scale = tl.load(rstd + row, inside, other=0.0)[:, None]
+        if grad_sum is not None:  # before the sums, which all threads wait for
+            passed = tl.load(grad_sum + r * grad_sum_stride + col, mask, other=0.0)
+        if not RMS:
+            x = tl.where(mask, x - tl.load(mean + row, inside, other=0.0)[:, None], 0)
+        x *= scale
+        if WEIGHT_GRAD:
+            weight_sum += dy * x
+        if BIAS_GRAD:
+            bias_sum += dy
+        if weight is not None:
+            dy *= w
+        dx = dy - x * (tl.sum(dy * x, 1) / cols)[:, None]
+        if not RMS:
+            dx -= (tl.sum(dy, 1) / cols)[:, None]
+        dx *= scale
+        if grad_sum is not None:
+            dx += passed.to(WIDE)
+        tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
+    column = tl.arange(0, COLS)
+    place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * cols + column
+    if WEIGHT_GRAD:
+        tl.store(place, tl.sum(weight_sum, 0), column < cols)
+        place += cols
+    if BIAS_GRAD:
+        tl.store(place, tl.sum(bias_sum, 0), column < cols)
+
+
+@triton.jit
+def norm_backward_long_kernel(
+    grad, grad_sum, total, weight, mean, rstd, out, partial, rows, cols, parts, grad_stride, grad_sum_stride, total_stride,
+    RMS: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """The same for rows that do not fit in registers, a tile of rows block by block: `grad` and `total` are read a second time and
+    the partial sums are kept in memory, all of it mostly L2."""
+    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), parts):
+        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        inside = row < rows
+        r = row[:, None]
+        scale = tl.load(rstd + row, inside, other=0.0)[:, None]
+        if not RMS:
+            mu = tl.load(mean + row, inside, other=0.0)[:, None]
+        along = tl.zeros((ROWS,), WIDE)
+        across = tl.zeros((ROWS,), WIDE)
+        for start in range(0, cols, COLS):
+            col = start + tl.arange(0, COLS)[None, :]
+            mask = inside[:, None] & (col < cols)
+            dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
+            x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
+            if not RMS:
+                x -= mu
+            if weight is not None:
+                dy *= tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+            along += tl.sum(dy * (x * scale), 1)
+            across += tl.sum(dy, 1)
+        along /= cols
+        across /= cols
+        tl.debug_barrier()  # what this program's other threads wrote to `partial` for the tile before
+        for start in range(0, cols, COLS):
+            column = start + tl.arange(0, COLS)
+            col = column[None, :]
+            mask = inside[:, None] & (col < cols)
+            dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
+            x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
+            if not RMS:
+                x -= mu
+            x *= scale
+            place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * cols + column
+            started = (column < cols) & (tile >= parts)
+            if WEIGHT_GRAD:
+                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < cols)
+                place += cols
+            if BIAS_GRAD:
+                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < cols)
+            if weight is not None:
+                dy *= tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+            dx = dy - x * along[:, None]
+            if not RMS:
+                dx -= across[:, None]
+            dx *= scale
+            if grad_sum is not None:
+                dx += tl.load(grad_sum + r * grad_sum_stride + col, mask, other=0.0).to(WIDE)
+            tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
+
+
+def _rows_and_blocks(features: int, itemsize: int) -> list[Config]:
+    if features * max(itemsize, 4) > 16384 * 4:
+        return [Config(dict(ROWS=1, COLS=size), warps) for size, warps in ((8192, 16), (4096, 8), (4096, 4))]
+    warps = min(max(features // 512, 4), 16)
+    options = [(2048, warps), (4096, warps), (2048, min(2 * warps, 16)), (2048, max(warps // 2, 4))]
+    return [Config(dict(ROWS=max(1, size // features), COLS=features), warps) for size, warps in dict.fromkeys(options)]
+
+
+def _rows_and_blocks_backward(features: int, itemsize: int) -> list[Config]:
+    if features * max(itemsize, 4) > 8192 * 4:  # a row takes up to four times its size: two sums, the gradient and x
+        return [Config(dict(ROWS=rows, COLS=size), warps) for rows, size, warps in ((8, 1024, 16), (4, 1024, 8), (8, 512, 8))]
+    warps = min(max(features // 512, 4), 16)
+    options = [(2048, warps), (4096, warps), (2048, min(2 * warps, 16))]
+    return [Config(dict(ROWS=max(1, size // features), COLS=features), warps) for size, warps in dict.fromkeys(options)]
+
+
+def _sample(features, dtype, device):
+    x, w = torch.randn(4096, features, dtype=dtype, device=device), torch.ones(features, dtype=dtype, device=device)
+    return lambda: norm(x, x, w, None, 1e-6, True)
+
+
+def _sample_backward(features, dtype, device):
+    x, w = torch.randn(4096, features, dtype=dtype, device=device), torch.ones(features, dtype=dtype, device=device)
+    rstd = torch.ones(4096, dtype=torch_wide(dtype), device=device)
+    return lambda: norm_backward(x, x, x, w, rstd[:0], rstd, True, True, False)
+
+
+FORWARD = Tunable("norm", _rows_and_blocks, _sample)
+BACKWARD = Tunable("norm_backward", _rows_and_blocks_backward, _sample_backward)
+PARTS = 256  # programs of the backward: two on each of a GPU's processors. Their partial sums: 4% of what 8192 rows move.
+
+
+def norm(
+    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = as_rows(input)
+    rows, cols = x.shape
+    out, none = input.new_empty(input.shape), input.new_empty(0)
+    total = none if residual is None else input.new_empty(input.shape)
+    rstd = input.new_empty(rows, dtype=torch_wide(input.dtype))
+    mean = rstd.new_empty(0 if rms else rows)
+    if not input.numel():
+        return out, total, mean.fill_(torch.nan), rstd.fill_(torch.nan)
+    r = None if residual is None else as_rows(residual)
+    config = FORWARD(cols, input.element_size())
+    kernel = norm_kernel if config.blocks["COLS"] >= cols else norm_long_kernel
+    with on_device([x]):
+        kernel[(cdiv(rows, config.blocks["ROWS"]),)](
+            x, r, weight, bias, out, total, mean, rstd, rows, cols, x.stride(0), 0 if r is None else r.stride(0),
+            EPS=eps, RMS=rms, WIDE=wide(input.dtype), **config.options(),
+        )  # fmt: skip
+    return out, total, mean, rstd
+
+
+def norm_backward(
+    grad: Tensor,
+    grad_sum: Tensor | None,
+    sum: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    rms: bool,
+    weight_grad: bool,
+    bias_grad: bool,
+) -> list[Tensor]:
+    g, h = as_rows(grad), as_rows(sum)
+    rows, cols = h.shape
+    out = sum.new_empty(sum.shape)
+    config = BACKWARD(cols, sum.element_size())
+    parts = max(1, min(cdiv(rows, config.blocks["ROWS"]), PARTS))
+    partial = rstd.new_empty(parts, weight_grad + bias_grad, cols)
+    if not sum.numel():
+        partial.zero_()
+    else:
+        s = None if grad_sum is None else as_rows(grad_sum)
+        kernel = norm_backward_kernel if config.blocks["COLS"] >= cols else norm_backward_long_kernel
+        with on_device([h]):
+            kernel[(parts,)](
+                g, s, h, weight, mean, rstd, out, partial, rows, cols, parts, g.stride(0), 0 if s is None else s.stride(0), h.stride(0),
+                RMS=rms, WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad, WIDE=wide(sum.dtype), **config.options(),
+            )  # fmt: skip
+    return [out, *sum_partials(partial, sum.dtype if weight is None else weight.dtype)]
+
+
+OPS = {f.__name__: f for f in (norm, norm_backward)}

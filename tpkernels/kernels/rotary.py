@@ -1,0 +1,94 @@
+"""Rotary position embedding (Su et al. 2021), forward and, with the angles negated, backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import Config, Tunable, cdiv, on_device, power_of_two, wide
+
+
+@triton.jit
+def rotary_kernel(
+    input, cos, sin, out, heads, tokens, features, half,
+    input_batch, input_head, input_token, input_feature, out_batch, out_head, out_token, out_feature,
+    cos_batch, cos_token, sin_batch, sin_token,
+    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    """Some heads of some tokens of one sequence, as [TOKENS, HEADS, features]: the angles are read once for all these heads.
+
+    HALF >= half, the number of pairs; REST, a divisor's worth of the features that pass through, is 0 if there are none.
+    """
+    token_tiles = tl.cdiv(tokens, TOKENS)
+    head_tiles = tl.cdiv(heads, HEADS)
+    program = tl.program_id(0)
+    batch = (program // (token_tiles * head_tiles)).to(tl.int64)
+    token = ((program // head_tiles) % token_tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    head = (program % head_tiles).to(tl.int64) * HEADS + tl.arange(0, HEADS)[None, :, None]
+    inside = (token < tokens) & (head < heads)
+    x = input + batch * input_batch + head * input_head + token * input_token
+    y = out + batch * out_batch + head * out_head + token * out_token
+    pair = tl.arange(0, HALF)[None, None, :]
+    angles = (token < tokens) & (pair < half)
+    c = tl.load(cos + batch * cos_batch + token * cos_token + pair, angles, other=0.0).to(WIDE)
+    s = tl.load(sin + batch * sin_batch + token * sin_token + pair, angles, other=0.0).to(WIDE)
+    if INVERSE:
+        s = -s
+    if INTERLEAVED:
+        col = tl.arange(0, 2 * HALF)[None, None, :]
+        mask = inside & (col < 2 * half)
+        both = tl.load(x + col * input_feature, mask, other=0.0).to(WIDE)
+        a, b = tl.split(tl.reshape(both, (TOKENS, HEADS, HALF, 2)))
+        turned = tl.interleave(a * c - b * s, b * c + a * s)
+        tl.store(y + col * out_feature, turned.to(out.dtype.element_ty), mask)
+    else:
+        mask = inside & (pair < half)
+        a = tl.load(x + pair * input_feature, mask, other=0.0).to(WIDE)
+        b = tl.load(x + (half + pair) * input_feature, mask, other=0.0).to(WIDE)
+        tl.store(y + pair * out_feature, (a * c - b * s).to(out.dtype.element_ty), mask)
+        tl.store(y + (half + pair) * out_feature, (b * c + a * s).to(out.dtype.element_ty), mask)
+    if REST > 0:
+        col = 2 * half + tl.arange(0, REST)[None, None, :]
+        mask = inside & (col < features)
+        tl.store(y + col * out_feature, tl.load(x + col * input_feature, mask, other=0.0), mask)
+
+
+def _heads_of_tokens(features: int, itemsize: int) -> list[Config]:
+    return [Config(dict(ROWS=max(1, size // features)), warps) for size, warps in ((4096, 4), (2048, 4), (8192, 8), (2048, 2))]
+
+
+def _sample(features, dtype, device):
+    x = torch.randn(2, 2048, 32, features, dtype=dtype, device=device).transpose(1, 2)
+    angles = torch.ones(2048, features // 2, dtype=dtype, device=device)
+    return lambda: rotary(x, angles, angles, False, False)
+
+
+TUNABLE = Tunable("rotary", _heads_of_tokens, _sample)
+
+
+def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
+    out = torch.empty_like(input)
+    if not input.numel():
+        return out
+    batches, heads, tokens, features = input.shape
+    half = cos.shape[-1]
+    cos, sin = (t if t.stride(-1) == 1 or half <= 1 else t.contiguous() for t in (cos, sin))
+    config = TUNABLE(features, input.element_size())
+    rows = config.blocks["ROWS"]
+    tile = dict(HEADS=min(power_of_two(heads), rows))
+    tile["TOKENS"] = min(rows // tile["HEADS"], power_of_two(tokens))
+    rest = features - 2 * half
+    with on_device([input]):
+        rotary_kernel[(batches * cdiv(tokens, tile["TOKENS"]) * cdiv(heads, tile["HEADS"]),)](
+            input, cos, sin, out, heads, tokens, features, half, *input.stride(), *out.stride(),
+            *(stride for t in (cos, sin) for stride in (t.stride(0) if t.dim() == 3 else 0, t.stride(-2))),
+            INTERLEAVED=interleaved, INVERSE=inverse, WIDE=wide(input.dtype), HALF=power_of_two(half),
+            REST=power_of_two(rest) if rest else 0, num_warps=config.num_warps, num_stages=config.num_stages, **tile,
+        )  # fmt: skip
+    return out
+
+
+OPS = {"rotary": rotary}
