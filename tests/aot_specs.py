@@ -18,6 +18,7 @@ ROWS, HIDDEN, FFN, VOCAB = 256, 4096, 8192, 32768
 POINTERS = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
 }  # fmt: skip
+CACHED = ("weight", "bias", "gate_bias", "up_bias", "seed")
 ANNOTATED = {"tl.int64": "i64", "tl.uint32": "u32"}
 
 
@@ -159,19 +160,19 @@ def _launch(case) -> dict:
 def specs() -> list[dict]:
     """One dict for each kernel that each case launches:
 
-    name, kernel, signature (argument -> triton type), constexprs, num_warps, num_stages, divisible (arguments that are multiples
-    of 16), kind, launch (the op on CPU tensors, by triton's interpreter: dict(inputs={name: tensor}, outputs={name: tensor})) and
-    scratch (bytes of partial sums that the op writes once and reads once besides).
-    """
+        name, kernel, signature (argument -> triton type), constexprs, num_warps, num_stages, divisible (arguments that are multiples
+        of 16), kind, launch (the op on CPU tensors, by triton's interpreter: dict(inputs={name: tensor}, outputs={name: tensor})) and
+    XX"""
     found = []
     for name, case in (CASES | LONG).items():
-        _, call = case()
+        inputs, call = case()
         with recorded_launches() as launches:
             call()
         scratch = sum(t.nbytes for kernel, args, _ in launches if kernel.__name__ == "sum_partials_kernel" for t in args[:1])
         found += [
             dict(name=f"{name}: {kernel.__name__}", **_specification(kernel, args, kwargs),
-                 kind="memory" if name in CASES else "memory, read again", launch=lambda case=case: _launch(case), scratch=scratch)
+                 kind="memory" if name in CASES else "memory, read again", launch=lambda case=case: _launch(case),
+                 cached=[name for name in inputs if name in CACHED], scratch=scratch)
             for kernel, args, kwargs in launches
         ]  # fmt: skip
     return found

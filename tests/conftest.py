@@ -2,13 +2,14 @@ import os
 import sys
 
 import pytest
+import torch
 
 sys.path.insert(0, os.path.dirname(__file__))
 
 from pool import Pool
 
-# The kernels' tests need a GPU or triton's interpreter, which test_kernels.py starts in a process of its own.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["kernels"]
+# The kernels' tests need triton's interpreter, which test_kernels.py starts in a process of its own, or a GPU.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["kernels"]
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +22,6 @@ def pool():
 
 
 def pytest_collection_modifyitems(items):
-    import torch
-
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

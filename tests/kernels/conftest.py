@@ -27,6 +27,11 @@ if INTERPRETED:
     interpreter._convert_float = convert_float
 
 
+def pytest_itemcollected(item):
+    if not INTERPRETED:
+        item.add_marker("gpu")
+
+
 @pytest.fixture
 def device():
     return torch.device("cpu" if INTERPRETED else "cuda")

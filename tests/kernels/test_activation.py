@@ -85,7 +85,7 @@ def test_bias_gradient_of_another_dtype_and_without_bias(act, device):
 
 @pytest.mark.parametrize("act", ACTIVATIONS)
 def test_nan_stays_in_its_element(act, device):
-    grad, x, bias = make(act, (3, 10), torch.float32, device)
+    _, x, bias = make(act, (3, 10), torch.float32, device)
     x[1, 4] = torch.nan
     assert bias_act(x, bias, act).isnan().nonzero().tolist() == [[1, 4]]
 

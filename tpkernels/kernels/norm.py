@@ -231,7 +231,7 @@ def _sample_backward(features, dtype, device):
 
 FORWARD = Tunable("norm", _rows_and_blocks, _sample)
 BACKWARD = Tunable("norm_backward", _rows_and_blocks_backward, _sample_backward)
-PARTS = 256  # programs of the backward: two on each of a GPU's processors. Their partial sums: 4% of what 8192 rows move.
+PARTS = 256  # programs of the backward, at most: two on each of a GPU's processors; their partial sums are 4% of what 8192 rows move
 
 
 def norm(
@@ -271,7 +271,7 @@ def norm_backward(
     rows, cols = h.shape
     out = sum.new_empty(sum.shape)
     config = BACKWARD(cols, sum.element_size())
-    parts = max(1, min(cdiv(rows, config.blocks["ROWS"]), PARTS))
+    parts = max(1, min(cdiv(rows, max(config.blocks["ROWS"], 4)), PARTS))
     partial = rstd.new_empty(parts, weight_grad + bias_grad, cols)
     if not sum.numel():
         partial.zero_()

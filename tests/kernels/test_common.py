@@ -1,0 +1,45 @@
+import pytest
+import torch
+
+from tpkernels.kernels.common import Config, Tunable, as_rows, sum_partials
+
+
+@pytest.mark.parametrize("parts", [1, 64, 130])
+@pytest.mark.parametrize("count, cols", [(0, 5), (1, 1), (1, 70), (2, 33), (2, 0)])
+def test_sum_partials(parts, count, cols, device):
+    partial = torch.randint(-8, 9, (parts, count, cols), device=device).float()
+    out = sum_partials(partial, torch.bfloat16)
+    assert len(out) == count
+    for mine, want in zip(out, partial.sum(0).bfloat16(), strict=True):
+        torch.testing.assert_close(mine, want, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "tensor, shares",
+    [
+        (torch.randn(7), True),
+        (torch.randn(2, 3, 4), True),
+        (torch.randn(6, 8)[:, :4], True),
+        (torch.randn(2, 3, 8)[..., :4], True),
+        (torch.randn(4, 6).t(), False),
+        (torch.randn(3, 2, 4).transpose(0, 1), False),
+        (torch.randn(2, 0, 4), None),
+        (torch.randn(3, 0), None),
+    ],
+    ids=lambda value: f"{tuple(value.shape)} {value.stride()}" if isinstance(value, torch.Tensor) else None,
+)
+def test_as_rows(tensor, shares):
+    rows = as_rows(tensor)
+    assert rows.shape == (tensor.shape[:-1].numel(), tensor.shape[-1]) and rows.stride(-1) == 1
+    torch.testing.assert_close(rows.reshape(tensor.shape), tensor, atol=0, rtol=0)
+    if shares is not None:
+        assert (rows.data_ptr() == tensor.data_ptr()) == shares
+
+
+def test_tunable_takes_the_choice_of_its_size(monkeypatch):
+    monkeypatch.setattr(Tunable, "known", {})
+    tunable = Tunable("example", lambda features, itemsize: [Config(dict(COLS=features)), Config(dict(COLS=itemsize))], None)
+    assert Tunable.known == {"example": tunable}
+    assert tunable(100, 2).blocks == dict(COLS=128)
+    tunable.chosen[128, 2] = Config(dict(COLS=7))
+    assert tunable(65, 2).blocks == dict(COLS=7) and tunable(64, 2).blocks == dict(COLS=64) and tunable(100, 4).blocks == dict(COLS=128)
