@@ -47,7 +47,7 @@ def test_dtypes(act, bias, dtype, device):
 
 
 @pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("shape", [(1, 1), (33,), (2, 3, 5), (150, 40), (3, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (33,), (2, 3, 5), (150, 40), (20, 600)], ids=str)
 def test_shapes(act, shape, device):
     check(act, *make(act, shape, torch.bfloat16, device))
 
@@ -64,8 +64,8 @@ def test_any_strides(act, lay, device):
 
 @pytest.mark.parametrize("act", ["relu", "relu2"])
 def test_integers_are_exact(act, device):
-    x, grad = (torch.randint(-4, 5, (200, 30), device=device).float() for _ in range(2))
-    bias = torch.arange(30.0, device=device) - 15
+    x, grad = (torch.randint(-4, 5, (40, 300), device=device).float() for _ in range(2))
+    bias = torch.arange(300.0, device=device) % 7 - 3
     torch.testing.assert_close(bias_act(x, bias, act), reference.bias_act(x, bias, act), atol=0, rtol=0)
     slope = (x + bias > 0) * (1 if act == "relu" else 2 * (x + bias))
     dx, d_bias = bias_act_backward(grad, x, bias, act, True)

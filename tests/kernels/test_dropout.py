@@ -60,6 +60,14 @@ def test_none_and_all(device):
     assert not check(x, 1.0).any()
 
 
+def test_threshold_itself_is_kept(device):
+    """Element (0, 5) has the second number of the counter (1, 0, 0, 0)."""
+    random = int(reference.philox4x32([torch.tensor([word]) for word in (1, 0, 0, 0)], (9, 0), 7)[1])
+    x, seed = torch.ones(1, 8, device=device), seed_of(9, device)
+    kept, dropped = (dropout(x, seed, threshold / 2**32, 0, 0)[0, 5].item() for threshold in (random, random + 1))
+    assert kept > 0 and dropped == 0
+
+
 def test_seeds_differ_and_the_rate_is_p(device):
     x = torch.ones(64, 256, device=device)
     a, b = (check(x, 0.25, seed=seed) for seed in (1, 2))

@@ -121,7 +121,7 @@ def norm_backward_kernel(
         if grad_sum is not None:  # before the sums, which all threads wait for
             passed = tl.load(grad_sum + r * grad_sum_stride + col, mask, other=0.0)
         if not RMS:
-            x = tl.where(mask, x - tl.load(mean + row, inside, other=0.0)[:, None], 0)
+            x -= tl.load(mean + row, inside, other=0.0)[:, None]
         x *= scale
         if WEIGHT_GRAD:
             weight_sum += dy * x
