@@ -1,0 +1,143 @@
+"""Small kernels that the gates are tried on: good ones that they must let through, bad ones that they must refuse."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def scale(x, y, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < n
+    value = tl.load(x + offsets, mask=mask).to(tl.float32)
+    tl.store(y + offsets, (value * 3).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def scale_twice(x, y, n, BLOCK: tl.constexpr):
+    """Reads its input again for each half of the output."""
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    half = tl.program_id(1)
+    value = tl.load(x + offsets, mask=offsets < n).to(tl.float32)
+    tl.store(y + offsets, (value * 3).to(y.dtype.element_ty), mask=(offsets < n) & (offsets % 2 == half))
+
+
+@triton.jit
+def add_bias(x, bias, y, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    value = tl.load(x + row * COLUMNS + column, mask=row < rows).to(tl.float32) + tl.load(bias + column).to(tl.float32)
+    tl.store(y + row * COLUMNS + column, value.to(y.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def matmul(a, b, c, M, N, K, stride_a, stride_b, stride_c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m, n, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+    pa, pb = a + m[:, None] * stride_a + k[None, :], b + k[:, None] * stride_b + n[None, :]
+    sum = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        left = tl.load(pa, mask=(m[:, None] < M) & (k[None, :] + start < K), other=0.0)
+        right = tl.load(pb, mask=(k[:, None] + start < K) & (n[None, :] < N), other=0.0)
+        sum = tl.dot(left, right, sum)
+        pa += BK
+        pb += BK * stride_b
+    tl.store(c + m[:, None] * stride_c + n[None, :], sum.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@triton.jit
+def matmul_no_tensor_cores(a, b, c, stride_a, stride_b, stride_c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
+    m, n, k = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    left = tl.load(a + m[:, None] * stride_a + k[None, :]).to(tl.float32)
+    right = tl.load(b + k[:, None] * stride_b + n[None, :]).to(tl.float32)
+    product = tl.sum(left[:, :, None] * right[None, :, :], axis=1)
+    tl.store(c + m[:, None] * stride_c + n[None, :], product.to(c.dtype.element_ty))
+
+
+@triton.jit
+def column_sum(x, total, rows, COLUMNS: tl.constexpr):
+    """Adds with float atomics: another order of programs, another sum."""
+    column = tl.arange(0, COLUMNS)
+    value = tl.load(x + tl.program_id(0) * COLUMNS + column).to(tl.float32)
+    tl.atomic_add(total + column, value)
+
+
+@triton.jit
+def count_positive(x, total, BLOCK: tl.constexpr):
+    """An integer atomic, which is exact in any order."""
+    value = tl.load(x + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    tl.atomic_add(total, tl.sum((value > 0).to(tl.int32)))
+
+
+@triton.jit
+def softmax(x, y, N: tl.constexpr):
+    column = tl.arange(0, N)
+    value = tl.load(x + tl.program_id(0) * N + column).to(tl.float32)
+    value = tl.exp(value - tl.max(value))
+    tl.store(y + tl.program_id(0) * N + column, (value / tl.sum(value)).to(y.dtype.element_ty))
+
+
+# bfloat16 arithmetic, for the interpreter
+
+
+@triton.jit
+def bf16_round_trip(x, y, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(y + offsets, tl.load(x + offsets).to(y.dtype.element_ty))
+
+
+@triton.jit
+def bf16_truncate(x, y, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(y + offsets, tl.load(x + offsets).to(tl.bfloat16, fp_downcast_rounding="rtz"))
+
+
+@triton.jit
+def bf16_arithmetic(x, y, out, BLOCK: tl.constexpr):
+    """x * y + x, halved, negated where x > y; each step in the arguments' type."""
+    offsets = tl.arange(0, BLOCK)
+    left, right = tl.load(x + offsets), tl.load(y + offsets)
+    value = (left * right + left) * 0.5
+    tl.store(out + offsets, tl.where(left > right, -value, tl.maximum(value, tl.abs(right))))
+
+
+@triton.jit
+def bf16_sum(x, out, BLOCK: tl.constexpr):
+    tl.store(out, tl.sum(tl.load(x + tl.arange(0, BLOCK))))
+
+
+@triton.jit
+def bf16_atomic(x, out, BLOCK: tl.constexpr):
+    tl.atomic_add(out + tl.arange(0, BLOCK), tl.load(x + tl.arange(0, BLOCK)))
+
+
+@triton.jit
+def load_unmasked(x, y, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + offsets, tl.load(x + offsets))
+
+
+@triton.jit
+def store_at_address(address, y, BLOCK: tl.constexpr):
+    """Copies y to the float32 buffer whose address is the integer `address`."""
+    offsets = tl.arange(0, BLOCK)
+    tl.store(address.to(tl.int64).to(tl.pointer_type(tl.float32)) + offsets, tl.load(y + offsets))
+
+
+# Launches that traffic.py counts
+
+
+def run_scale(kernel=scale):
+    x = torch.randn(3000, dtype=torch.bfloat16)
+    kernel[(3, 1)](x, torch.empty_like(x), 3000, BLOCK=1024)
+
+
+def run_scale_twice():
+    x = torch.randn(3000, dtype=torch.bfloat16)
+    scale_twice[(3, 2)](x, torch.empty_like(x), 3000, BLOCK=1024)
+
+
+def run_add_bias():
+    x = torch.randn(30, 256, dtype=torch.bfloat16)
+    add_bias[(8,)](x, torch.randn(256, dtype=torch.bfloat16), torch.empty_like(x), 30, COLUMNS=256, ROWS=4)
