@@ -11,6 +11,7 @@ import importlib
 from dataclasses import dataclass, field
 
 import numpy as np
+from aot import Spec, Traffic
 from interpreter import install, visible
 from triton.runtime import interpreter as triton_interpreter
 
@@ -58,18 +59,7 @@ def count_traffic(tensors: dict | None = None):
         builder.observe = before
 
 
-@dataclass(frozen=True)
-class Traffic:
-    moved: int  # bytes that the kernel reads and writes
-    least: int  # bytes if each element of an input is read once and each of an output written once
-    elements: int  # of the largest tensor
-
-    @property
-    def ratio(self) -> float:
-        return self.moved / self.least
-
-
-def measure(spec) -> Traffic:
+def measure(spec: Spec) -> Traffic:
     """Runs spec.case and holds the launches of spec's kernel against spec.reads and spec.writes. In a process with TRITON_INTERPRET=1."""
     module, function = spec.case.split(":")
     with count_traffic() as counts:
