@@ -6,7 +6,7 @@ import torch
 
 sys.path[:0] = [os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "device")]
 
-from pool import Pool
+from pool import Pool  # noqa: E402
 
 # The kernels' tests need triton's interpreter, which test_kernels.py starts in a process of its own, or a GPU.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["kernels"]

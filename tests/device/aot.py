@@ -28,14 +28,13 @@ class Spec:
     constexprs: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
-    kind: str = "other"  # "memory": bound by memory, wants wide accesses; "gemm": wants tensor cores; "other"
+    # "memory": bound by memory, wants wide accesses and moves the least bytes; "memory, read again": wide accesses alone; "gemm": wants
+    # tensor cores; "other"
+    kind: str = "other"
     divisible: tuple[str, ...] = ()  # pointers aligned to 16 bytes and integers that are multiples of 16, which Triton specialises for
     chips: tuple[str, ...] = tuple(CHIPS)
-    # What traffic.py counts, for kind "memory":
-    case: str = ""  # "module:function" that launches the kernel once, on small tensors
-    reads: tuple[str, ...] = ()  # arguments of which each touched element need be read once
-    writes: tuple[str, ...] = ()  # arguments of which each touched element need be written once
-    cached: tuple[str, ...] = ()  # of `reads`, what all programs read and is small against the cache: counted once
+    op: str = ""  # that launches this kernel, maybe among others
+    case: str = ""  # runs the op for traffic.measure, which says what it is
 
 
 @dataclass
@@ -77,7 +76,7 @@ class Resources:
 class Traffic:
     moved: int  # bytes that the kernel reads and writes
     least: int  # bytes if each element of an input is read once and each of an output written once
-    elements: int  # of the largest tensor
+    elements: int  # of the storage of which most is touched
 
     @property
     def ratio(self) -> float:
@@ -102,7 +101,9 @@ def access(opcode: str) -> tuple[str, int] | None:
     return None
 
 
-FLOAT_ATOMIC = re.compile(r"(ATOM|RED)[GS]?\.(\w+\.)*(BF16|F16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)|ds_(pk_)?add_(rtn_)?b?f\d+")
+FLOAT_ATOMIC = re.compile(
+    r"(ATOM|RED)[GS]?\.(\w+\.)*(BF16|F16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)|ds_(pk_)?add_(rtn_)?b?f\d+"
+)
 
 
 def faults(spec: Spec, made: Resources) -> list[str]:
@@ -120,7 +121,7 @@ def faults(spec: Spec, made: Resources) -> list[str]:
         found.append(f"takes {made.registers} registers of {chip.registers_of_thread}")
     if made.float_atomics:
         found.append("adds floats atomically: the sum depends on the order of the blocks")
-    if spec.kind == "memory":
+    if spec.kind.startswith("memory"):
         for kind in ("load", "store"):
             widths = made.bytes_by_width(kind)
             wide = sum(count for width, count in widths.items() if width >= 16)
@@ -225,14 +226,14 @@ def compile_all(specs: list[Spec], processes: int = 2) -> dict[tuple[str, str], 
         return {key: job.result(timeout=600) for key, job in jobs.items()}
 
 
-def measure_all(specs: list[Spec]) -> dict[str, Traffic]:
-    """spec's name -> Traffic, for the specs that have a case."""
-    with pool(1, interpret=True) as workers:
-        jobs = {spec.name: workers.submit(_measure, spec) for spec in specs if spec.case}
-        return {name: job.result(timeout=600) for name, job in jobs.items()}
+def measure_all(specs: list[Spec], processes: int = 2) -> dict[str, Traffic]:
+    """op -> Traffic, for the specs that have a case."""
+    with pool(processes, interpret=True) as workers:
+        jobs = {op: workers.submit(_measure, case, op) for op, case in {spec.op: spec.case for spec in specs if spec.case}.items()}
+        return {op: job.result(timeout=600) for op, job in jobs.items()}
 
 
-def _measure(spec: Spec) -> Traffic:
+def _measure(case: str, op: str) -> Traffic:
     import traffic
 
-    return traffic.measure(spec)
+    return traffic.measure(case, op)

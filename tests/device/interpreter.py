@@ -65,7 +65,7 @@ class Region:
 
     def __init__(self, name: str, tensor):
         self.name, self.tensor, self.start, self.itemsize = name, tensor, tensor.data_ptr(), tensor.element_size()
-        sizes = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1 and stride]
+        sizes = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride]
         self.dims = sorted(sizes, reverse=True)
         self.elements = (1 + sum((size - 1) * stride for stride, size in self.dims)) if tensor.numel() else 0
 
@@ -88,7 +88,7 @@ class Builder(InterpreterBuilder):
 
     arguments: tuple[Region, ...] = ()  # of the launch under way
     others: tuple[Region, ...] = ()
-    observe = None  # called with ("load" or "store", the kernel's name, a region, offsets of the elements, bytes of each) for each access
+    observe = None  # called with "load" or "store", a Region and the offsets of its elements, for each access
     kernel = ""
 
     def get_bf16(self, value):
@@ -121,14 +121,14 @@ class Builder(InterpreterBuilder):
 
     def _check(self, kind: str, pointers, mask) -> None:
         mask = np.broadcast_to(np.asarray(getattr(mask, "data", mask), dtype=bool), pointers.data.shape)
-        addresses, itemsize = pointers.data[mask], max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        addresses = pointers.data[mask]
         for region in self.others + self.arguments:
             if not addresses.size:
                 return
             offsets = region.offsets(addresses)
             inside = offsets >= 0
             if self.observe is not None and inside.any():
-                self.observe(kind, self.kernel, region, offsets[inside], itemsize)
+                self.observe(kind, region, offsets[inside])
             addresses = addresses[~inside]
         if addresses.size:
             raise OutOfBounds(self._describe(kind, addresses))
@@ -175,7 +175,7 @@ def _tensors(argument) -> list:
 class Executor(GridExecutor):
     def __call__(self, *args, **kwargs):
         builder, names = triton_interpreter.interpreter_builder, inspect.signature(self.fn).parameters
-        given = {**dict(zip(names, args)), **{name: value for name, value in kwargs.items() if name in names}}
+        given = {**dict(zip(names, args, strict=False)), **{name: value for name, value in kwargs.items() if name in names}}
         outer = builder.arguments, builder.kernel
         builder.kernel = self.fn.__name__
         builder.arguments = tuple(Region(name, tensor) for name, value in given.items() for tensor in _tensors(value))
@@ -191,7 +191,9 @@ _apply = ReduceScanOpInterface.apply
 def _reduce_or_scan(self, input):
     for tensor in input if isinstance(input, tuple) else (input,):
         if tensor.dtype == tl.bfloat16:
-            raise NotImplementedError("a reduction or scan in bfloat16 rounds at each step, in the compiler's order: convert to float32 first")
+            raise NotImplementedError(
+                "a reduction or scan in bfloat16 rounds at each step, in the compiler's order: convert to float32 first"
+            )
     return _apply(self, input)
 
 

@@ -94,11 +94,17 @@ def bf16_truncate(x, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def bf16_arithmetic(x, y, out, BLOCK: tl.constexpr):
-    """x * y + x, halved, negated where x > y; each step in the arguments' type."""
+    """x * y + x, negated where x > y; each step in the arguments' type."""
     offsets = tl.arange(0, BLOCK)
     left, right = tl.load(x + offsets), tl.load(y + offsets)
-    value = (left * right + left) * 0.5
+    value = left * right + left
     tl.store(out + offsets, tl.where(left > right, -value, tl.maximum(value, tl.abs(right))))
+
+
+@triton.jit
+def bf16_constant(x, y, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(y + offsets, tl.load(x + offsets) * 0.3)
 
 
 @triton.jit
@@ -136,19 +142,21 @@ def store_at_address(address, y, BLOCK: tl.constexpr):
     tl.store(address.to(tl.int64).to(tl.pointer_type(tl.float32)) + offsets, tl.load(y + offsets))
 
 
-# Launches that traffic.py counts
+# Ops, for traffic.measure
 
 
-def run_scale():
-    x = torch.randn(3000, dtype=torch.bfloat16)
-    scale[(3,)](x, torch.empty_like(x), 3000, BLOCK=1024)
-
-
-def run_scale_twice():
-    x = torch.randn(3000, dtype=torch.bfloat16)
-    scale_twice[(3, 2)](x, torch.empty_like(x), 3000, BLOCK=1024)
-
-
-def run_add_bias():
-    x = torch.randn(30, 256, dtype=torch.bfloat16)
-    add_bias[(8,)](x, torch.randn(256, dtype=torch.bfloat16), torch.empty_like(x), 30, COLUMNS=256, ROWS=4)
+def run(op: str) -> dict:
+    x = torch.randn(125, 1024, dtype=torch.bfloat16)
+    bias, y = torch.randn(1024, dtype=torch.bfloat16), torch.empty_like(x)
+    if op == "scale":
+        scale[(63,)](x, y, x.numel(), BLOCK=2048)
+    elif op == "scale_twice":
+        scale_twice[(125, 2)](x, y, x.numel(), BLOCK=1024)
+    elif op == "scale through scratch":
+        scratch = torch.empty_like(x)
+        scale[(63,)](x, scratch, x.numel(), BLOCK=2048)
+        scale[(63,)](scratch, y, x.numel(), BLOCK=2048)
+    elif op == "add_bias":
+        add_bias[(32,)](x, bias, y, 125, COLUMNS=1024, ROWS=4)
+        return dict(inputs=dict(x=x, bias=bias), outputs=dict(y=y))
+    return dict(inputs=dict(x=x), outputs=dict(y=y))

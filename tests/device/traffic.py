@@ -1,73 +1,85 @@
-"""The bytes that a kernel moves, counted: every load and store of its launches in the interpreter, lane by lane, masks applied.
+"""The bytes that kernels move, counted: every load and store of their launches in the interpreter, lane by lane, masks applied.
 
-This counts what the kernel asks for. Caches may serve part of it, which is why a Spec may name arguments that all programs read and that
-are small against the cache. A GPU moves whole sectors of 32 bytes; for the contiguous rows that kernels here touch these are the same.
+What is counted is what the kernels ask for, and what torch does around them is not seen. A GPU moves sectors of 32 bytes; where whole
+rows are touched that is the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-from dataclasses import dataclass, field
 
 import numpy as np
-from aot import Spec, Traffic
-from interpreter import install, visible
+from aot import Traffic
+from interpreter import install
 from triton.runtime import interpreter as triton_interpreter
 
+SMALL = 0.01  # of the least bytes of an op: a vector of a bias or of weights, which every program reads and any cache holds
 
-@dataclass
+
 class Bytes:
-    """Of one tensor: bytes read and written, and the bytes of the elements that were touched at least once."""
+    """Of one storage: bytes read and written, with repetitions and without."""
 
-    read: int = 0
-    written: int = 0
-    touched: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
-    itemsize: int = 0
+    def __init__(self, tensor):
+        self.tensor = tensor  # kept, so that nothing else gets its address while we count
+        self.itemsize = tensor.element_size()
+        self.touched = {kind: np.zeros(tensor.untyped_storage().nbytes() // self.itemsize, dtype=bool) for kind in ("load", "store")}
+        self.moved = {"load": 0, "store": 0}
 
-    def distinct(self, kind: str) -> int:
-        """kind: "load" or "store"."""
-        return int(self.touched[kind].sum()) * self.itemsize if kind in self.touched else 0
+    def add(self, kind: str, offsets: np.ndarray) -> None:
+        self.moved[kind] += offsets.size * self.itemsize
+        self.touched[kind][offsets] = True
+
+    read = property(lambda self: self.moved["load"])
+    written = property(lambda self: self.moved["store"])
+    distinct_read = property(lambda self: int(self.touched["load"].sum()) * self.itemsize)
+    distinct_written = property(lambda self: int(self.touched["store"].sum()) * self.itemsize)
+
+
+def _storage(tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Counter:
+    def __init__(self):
+        self.storages: dict[int, Bytes] = {}
+
+    def of(self, tensor) -> Bytes:
+        """The counts of the tensor's storage: views of one buffer are counted together."""
+        return self.storages.setdefault(_storage(tensor), Bytes(tensor))
+
+    def observe(self, kind: str, region, offsets: np.ndarray) -> None:
+        self.of(region.tensor).add(kind, offsets + region.tensor.storage_offset())
 
 
 @contextlib.contextmanager
-def count_traffic(tensors: dict | None = None):
-    """Yields a dict name -> Bytes, filled by the launches inside. `tensors` (name -> tensor) are counted under their names, other
-    arguments under "kernel.argument". Tensors that share memory are counted under the first."""
+def count_traffic():
+    """Yields a Counter of the launches inside. Buffers that are no arguments count where `interpreter.visible` names them."""
     install()
-    counts: dict[str, Bytes] = {}
-    builder = triton_interpreter.interpreter_builder
-
-    def observe(kind, kernel, region, offsets, itemsize):
-        name = region.name if any(region is other for other in builder.others) else f"{kernel}.{region.name}"
-        count = counts.setdefault(name, Bytes(itemsize=itemsize))
-        moved = offsets.size * itemsize
-        if kind == "load":
-            count.read += moved
-        else:
-            count.written += moved
-        touched = count.touched.setdefault(kind, np.zeros(region.elements, dtype=bool))
-        if touched.size < region.elements:  # a later launch, with a larger tensor of that name
-            touched = count.touched[kind] = np.pad(touched, (0, region.elements - touched.size))
-        touched[offsets] = True
-
-    before, builder.observe = builder.observe, observe
+    builder, counter = triton_interpreter.interpreter_builder, Counter()
+    before, builder.observe = builder.observe, counter.observe
     try:
-        with visible(**(tensors or {})):
-            yield counts
+        yield counter
     finally:
         builder.observe = before
 
 
-def measure(spec: Spec) -> Traffic:
-    """Runs spec.case and holds the launches of spec's kernel against spec.reads and spec.writes. In a process with TRITON_INTERPRET=1."""
-    module, function = spec.case.split(":")
-    with count_traffic() as counts:
-        getattr(importlib.import_module(module), function)()
-    kernel = spec.kernel.split(":")[1]
-    counts = {name.removeprefix(f"{kernel}."): count for name, count in counts.items() if name.startswith(f"{kernel}.")}
-    if missing := {*spec.reads, *spec.writes} - counts.keys():
-        raise ValueError(f"{spec.name}: {spec.case} made {kernel} touch {sorted(counts)}, not {sorted(missing)}")
-    moved = sum((count.distinct("load") if name in spec.cached else count.read) + count.written for name, count in counts.items())
-    least = sum(counts[name].distinct("load") for name in spec.reads) + sum(counts[name].distinct("store") for name in spec.writes)
-    return Traffic(moved, least, max(int(mask.sum()) for count in counts.values() for mask in count.touched.values()))
+def measure(case: str, op: str) -> Traffic:
+    """Runs the op and holds the bytes that its kernels move against the least: each element of an input that is touched at all read once,
+    each of an output written once. Inputs that are SMALL count once. In a process with TRITON_INTERPRET=1.
+
+    case: "module:function"; function(op) launches the op on small tensors and returns {"inputs": {name: tensor}, "outputs": {...}}.
+    """
+    module, function = case.split(":")
+    with count_traffic() as counter:
+        tensors = getattr(importlib.import_module(module), function)(op)
+    inputs, outputs = ({_storage(t) for t in tensors[key].values() if t is not None and t.numel()} for key in ("inputs", "outputs"))
+    counts = counter.storages
+    least = sum(counts[s].distinct_read for s in inputs if s in counts) + sum(counts[s].distinct_written for s in outputs if s in counts)
+    if not least:
+        raise ValueError(f"{case} of {op!r} launches no kernel that touches its inputs or outputs")
+    moved = 0
+    for storage, count in counts.items():
+        small = storage in inputs and count.distinct_read < SMALL * least
+        moved += (count.distinct_read if small else count.read) + count.written
+    return Traffic(moved, least, max(max(c.distinct_read, c.distinct_written) // c.itemsize for c in counts.values()))
