@@ -28,13 +28,14 @@ class Spec:
     constexprs: dict[str, object]
     num_warps: int = 4
     num_stages: int = 3
-    # "memory": bound by memory, wants wide accesses and moves the least bytes; "memory, read again": wide accesses alone; "gemm": wants
-    # tensor cores; "other"
+    # "memory": bound by memory, wants wide loads and stores and moves the least bytes; "memory, read again": the same but for the bytes;
+    # "reduction": wants wide loads and moves the least bytes; "gemm": wants tensor cores; "other"
     kind: str = "other"
     divisible: tuple[str, ...] = ()  # pointers aligned to 16 bytes and integers that are multiples of 16, which Triton specialises for
     chips: tuple[str, ...] = tuple(CHIPS)
     op: str = ""  # that launches this kernel, maybe among others
     case: str = ""  # runs the op for traffic.measure, which says what it is
+    scratch: int = 0  # bytes, such as partial sums, that the op writes once and reads once between its kernels, at the case's size
 
 
 @dataclass
@@ -74,7 +75,8 @@ class Resources:
 
 @dataclass(frozen=True)
 class Traffic:
-    moved: int  # bytes that the kernel reads and writes
+    moved: int  # bytes that the kernels read and write of the op's inputs and outputs
+    scratch: int  # bytes that they read and write of anything else
     least: int  # bytes if each element of an input is read once and each of an output written once
     elements: int  # of the storage of which most is touched
 
@@ -88,9 +90,9 @@ def access(opcode: str) -> tuple[str, int] | None:
     name, *modifiers = opcode.split(".")
     if name in ("UTMALDG", "UBLKCP", "UTMASTG"):
         return ("store" if name == "UTMASTG" else "load"), 16
-    if name in ("LDG", "STG", "LDGSTS"):
+    if name in ("LDG", "STG", "LDGSTS", "LD", "ST", "LDGMC"):  # generic ones too: CUDA code that was not told the address space
         bits = next((int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16)|64|128|256", m)), 32)
-        return ("store" if name == "STG" else "load"), bits // 8
+        return ("store" if name in ("STG", "ST") else "load"), bits // 8
     if match := re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(\w+)", name):
         size = re.match(r"(?:lds_)?(dword(?:x(\d))?|[us]?(short|byte)|b(\d+))", match[2])
         if size is None:
@@ -104,6 +106,9 @@ def access(opcode: str) -> tuple[str, int] | None:
 FLOAT_ATOMIC = re.compile(
     r"(ATOM|RED)[GS]?\.(\w+\.)*(BF16|F16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)|ds_(pk_)?add_(rtn_)?b?f\d+"
 )
+
+
+WIDE = {"memory": ("load", "store"), "reduction": ("load",)}
 
 
 def faults(spec: Spec, made: Resources) -> list[str]:
@@ -121,13 +126,11 @@ def faults(spec: Spec, made: Resources) -> list[str]:
         found.append(f"takes {made.registers} registers of {chip.registers_of_thread}")
     if made.float_atomics:
         found.append("adds floats atomically: the sum depends on the order of the blocks")
-    if spec.kind.startswith("memory"):
-        for kind in ("load", "store"):
-            widths = made.bytes_by_width(kind)
-            wide = sum(count for width, count in widths.items() if width >= 16)
-            # Not all: a scalar of a row, such as its maximum, is 4 bytes.
-            if wide < 0.75 * sum(widths.values()) or not wide:
-                found.append(f"{kind}s too few of its bytes 16 at a time: {dict(sorted(widths.items()))} (width: bytes)")
+    for kind in WIDE.get(spec.kind.split(",")[0], ()):
+        widths = made.bytes_by_width(kind)
+        # Not all: a scalar of a row is 4 bytes, and what is in a loop counts here as what is not.
+        if 2 * sum(count for width, count in widths.items() if width >= 16) <= sum(widths.values()):
+            found.append(f"{kind}s too few of its bytes 16 at a time: {dict(sorted(widths.items()))} (width: bytes)")
     if spec.kind == "gemm" and not made.tensor_cores:
         found.append("does not use tensor cores")
     return found

@@ -25,6 +25,7 @@ from aot import Resources, Spec, compile_all, faults, measure_all  # noqa: E402
 from chips import CHIPS  # noqa: E402
 from specs import load  # noqa: E402
 
+CUDA_THREADS = 512  # the most that the kernels are launched with
 COLUMNS = (
     "kernel",
     "configuration",
@@ -60,7 +61,9 @@ def between(text: str, name: str) -> str:
 def row(kernel: str, configuration: str, made: Resources, traffic=None) -> tuple[str, ...]:
     loads, stores = (max(made.bytes_by_width(kind), default=0) for kind in ("load", "store"))
     chip = CHIPS[made.chip]
-    per_element = (f"{traffic.moved / traffic.elements:.3g}", f"{traffic.least / traffic.elements:.3g}") if traffic else ("", "")
+    per_element = [""] * 3
+    if traffic:
+        per_element = [f"{count / traffic.elements:.3g}" for count in (traffic.moved, traffic.scratch, traffic.least)]
     return (
         kernel,
         configuration,
@@ -108,9 +111,14 @@ def nvcc_version() -> str | None:
 
 
 def cuda_table(nvcc: str) -> str:
+    """The bfloat16 instances, which stand for those of the other 16-bit type and, with half the elements a load, of float32."""
     import sass
 
-    rows = [row(f"`{name}`", launch, made) for arch in ("sm_80", "sm_90", "sm_100") for name, launch, made in sass.cuda_resources(arch)]
+    rows = []
+    for arch in sass.ARCHS:
+        for made in sass.cuda_resources(arch, dtypes=("__nv_bfloat16",)):
+            resources = Resources(arch, CUDA_THREADS, made["regs"], made["spill"], made["stack"], made["smem"], opcodes=made["opcodes"])
+            rows.append(row(f"`{made['kernel']}`", f"`{made['name']}`, {CUDA_THREADS} threads", resources))
     return f"nvcc {nvcc}.\n\n{markdown(rows)}"
 
 

@@ -78,8 +78,12 @@ def measure(case: str, op: str) -> Traffic:
     least = sum(counts[s].distinct_read for s in inputs if s in counts) + sum(counts[s].distinct_written for s in outputs if s in counts)
     if not least:
         raise ValueError(f"{case} of {op!r} launches no kernel that touches its inputs or outputs")
-    moved = 0
+    moved, scratch = 0, 0
     for storage, count in counts.items():
-        small = storage in inputs and count.distinct_read < SMALL * least
-        moved += (count.distinct_read if small else count.read) + count.written
-    return Traffic(moved, least, max(max(c.distinct_read, c.distinct_written) // c.itemsize for c in counts.values()))
+        if storage not in inputs | outputs:
+            scratch += count.read + count.written
+        elif storage in inputs and count.distinct_read < SMALL * least:
+            moved += count.distinct_read + count.written
+        else:
+            moved += count.read + count.written
+    return Traffic(moved, scratch, least, max(max(c.distinct_read, c.distinct_written) // c.itemsize for c in counts.values()))
