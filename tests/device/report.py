@@ -21,23 +21,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]  # the checkout's tpkernels, and this folder's modules, wherever it is started
 
-from aot import Resources, Spec, compile_all, faults, measure_all  # noqa: E402
+from aot import Resources, Spec, Traffic, compile_all, faults, measure_all  # noqa: E402
 from chips import CHIPS  # noqa: E402
 from specs import load  # noqa: E402
 
 CUDA_THREADS = 512  # the most that the kernels are launched with
-COLUMNS = (
-    "kernel",
-    "configuration",
-    "chip",
-    "registers",
-    "spills",
-    "shared memory",
-    "occupancy",
-    "access or unit",
-    "bytes / element",
-    "least",
-)
+COLUMNS = ("kernel", "configuration", "chip", "registers", "spills", "shared memory", "occupancy", "access or unit")
+COLUMNS += ("bytes / element", "scratch", "least")
 
 
 def markers(name: str) -> tuple[str, str]:
@@ -87,11 +77,8 @@ def configuration(spec: Spec) -> str:
     return f"{spec.name}: {blocks}, {spec.num_warps} warps, {spec.num_stages} stages"
 
 
-def triton_table() -> str:
-    specs = load()
-    made, traffic = compile_all(specs), measure_all(specs)
-    if wrong := [f"{spec.name} {chip}: {fault}" for spec in specs for chip in spec.chips for fault in faults(spec, made[spec.name, chip])]:
-        raise SystemExit("\n".join(wrong))
+def triton_table(specs: list[Spec], made: dict[tuple[str, str], Resources], traffic: dict[str, Traffic]) -> str:
+    """made and traffic: compile_all's and measure_all's, of the specs."""
     rows = [
         row(f"`{spec.kernel.split(':')[1]}`", configuration(spec), made[spec.name, chip], traffic.get(spec.op))
         for spec in specs
@@ -122,9 +109,9 @@ def cuda_table(nvcc: str) -> str:
     return f"nvcc {nvcc}.\n\n{markdown(rows)}"
 
 
-def renew(text: str) -> str:
-    """The file's text with its tables as they should be."""
-    text = replace(text, "triton", triton_table())
+def renew(text: str, triton: str) -> str:
+    """The file's text with its tables as they should be. triton: triton_table's."""
+    text = replace(text, "triton", triton)
     if importlib.util.find_spec("sass") is None:
         return text
     nvcc, written = nvcc_version(), re.search(r"nvcc ([\d.]+)\.\n", between(text, "cuda"))
@@ -143,7 +130,12 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the file is not current")
     options = parser.parse_args()
     text = options.out.read_text()
-    renewed = renew(text)
+    specs = load()
+    made = compile_all(specs)
+    if wrong := [f"{spec.name} {chip}: {fault}" for spec in specs for chip in spec.chips for fault in faults(spec, made[spec.name, chip])]:
+        print("\n".join(wrong), file=sys.stderr)
+        return 1
+    renewed = renew(text, triton_table(specs, made, measure_all(specs)))
     if renewed == text:
         return 0
     if options.check:

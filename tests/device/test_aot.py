@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
+import report
 from aot import FLOAT_ATOMIC, Spec, access, compile_all, faults, measure_all
 from chips import CHIPS
 from specs import load
@@ -94,6 +97,14 @@ def test_bytes_moved(traffic, spec):
 def test_bytes_moved_in_vain(traffic):
     found = {op: (traffic[op].moved / traffic[op].least, traffic[op].scratch / traffic[op].least) for op in WASTEFUL}
     assert found == WASTEFUL
+
+
+def test_documented(made, traffic):
+    """docs/kernels.md is current: `python tests/device/report.py --out docs/kernels.md` writes it."""
+    table = report.between((Path(__file__).parents[2] / "docs/kernels.md").read_text(), "triton").strip()
+    if f"Triton {version('triton')}.\n" not in table:
+        pytest.skip("written with another version of Triton")
+    assert table == report.triton_table(SPECS, made, traffic)
 
 
 def test_what_each_chip_multiplies_with(made):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import report
-from aot import Resources, Traffic
+from aot import Resources, Spec, Traffic
 
 TEXT = "# Kernels\n\nBefore.\n\n{}\n{}\n\nBetween.\n\n{}\n\nold\n{}\nAfter.\n".format(*report.markers("triton"), *report.markers("cuda"))
 
@@ -16,7 +16,9 @@ def command(monkeypatch, tmp_path):
     """command(*options): main()'s exit status on a file whose tables take no compiling; the file's path as command.file."""
     file = tmp_path / "kernels.md"
     file.write_text(TEXT)
-    monkeypatch.setattr(report, "triton_table", lambda: "| a table |")
+    for name, nothing in dict(load=[], compile_all={}, measure_all={}).items():
+        monkeypatch.setattr(report, name, lambda *_, nothing=nothing: nothing)
+    monkeypatch.setattr(report, "triton_table", lambda *_: "| a table |")
     monkeypatch.setattr(report, "nvcc_version", lambda: None)
 
     def call(*options):
@@ -45,6 +47,15 @@ def test_check(command, capsys):
     assert command("--check") == 1
 
 
+def test_faults_are_not_written(command, monkeypatch, capsys):
+    spec = Spec("a spec", "module:kernel", {}, {}, chips=("sm_90",))
+    monkeypatch.setattr(report, "load", lambda: [spec])
+    monkeypatch.setattr(report, "compile_all", lambda specs: {("a spec", "sm_90"): Resources("sm_90", spills=8)})
+    assert command() == 1
+    assert "a spec sm_90: spills 8 bytes a thread" in capsys.readouterr().err
+    assert command.file.read_text() == TEXT
+
+
 def test_markers_must_be_there_once():
     begin, end = report.markers("triton")
     for text in ("", begin, f"{end}\n{begin}", f"{begin}\n{end}\n{begin}\n{end}"):
@@ -56,14 +67,13 @@ def test_another_nvcc_leaves_the_cuda_table(monkeypatch, capsys):
     sass = type(sys)("sass")
     sass.__spec__ = object()
     monkeypatch.setitem(sys.modules, "sass", sass)
-    monkeypatch.setattr(report, "triton_table", lambda: "table")
     monkeypatch.setattr(report, "cuda_table", lambda nvcc: f"nvcc {nvcc}.\n\nits table")
     monkeypatch.setattr(report, "nvcc_version", lambda: "13.0.88")
-    first = report.renew(TEXT)
+    first = report.renew(TEXT, "table")
     assert "nvcc 13.0.88.\n\nits table" in first
     assert "old" not in first
     monkeypatch.setattr(report, "nvcc_version", lambda: "13.1.5")
-    assert report.renew(first) == first
+    assert report.renew(first, "table") == first
     assert "nvcc 13.0.88's" in capsys.readouterr().err
 
 
