@@ -1,4 +1,4 @@
-"""Builds the device code for the CPU: csrc/include/tpkernels/*.cuh through g++ and simt/, as a library or, with a main, a program."""
+"""Builds the device code for the CPU: csrc/include/tpkernels/*.cuh through g++ and simt/. What is built is kept under a hash of its sources."""
 
 import fcntl
 import hashlib
@@ -6,52 +6,85 @@ import importlib.util
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parent.parent / "csrc" / "include" / "tpkernels"
 CACHE = Path(tempfile.gettempdir()) / f"tpkernels-device-{os.getuid()}"
 SANITIZERS = {None: [], "thread": ["-fsanitize=thread", "-DSIMT_TSAN"], "address": ["-fsanitize=address,undefined", "-DSIMT_ASAN"]}
+# check.cpp runs these; all the rest is for the library that Python loads.
+CHECK_DEFINES = ("TEST_RANKS=3", "TEST_TYPES=float, __nv_bfloat16")
 
 
-def cuda_headers() -> Path:
-    """Where cuda_bf16.h is: triton's wheel brings it."""
-    return Path(importlib.util.find_spec("triton").submodule_search_locations[0]) / "backends" / "nvidia" / "include"
+def triton_nvidia() -> Path:
+    """Triton's wheel brings cuda_bf16.h, and the disassembler."""
+    return Path(importlib.util.find_spec("triton").submodule_search_locations[0]) / "backends" / "nvidia"
 
 
-def sources() -> list[Path]:
-    return sorted([*HEADERS.glob("*.cuh"), *HERE.glob("*.h"), *HERE.glob("*.cpp"), *(p for p in (HERE / "simt").rglob("*") if p.is_file())])
-
-
-def run_compiler(command: list) -> None:
+def run(command: list) -> subprocess.CompletedProcess:
     result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
     if result.returncode:
         raise RuntimeError(f"{' '.join(str(part) for part in command)}\n{result.stderr[-4000:]}")
-
-
-def build(*files: str, sanitizer: str | None = None, defines: tuple[str, ...] = (), headers: Path = HEADERS) -> Path:
-    """A shared library of `files`, or a program where one of them is check.cpp; kept under a hash of all that goes into it.
-
-    headers: another copy of the .cuh files, changed (a mutant).
-    """
-    key = hashlib.sha256(repr((files, sanitizer, defines)).encode())
-    for source in [*sources(), *sorted(headers.glob("*.cuh"))]:
-        key.update(source.read_bytes())
-    program = "check.cpp" in files
-    CACHE.mkdir(exist_ok=True)
-    result = CACHE / f"{key.hexdigest()[:20]}{'' if program else '.so'}"
-    with open(f"{result}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if result.exists():
-            return result
-        flags = ["-O1", "-g1", "-std=c++17", "-fPIC", *SANITIZERS[sanitizer], *(f"-D{define}" for define in defines)]
-        includes = ["-I", HERE / "simt", "-I", headers.parent, "-isystem", cuda_headers()]
-        partial = Path(f"{result}.{os.getpid()}")
-        # The scheduler is built without the sanitizer: it must stay out of its sight.
-        simt = Path(f"{partial}.o")
-        run_compiler(["g++", "-c", *(f for f in flags if "sanitize" not in f), *includes, HERE / "simt" / "simt.cpp", "-o", simt])
-        kind = [] if program else ["-shared"]
-        run_compiler(["g++", *kind, *flags, *includes, *(HERE / f for f in files), simt, "-o", partial])
-        simt.unlink()
-        partial.rename(result)
     return result
+
+
+def kept(kind: str, inputs: object, files: list[Path], make: Callable[[Path], None]) -> Path:
+    """make(path), unless that was done before with the same inputs and contents of files. Safe against others that do the same."""
+    key = hashlib.sha256(repr(inputs).encode())
+    for file in files:
+        key.update(file.read_bytes())
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"{key.hexdigest()[:20]}.{kind}"
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            partial = Path(f"{path}.partial")
+            make(partial)
+            partial.rename(path)
+    return path
+
+
+def compile(output: Path, inputs: list[Path], sanitizer: str | None, *options: str, headers: Path = HEADERS) -> None:
+    flags = ["-O1", "-g1", "-std=c++17", "-fPIC", *SANITIZERS[sanitizer], *options]
+    includes = ["-I", HERE / "simt", "-I", headers.parent, "-isystem", triton_nvidia() / "include"]
+    run(["g++", *flags, *includes, *inputs, "-o", output])
+
+
+def objects(sanitizer: str | None) -> list[Path]:
+    """What does not depend on the device code: the scheduler, which the sanitizer must not see, and check.cpp."""
+
+    def scheduler(path):
+        unseen = [flag for flag in SANITIZERS[sanitizer] if flag.startswith("-D")]
+        compile(path, [HERE / "simt" / "simt.cpp"], None, "-c", "-x", "c++", *unseen)
+
+    def check(path):
+        compile(path, [HERE / "check.cpp"], sanitizer, "-c")
+
+    sources = [file for file in sorted(HERE.rglob("*")) if file.suffix in (".h", ".cpp") or file.parent.name == "nv"]
+    return [kept("o", ("scheduler", sanitizer), sources, scheduler), kept("o", ("check", sanitizer), sources, check)]
+
+
+def library() -> Path:
+    """The harness, for ctypes."""
+    sources = [HERE / "harness.cpp", objects(None)[0]]
+    return kept(
+        "so", (), [*sources, HERE / "harness.h", *sorted(HEADERS.glob("*.cuh"))], lambda path: compile(path, sources, None, "-shared")
+    )
+
+
+def check_program(path: Path, sanitizer: str | None, headers: Path = HEADERS) -> None:
+    """The harness and check.cpp, with the device code from `headers`."""
+    compile(path, [HERE / "harness.cpp", *objects(sanitizer)], sanitizer, *(f"-D{define}" for define in CHECK_DEFINES), headers=headers)
+
+
+def run_check(program: Path, seeds: int, timeout: float) -> tuple[int, str]:
+    """Exit status (check.cpp says what 1 and 2 mean, a sanitizer's is 66, -1: out of time) and what it said."""
+    options = dict(TSAN_OPTIONS="halt_on_error=1 exitcode=66", ASAN_OPTIONS="exitcode=66", UBSAN_OPTIONS="halt_on_error=1 exitcode=66")
+    try:
+        # ThreadSanitizer wants its address space where the kernel would put other things at random.
+        command = ["setarch", "-R", str(program), str(seeds)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **options})
+    except subprocess.TimeoutExpired:
+        return -1, "out of time"
+    return result.returncode, result.stdout + result.stderr

@@ -117,8 +117,11 @@ bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uin
   }
   const simt::Outcome outcome = simt::run(streams, seed);
   if (trace) *trace = outcome.trace;
+  if (!outcome.finished) new auto(std::move(streams));  // the threads that hang still refer to them
   return outcome.finished;
 }
 
-int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm) { return grid_size(rows, columns, element_size, norm); }
+int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm) {
+  return grid_size(rows, columns, element_size, norm);
+}
 size_t device_half_bytes(int64_t rows, int64_t columns, int element_size) { return half_bytes(rows, columns, element_size); }

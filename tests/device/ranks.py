@@ -4,8 +4,8 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 
+import device_build
 import torch
-from device_build import build
 from torch import Tensor
 
 KERNELS = ("one_shot", "two_shot", "two_shot_multimem")
@@ -23,7 +23,7 @@ class Spec(ctypes.Structure):  # harness.h
 
 @cache
 def library():
-    lib = ctypes.CDLL(str(build("harness.cpp")))
+    lib = ctypes.CDLL(str(device_build.library()))
     lib.world_create.argtypes, lib.world_create.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_uint32], ctypes.c_void_p
     lib.world_destroy.argtypes = [ctypes.c_void_p]
     lib.world_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]

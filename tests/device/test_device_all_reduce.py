@@ -15,9 +15,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dty
 
 def twin(launch: Launch, dtype: torch.dtype):
     """Plain torch in that dtype: the partials added in rank order, then what follows."""
-    inputs, bias, residual, weight = (
-        t if t is None else t.to(dtype) for t in (launch.inputs, launch.bias, launch.residual, launch.weight)
-    )
+    inputs, bias, residual, weight = (t if t is None else t.to(dtype) for t in (launch.inputs, launch.bias, launch.residual, launch.weight))
     h = inputs[0]
     for part in inputs[1:]:
         h = h + part

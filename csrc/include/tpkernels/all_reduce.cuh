@@ -24,8 +24,8 @@ struct Arguments {
   int rank;
   int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous
   const T* input;
-  T* output;  // sum + bias + residual, rounded once; may be `input`
-  const T* bias;  // or null
+  T* output;          // sum + bias + residual, rounded once; may be `input`
+  const T* bias;      // or null
   const T* residual;  // or null; none of what is written
   // kNorm only: normed = output * rsqrt(mean(output^2) + epsilon) * weight, in fp32, rounded once
   T* normed;
@@ -48,13 +48,14 @@ constexpr size_t buffer_bytes(size_t half_bytes) { return kFlagBytes + 2 * half_
 
 // Blocks of a launch, of what all ranks share; 0: nothing to do, do not launch. With the norm a block works on whole rows.
 constexpr int grid_size(int64_t rows, int64_t columns, int element_size, bool norm) {
-  const int64_t blocks = norm && columns ? rows : ceil_div<int64_t>(half_bytes(rows, columns, element_size), kThreads * kVectorBytes);
+  const int64_t blocks =
+      norm && columns ? rows : ceil_div<int64_t>(half_bytes(rows, columns, element_size), kThreads * kVectorBytes);
   return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
 // Which vectors a block works on: the same on every rank, in all phases, so that block b waits for no block but b of its peers.
-// The vectors, row after row, are cut into segments: segment s belongs to block s modulo the grid. With the norm a segment is a row,
-// without it there is one for each block.
+// The vectors, row after row, are cut into segments: segment s belongs to block s modulo the grid. With the norm a segment is a
+// row, without it there is one for each block.
 template <typename T, bool kNorm>
 struct Layout {
   int columns, row_vectors, vectors, segments, length, slice;

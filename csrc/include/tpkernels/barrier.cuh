@@ -34,8 +34,8 @@ __device__ __forceinline__ void barrier(char* const* peers, int rank, uint32_t e
   __syncthreads();
 }
 
-// Block b also moves the lanes that this grid does not have, so that the next launch, whatever its grid, finds one epoch everywhere.
-// To be called after a barrier: all threads have read the block's epoch by then.
+// Block b also moves the lanes that this grid does not have, so that the next launch, whatever its grid, finds one epoch
+// everywhere. To be called after a barrier: all threads have read the block's epoch by then.
 __device__ __forceinline__ void advance_epochs(uint32_t* epochs, uint32_t epoch) {
   const int lane = blockIdx.x + threadIdx.x * gridDim.x;
   if (lane < kMaxBlocks) epochs[lane] = epoch + kEpochsPerLaunch;

@@ -17,15 +17,13 @@ namespace tpkernels {
 template <typename T>
 __device__ __forceinline__ Vector<T> multimem_sum(const Vector<T>* address);
 
-#define TPKERNELS_MULTIMEM_SUM(T, type)                                                                                  \
-  template <>                                                                                                            \
-  __device__ __forceinline__ Vector<T> multimem_sum<T>(const Vector<T>* address) {                                       \
-    uint4 bits{};                                                                                                        \
-    TPKERNELS_MULTIMEM("multimem.ld_reduce.relaxed.sys.global.add" type " {%0, %1, %2, %3}, [%4];"                       \
-                       : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w)                                          \
-                       : "l"(address)                                                                                    \
-                       : "memory");                                                                                      \
-    return reinterpret_cast<Vector<T>&>(bits);                                                                           \
+#define TPKERNELS_MULTIMEM_SUM(T, type)                                                                                          \
+  template <>                                                                                                                    \
+  __device__ __forceinline__ Vector<T> multimem_sum<T>(const Vector<T>* address) {                                               \
+    uint4 bits{};                                                                                                                \
+    TPKERNELS_MULTIMEM("multimem.ld_reduce.relaxed.sys.global.add" type " {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), \
+                       "=r"(bits.z), "=r"(bits.w) : "l"(address) : "memory");                                                    \
+    return reinterpret_cast<Vector<T>&>(bits);                                                                                   \
   }
 TPKERNELS_MULTIMEM_SUM(float, ".v4.f32")
 TPKERNELS_MULTIMEM_SUM(__half, ".acc::f32.v4.f16x2")
@@ -36,8 +34,7 @@ template <typename T>
 __device__ __forceinline__ void multimem_store(Vector<T>* address, const Vector<T>& vector) {
   const uint4& bits = reinterpret_cast<const uint4&>(vector);
   TPKERNELS_MULTIMEM("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x), "r"(bits.y),
-                     "r"(bits.z), "r"(bits.w)
-                     : "memory");
+                     "r"(bits.z), "r"(bits.w) : "memory");
 }
 #undef TPKERNELS_MULTIMEM
 #else

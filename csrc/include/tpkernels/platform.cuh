@@ -40,8 +40,8 @@ __device__ __forceinline__ void spin() {
 #endif
 }
 
-// All reads of tensors and of peers' memory. On the host the const is cast away because GCC's ThreadSanitizer does not look at reads
-// through pointers to const; on the GPU these are plain loads, never ld.global.nc: a peer writes what they read.
+// All reads of tensors and of peers' memory. On the host the const is cast away because GCC's ThreadSanitizer does not look at
+// reads through pointers to const; on the GPU these are plain loads, never ld.global.nc: a peer writes what they read.
 template <typename V>
 __device__ __forceinline__ V load(const V* address) {
 #ifdef __CUDACC__

@@ -1,4 +1,5 @@
-// The scheduler. Built without -fsanitize=thread, so that ThreadSanitizer knows of nothing here but what it is told.
+// The scheduler. Built without -fsanitize=thread, so that ThreadSanitizer knows of nothing here but what it is told. What runs on a
+// fiber must not allocate nor copy with memmove: ThreadSanitizer sees those whoever calls them.
 #include "simt.h"
 
 #include <ucontext.h>
@@ -7,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #undef threadIdx
 #undef blockIdx
@@ -17,7 +19,6 @@
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* address);
 void __tsan_release(void* address);
@@ -50,7 +51,7 @@ struct Meeting {
   char clocks[2];
   unsigned count = 0;
   int arrived = 0;
-  std::vector<Fiber*> waiting;
+  Fiber* waiting = nullptr;
 };
 
 struct Warp {
@@ -69,13 +70,14 @@ struct Block {
   char* arena;
   Meeting meeting;
   std::vector<Warp> warps;
-  std::vector<Shared> shared;
+  Shared shared[4];
 };
 
 struct Fiber : Thread {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Block* block = nullptr;
+  Fiber* next = nullptr;  // in a list of those who wait
   void* tsan = nullptr;
   void* fake_stack = nullptr;
 };
@@ -85,8 +87,7 @@ struct Rank {
   const std::vector<Launch>* launches;
   size_t next = 0;
   int alive = 0;
-  char clocks[2];                              // the stream's order: launch k takes [k % 2], gives [(k + 1) % 2]
-  std::vector<std::unique_ptr<Fiber>> fibers;  // reused by the rank's next launch: the stream orders them too
+  char clocks[2];  // the stream's order: launch k takes [k % 2], gives [(k + 1) % 2]
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Fiber*> runnable;
 };
@@ -96,7 +97,8 @@ void* scheduler_tsan;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 std::vector<std::unique_ptr<Rank>> ranks;
-std::vector<Fiber*> spinning;
+std::vector<std::unique_ptr<Fiber>> fibers[kMaxRanks];  // a rank's next launch uses them again: its stream orders them too
+Fiber* spinning = nullptr;
 uint64_t random_state;
 const char* multicast_base;
 size_t multicast_bytes;
@@ -142,11 +144,20 @@ void to_fiber(Fiber* fiber) {
 #endif
 }
 
+void wait_in(Fiber*& list) {
+  self()->next = list;
+  list = self();
+  to_scheduler();
+}
+
+void wake(Fiber*& list) {
+  for (; list != nullptr; list = list->next) make_runnable(list);
+}
+
 void release_all(Meeting& meeting) {
   meeting.arrived = 0;
   ++meeting.count;
-  for (Fiber* fiber : meeting.waiting) make_runnable(fiber);
-  meeting.waiting.clear();
+  wake(meeting.waiting);
 }
 
 // Waits for the others. Returns which of the pair of slots this meeting uses.
@@ -155,10 +166,10 @@ int meet(Meeting& meeting, int others) {
   if (++meeting.arrived == others) {
     release_all(meeting);
     make_runnable(self());
+    to_scheduler();
   } else {
-    meeting.waiting.push_back(self());
+    wait_in(meeting.waiting);
   }
-  to_scheduler();
   return slot;
 }
 
@@ -184,15 +195,16 @@ void start_next(Rank& rank) {
   const Launch& launch = (*rank.launches)[rank.next++];
   rank.alive = launch.blocks * launch.threads;
   rank.blocks.clear();
+  rank.runnable.reserve(rank.alive);
   for (int b = 0; b < launch.blocks; ++b) {
     rank.blocks.emplace_back(new Block{&rank, launch.threads, arenas[rank.id][b], {}, {}, {}});
     rank.blocks.back()->warps.resize((launch.threads + kWarp - 1) / kWarp);
     std::fill_n(static_cast<volatile char*>(arenas[rank.id][b]), kSharedBytes, '\xff');  // NaN; volatile: no memset for TSan to see
     for (int t = 0; t < launch.threads; ++t) {
       const size_t index = static_cast<size_t>(b) * launch.threads + t;
-      if (index == rank.fibers.size()) {
+      if (index == fibers[rank.id].size()) {
         Fiber* fiber = new Fiber;
-        rank.fibers.emplace_back(fiber);
+        fibers[rank.id].emplace_back(fiber);
         getcontext(&fiber->context);
         fiber->context.uc_stack.ss_sp = fiber->stack.get();
         fiber->context.uc_stack.ss_size = kStackBytes;
@@ -202,7 +214,7 @@ void start_next(Rank& rank) {
         fiber->tsan = __tsan_create_fiber(0);
 #endif
       }
-      Fiber* fiber = rank.fibers[index].get();
+      Fiber* fiber = fibers[rank.id][index].get();
       fiber->thread_index = {static_cast<unsigned>(t), 0, 0};
       fiber->block_index = {static_cast<unsigned>(b), 0, 0};
       fiber->block_dim = dim3(launch.threads);
@@ -237,13 +249,17 @@ float shuffle_xor(unsigned mask, float value, int lane_mask) {
 void* shared_memory(const void* key, size_t bytes) {
   Block& block = *self()->block;
   size_t begin = 0;
-  for (const Shared& piece : block.shared) {
+  for (Shared& piece : block.shared) {
     if (piece.key == key) return block.arena + begin;
+    if (piece.key == nullptr) {
+      piece = {key, begin + (bytes + 15) / 16 * 16};
+      if (piece.end > kSharedBytes) break;
+      return block.arena + begin;
+    }
     begin = piece.end;
   }
-  block.shared.push_back({key, begin + (bytes + 15) / 16 * 16});
-  if (block.shared.back().end > kSharedBytes) std::abort();
-  return block.arena + begin;
+  std::fputs("simt: more shared memory than the shim has\n", stderr);
+  std::abort();
 }
 
 void preempt() {
@@ -253,15 +269,11 @@ void preempt() {
 }
 
 void stored() {
-  for (Fiber* fiber : spinning) make_runnable(fiber);
-  spinning.clear();
+  wake(spinning);
   preempt();
 }
 
-void wait_for_store() {
-  spinning.push_back(self());
-  to_scheduler();
-}
+void wait_for_store() { wait_in(spinning); }
 
 void set_multicast(const char* base, size_t bytes, const std::vector<char*>& memory) {
   multicast_base = base;
@@ -316,14 +328,13 @@ Outcome run(const std::vector<std::vector<Launch>>& streams, uint64_t seed) {
     if (rank->alive == 0 && rank->next < rank->launches->size()) start_next(*rank);
   }
   outcome.finished = all_finished();
-  for (const auto& each : ranks) {
-    __tsan_acquire(&each->clocks[each->next % 2]);
-#ifdef SIMT_TSAN
-    for (const auto& fiber : each->fibers) __tsan_destroy_fiber(fiber->tsan);
-#endif
+  for (const auto& rank : ranks) {
+    __tsan_acquire(&rank->clocks[rank->next % 2]);
+    if (!outcome.finished)
+      new auto(std::move(fibers[rank->id]));  // they are in the middle of something: never to be used again, nor freed
   }
   ranks.clear();
-  spinning.clear();
+  spinning = nullptr;
   return outcome;
 }
 

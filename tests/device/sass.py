@@ -1,0 +1,123 @@
+"""What ptxas makes of the all-reduce kernels, with no GPU: registers, stack, spills, opcodes; and what must hold of them."""
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import device_build
+
+ARCHS = ("sm_80", "sm_90", "sm_100")
+RANKS = (2, 4, 8)
+DTYPES = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16"}
+KERNELS = ("one_shot", "two_shot", "two_shot_multimem")
+MAX_REGISTERS = 128  # 512 threads a block, 64 Ki registers an SM
+
+NAME = re.compile(rf"9tpkernels\d+({'|'.join(KERNELS)})I({'|'.join(DTYPES.values())})Li(\d)ELb([01])E")
+
+
+def nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
+
+
+def instances(dtypes, ranks) -> str:
+    lines = ["#include <tpkernels/all_reduce.cuh>", "namespace tpkernels {"]
+    for kernel in KERNELS:
+        for dtype in dtypes:
+            for count in ranks:
+                for norm in ("false", "true"):
+                    lines.append(f"template __global__ void {kernel}<{dtype}, {count}, {norm}>(Arguments<{dtype}>);")
+    return "\n".join([*lines, "}", ""])
+
+
+def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list[dict]:
+    """A dict for each kernel: kernel, dtype, ranks, norm, regs, stack, spill (bytes), smem, instructions (opcodes in order), opcodes."""
+    file, cubin = folder / f"instances-{arch}.cu", folder / f"instances-{arch}.cubin"
+    file.write_text(source)
+    log = device_build.run(
+        [nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-I", headers.parent, file, "-o", cubin]
+    ).stderr
+    sass = device_build.run([device_build.triton_nvidia() / "bin" / "nvdisasm", "-c", cubin]).stdout
+    bodies = {part.split(",", 1)[0]: part for part in sass.split(".section\t.text.")[1:]}
+    kernels = []
+    for entry in log.split("Compiling entry function '")[1:]:
+        mangled = entry.split("'", 1)[0]
+        kernel, dtype, ranks, norm = NAME.search(mangled).groups()
+        stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+        smem = re.search(r"(\d+) bytes smem", entry)
+        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", bodies[mangled])
+        kernels.append(
+            dict(
+                name=f"{kernel}<{dict((v, k) for k, v in DTYPES.items())[dtype]}, {ranks}{', norm' if norm == '1' else ''}>",
+                arch=arch,
+                kernel=kernel,
+                ranks=int(ranks),
+                norm=norm == "1",
+                regs=int(re.search(r"Used (\d+) registers", entry)[1]),
+                stack=int(stack),
+                spill=int(stores) + int(loads),
+                smem=int(smem[1]) if smem else 0,
+                instructions=instructions,
+                opcodes=Counter(instructions),
+            )
+        )
+    return kernels
+
+
+def cuda_resources(arch: str, dtypes=tuple(DTYPES), ranks=RANKS) -> list[dict]:
+    """compile_kernels for these dtypes and numbers of ranks. Needs nvcc."""
+    source = instances(dtypes, ranks)
+
+    def make(path):
+        folder = Path(f"{path}.files")
+        folder.mkdir(exist_ok=True)
+        path.write_text(json.dumps(compile_kernels(arch, source, device_build.HEADERS, folder)))
+        shutil.rmtree(folder)
+
+    headers = sorted(device_build.HEADERS.glob("*.cuh"))
+    return json.loads(device_build.kept("json", (arch, source), [Path(__file__), *headers], make).read_text())
+
+
+def complaints(kernel: dict) -> list[str]:
+    """What is wrong with a kernel's machine code; nothing, if all is well."""
+    code, ranks, multimem = kernel["instructions"], kernel["ranks"], kernel["kernel"] == "two_shot_multimem"
+    found = []
+
+    def expect(condition, message):
+        if not condition:
+            found.append(f"{kernel['arch']} {kernel['name']}: {message}")
+
+    expect(kernel["stack"] == 0 and kernel["spill"] == 0, f"stack {kernel['stack']}, spilled {kernel['spill']} bytes")
+    expect(not any(op.startswith(("LDL", "STL")) for op in code), "local memory")
+    expect(kernel["regs"] <= MAX_REGISTERS, f"{kernel['regs']} registers")
+    expect(any(re.fullmatch(r"LDG?\.E\.128", op) for op in code), "no 16-byte load")
+    expect(any(re.fullmatch(r"STG?\.E\.128", op) for op in code), "no 16-byte store")
+    # The non-coherent path would be free to return what a slot held in an earlier launch.
+    expect(not any("CONSTANT" in op for op in code), "loads through the non-coherent path")
+
+    # Flags: a store behind a fence of the system, a load followed by dropping what L1 holds.
+    barriers = 1 if kernel["kernel"] == "one_shot" else 2
+    memory = [op for op in code if re.match(r"LD|ST|MEMBAR|CCTL|BAR|RED|ATOM", op)]
+    stores = [i for i, op in enumerate(memory) if re.fullmatch(r"STG?\.E\.STRONG\.SYS", op)]
+    loads = [i for i, op in enumerate(memory) if re.fullmatch(r"LDG?\.E\.STRONG\.SYS", op)]
+    expect(
+        len(stores) == barriers and len(loads) == barriers, f"{len(stores)} flag stores and {len(loads)} flag loads of the system's scope"
+    )
+    expect(all(re.fullmatch(r"MEMBAR\.\w+\.SYS", memory[i - 1]) for i in stores), "a flag is stored without a release")
+    expect(all(memory[i + 1] == "CCTL.IVALL" for i in loads), "a flag is loaded without an acquire")
+    expect(not any(re.search(r"STRONG\.(GPU|SM|CTA)", op) for op in code), "an access of a narrower scope than the system's")
+
+    if multimem and kernel["arch"] != "sm_80":
+        # HPADD: high precision, what sm_100 calls accumulation in fp32
+        expect(any(re.match(r"LDGMC\..*(F32|HPADD)", op) for op in code), "no load that the switch reduces in fp32")
+        expect(any(re.fullmatch(r"STG?\.E\.128\.STRONG\.SYS", op) for op in code), "no store to all ranks of the system's scope")
+    if not multimem:
+        in_flight = most = 0
+        for op in code:
+            in_flight = 0 if op.startswith("FADD") else in_flight + (op == "LD.E.128")
+            most = max(most, in_flight)
+        expect(most >= ranks, f"only {most} of {ranks} ranks' parts are loaded before the first is added")
+    return found
