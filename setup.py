@@ -3,6 +3,7 @@
 import glob
 import importlib.util
 import os
+import platform
 
 import torch
 from setuptools import setup
@@ -13,7 +14,30 @@ use_cuda = torch.version.cuda is not None and CUDA_HOME is not None and os.envir
 if torch.version.cuda is not None and not use_cuda:
     print(f"tpkernels: building without CUDA kernels: torch is for CUDA {torch.version.cuda}, CUDA_HOME={CUDA_HOME}")
 
-sources = sorted(glob.glob("csrc/*.cpp") + glob.glob("csrc/overlap/*.cpp") + glob.glob("csrc/fused/*.cpp") + glob.glob("csrc/cpu/*.cpp"))
+# The CPU kernels are compiled once for each instruction set, as torch's own are, and chosen at run time.
+x86 = platform.machine() in ("x86_64", "AMD64")
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+INSTRUCTION_SETS = {"DEFAULT": []}
+if x86:
+    INSTRUCTION_SETS |= {"AVX2": AVX2, "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]}
+CXX_FLAGS = ["-O3", "-fvisibility=hidden"]
+
+
+class BuildKernels(BuildExtension):
+    def build_extension(self, extension):
+        # Linked last and from the lowest set up: of an inline function that several objects hold, the linker keeps the first.
+        for name, flags in INSTRUCTION_SETS.items():
+            extension.extra_objects += self.compiler.compile(
+                sorted(glob.glob("csrc/cpu/kernels/*.cpp")),
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[("CPU_CAPABILITY", name), (f"CPU_CAPABILITY_{name}", None)],
+                include_dirs=extension.include_dirs,
+                extra_postargs=[*CXX_FLAGS, *flags],
+            )
+        super().build_extension(extension)
+
+
+sources = sorted(path for folder in (".", "overlap", "fused", "cpu") for path in glob.glob(f"csrc/{folder}/*.cpp"))
 if use_cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cu"))
 Extension = CUDAExtension if use_cuda else CppExtension
@@ -32,9 +56,9 @@ setup(
             "tpkernels._C",
             sources,
             include_dirs=[os.path.abspath("csrc/include"), *([] if use_cuda else nvtx_headers())],
-            extra_compile_args={"cxx": ["-O3", "-fvisibility=hidden"], "nvcc": ["-O3", "--extended-lambda"]},
-            define_macros=[("USE_C10D_GLOO", None)],
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "--extended-lambda"]},
+            define_macros=[("USE_C10D_GLOO", None)] + [("TPKERNELS_X86_KERNELS", None)] * x86,
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildKernels},
 )

@@ -1,0 +1,137 @@
+// Bias + activation on CPUs.
+#include <torch/library.h>
+
+#include "fused.h"
+
+namespace tpkernels {
+
+namespace {
+
+// Both halves, and the buffers and views that keep them alive.
+struct Inputs {
+  at::Tensor gate, up, gate_bias, up_bias;
+
+  ActivationArgs args(Activation activation) const {
+    ActivationArgs a{gate.scalar_type(), activation, gate.size(1)};
+    a.gate = rows_at(gate);
+    if (up.defined()) a.up = rows_at(up);
+    a.gate_bias = data_of(gate_bias);
+    a.up_bias = data_of(up_bias);
+    return a;
+  }
+};
+
+Inputs packed(const at::Tensor& input, const OptionalTensor& bias, bool gated) {
+  checked_dtype(input);
+  const auto x = strided_rows(input), b = wide_vector(bias, x.size(1), input, "bias");
+  if (!gated) return {x, {}, b, {}};
+  TORCH_CHECK_VALUE(x.size(1) % 2 == 0, "a gated activation splits the last dimension in two, got size ", x.size(1));
+  const int64_t half = x.size(1) / 2;
+  Inputs in{x.narrow(1, 0, half), x.narrow(1, half, half), {}, {}};
+  if (b.defined()) in.gate_bias = b.narrow(0, 0, half), in.up_bias = b.narrow(0, half, half);
+  return in;
+}
+
+Inputs separate(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias) {
+  const int64_t columns = gate.size(-1);
+  return {strided_rows(gate), matching_rows(up, gate.sizes(), checked_dtype(gate), "up"), wide_vector(gate_bias, columns, gate, "gate_bias"),
+          wide_vector(up_bias, columns, gate, "up_bias")};
+}
+
+at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activation) {
+  auto shape = leading.vec();
+  shape.push_back(in.gate.size(1));
+  const auto out = at::empty({in.gate.size(0), in.gate.size(1)}, in.gate.options());
+  auto args = in.args(activation);
+  args.out = rows_at(out);
+  const auto kernel = TPKERNELS_KERNEL(activation_forward);
+  for_rows(out.size(0), out.size(1), [&](int64_t row, int64_t last) { kernel(args, row, last); });
+  return out.view(shape);
+}
+
+// Writes the gradients; gives the biases' in one vector, undefined unless asked for.
+at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& gate_grad, const at::Tensor& up_grad, Activation activation,
+                    bool bias_grad) {
+  auto args = in.args(activation);
+  args.out = rows_at(grad);
+  args.gate_grad = rows_at(gate_grad);
+  if (up_grad.defined()) args.up_grad = rows_at(up_grad);
+  const int64_t rows = grad.size(0), columns = grad.size(1);
+  const auto kernel = TPKERNELS_KERNEL(activation_backward);
+  if (bias_grad)
+    return sum_over_rows(rows, columns, columns * (up_grad.defined() ? 2 : 1), wide_options(grad),
+                         [&](int64_t row, int64_t last, void* sums) { kernel(args, row, last, sums); });
+  for_rows(rows, columns, [&](int64_t row, int64_t last) { kernel(args, row, last, nullptr); });
+  return {};
+}
+
+at::Tensor bias_act(const at::Tensor& input, const OptionalTensor& bias, std::string_view name) {
+  BelowAutograd guard;
+  const auto [activation, gated] = parse_activation(name);
+  return forward(packed(input, bias, gated), input.sizes().slice(0, input.dim() - 1), activation);
+}
+
+at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
+                     std::string_view name) {
+  BelowAutograd guard;
+  return forward(separate(gate, up, gate_bias, up_bias), gate.sizes().slice(0, gate.dim() - 1), parse_activation(name).function);
+}
+
+std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input, const OptionalTensor& bias,
+                                          std::string_view name, bool bias_grad) {
+  BelowAutograd guard;
+  const auto [activation, gated] = parse_activation(name);
+  const auto in = packed(input, bias, gated);
+  auto shape = input.sizes().vec();
+  shape.back() = in.gate.size(1);
+  const auto dy = matching_rows(grad, shape, in.gate.scalar_type(), "grad");
+  const int64_t width = input.size(-1);
+  const auto dx = at::empty({dy.size(0), width}, input.options());
+  const auto sums = backward(in, dy, dx.narrow(1, 0, shape.back()), gated ? dx.narrow(1, shape.back(), shape.back()) : at::Tensor(),
+                             activation, bias_grad);
+  std::vector<at::Tensor> grads{dx.view(input.sizes())};
+  if (bias_grad) grads.push_back(sums.to((bias ? *bias : input).scalar_type()));
+  return grads;
+}
+
+std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
+                                           const OptionalTensor& gate_bias, const OptionalTensor& up_bias, std::string_view name,
+                                           bool bias_grad) {
+  BelowAutograd guard;
+  const auto in = separate(gate, up, gate_bias, up_bias);
+  const auto dy = matching_rows(grad, gate.sizes(), gate.scalar_type(), "grad");
+  const int64_t columns = dy.size(1);
+  const auto dgate = at::empty({dy.size(0), columns}, gate.options()), dup = at::empty_like(dgate);
+  const auto sums = backward(in, dy, dgate, dup, parse_activation(name).function, bias_grad);
+  std::vector<at::Tensor> grads{dgate.view(gate.sizes()), dup.view(gate.sizes())};
+  if (bias_grad) {
+    grads.push_back(sums.narrow(0, 0, columns).to((gate_bias ? *gate_bias : gate).scalar_type(), false, /*copy=*/true));
+    grads.push_back(sums.narrow(0, columns, columns).to((up_bias ? *up_bias : up).scalar_type(), false, /*copy=*/true));
+  }
+  return grads;
+}
+
+// self = self + bias + residual: what follows a row-parallel layer's all-reduce
+void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias, const at::Tensor& residual) {
+  BelowAutograd guard;
+  const auto dtype = checked_dtype(self);
+  TORCH_CHECK_VALUE(self.is_contiguous(), "self must be contiguous");
+  const auto y = as_rows(self), rest = matching_rows(residual, self.sizes(), dtype, "residual");
+  const auto b = wide_vector(bias, y.size(1), self, "bias");
+  const auto kernel = TPKERNELS_KERNEL(add_bias_residual);
+  for_rows(y.size(0), y.size(1), [&](int64_t row, int64_t last) {
+    kernel(dtype, y.size(1), rows_at(y), data_of(b), rows_at(rest), row, last);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tpkernels, CPU, m) {
+  m.impl("bias_act", &bias_act);
+  m.impl("bias_act_backward", &bias_act_backward);
+  m.impl("gated_act", &gated_act);
+  m.impl("gated_act_backward", &gated_act_backward);
+  m.impl("add_bias_residual_", &add_bias_residual_);
+}
+
+}  // namespace tpkernels

@@ -1,0 +1,78 @@
+// What the CPU implementations of the fused ops share: from tensors to rows, from rows to threads.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include "../op.h"
+#include "kernels.h"
+
+namespace tpkernels {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+#ifdef TPKERNELS_X86_KERNELS
+template <typename Function>
+Function* best_of(Function* basic, Function* avx2, Function* avx512) {
+  static const auto capability = at::get_cpu_capability();
+  return capability == "AVX512" ? avx512 : capability == "AVX2" ? avx2 : basic;
+}
+#define TPKERNELS_KERNEL(name) best_of(&DEFAULT::name, &AVX2::name, &AVX512::name)
+#else
+#define TPKERNELS_KERNEL(name) (&DEFAULT::name)
+#endif
+
+inline c10::ScalarType checked_dtype(const at::Tensor& t) {
+  const auto dtype = t.scalar_type();
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && c10::elementSize(dtype) > 1, "expected float16, bfloat16, float32 or float64, got ",
+                   dtype);
+  return dtype;
+}
+
+inline at::TensorOptions wide_options(const at::Tensor& t) { return t.options().dtype(at::toOpMathType(t.scalar_type())); }
+
+// [M, N] with contiguous rows: a view where the strides allow.
+inline at::Tensor strided_rows(const at::Tensor& t) {
+  const auto rows = as_rows(t);
+  return rows.stride(1) == 1 || rows.size(1) <= 1 ? rows : rows.contiguous();
+}
+
+// The same, of what must match `like`, rows of `shape`.
+inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10::ScalarType dtype, const char* name) {
+  TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be of shape ", shape, ", got ", t.sizes());
+  return strided_rows(t.to(dtype));
+}
+
+inline Rows rows_at(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
+
+// [size] in the arithmetic's dtype; undefined if there is none
+inline at::Tensor wide_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like, const char* name) {
+  if (!t) return {};
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, name, " must be of shape [", size, "], got ", t->sizes());
+  return t->to(at::toOpMathType(like.scalar_type())).contiguous();
+}
+
+inline const void* data_of(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+// f(row, last) on several threads where there is work for them
+template <typename F>
+void for_rows(int64_t rows, int64_t columns, const F& f) {
+  if (columns > 0) at::parallel_for(0, rows, std::max<int64_t>(1, at::internal::GRAIN_SIZE / columns), f);
+}
+
+// f(row, last, sums) for blocks of rows that depend on the shape alone, each with its own `sums` [width] to add to; then the sum over
+// the blocks, in their order: the same bits for any number of threads.
+template <typename F>
+at::Tensor sum_over_rows(int64_t rows, int64_t columns, int64_t width, const at::TensorOptions& options, const F& f) {
+  constexpr int64_t BLOCK_ELEMENTS = 65536, MOST_BLOCKS = 64;
+  const int64_t block = std::max({BLOCK_ELEMENTS / std::max<int64_t>(columns, 1), (rows + MOST_BLOCKS - 1) / MOST_BLOCKS, int64_t{1}});
+  auto sums = at::zeros({(rows + block - 1) / block, width}, options);
+  at::parallel_for(0, sums.size(0), 1, [&](int64_t i, int64_t last) {
+    for (; i < last; i++) f(i * block, std::min(rows, (i + 1) * block), static_cast<char*>(sums.data_ptr()) + i * sums.stride(0) * sums.element_size());
+  });
+  return sums.sum(0);
+}
+
+}  // namespace tpkernels

@@ -1,0 +1,92 @@
+// A rank's part of a cross-entropy over a split vocabulary: each row of logits is read from memory once.
+#include <cmath>
+#include <limits>
+
+#include "lanes.h"
+
+namespace tpkernels::CPU_CAPABILITY {
+
+namespace {
+
+constexpr int64_t BLOCK = 2048;  // columns that stay in the first cache between their maximum and their sum of exponentials
+
+// Milakov and Gimelshein, "Online normalizer calculation for softmax", a block at a time
+template <typename T>
+void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows, Wide<T>* stats) {
+  using W = Wide<T>;
+  using V = typename Lanes<T>::V;
+  constexpr W INF = std::numeric_limits<W>::infinity();
+  const auto plus = [](const V& a, const V& b) { return a + b; };
+  const auto larger = [](const V& a, const V& b) { return at::vec::maximum(a, b); };
+  for (; row < last; row++) {
+    const T* z = row_of<T>(args.logits, row);
+    W max = -INF;
+    auto exps = broadcast<T>(0), total = broadcast<T>(0);
+    for (int64_t start = 0; start < args.columns; start += BLOCK) {
+      const int64_t columns = std::min(BLOCK, args.columns - start);
+      auto block_max = broadcast<T>(-INF);
+      for_each_vector<T>(columns, [&](int64_t i, int64_t n) {
+        const auto x = load(z + start + i, n);
+        block_max = map(larger, block_max, first(x, n, -INF));
+        total = map(plus, total, x);
+      });
+      const W top = reduce(larger, block_max);
+      if (!(top <= max)) {  // NaN too
+        const W rescale = std::exp(max - top);
+        exps = map([&](const V& x) { return x * V(rescale); }, exps);
+        max = top;
+      }
+      if (top == -INF) continue;
+      for_each_vector<T>(columns, [&](int64_t i, int64_t n) {
+        const auto e = map([&](const V& x) { return exp(x - V(max)); }, load(z + start + i, n));
+        exps = map(plus, exps, first(e, n));
+      });
+    }
+    const int64_t target = args.target[row];
+    stats[row] = max;
+    stats[rows + row] = reduce_sum(exps);
+    stats[2 * rows + row] = target >= 0 && target < args.columns ? static_cast<W>(z[target]) : W(0);
+    stats[3 * rows + row] = reduce_sum(total);
+  }
+}
+
+template <typename T>
+void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide<T>* log_norm, const Wide<T>* scale, double on_target,
+             double everywhere, const Rows& grad) {
+  using W = Wide<T>;
+  using V = typename Lanes<T>::V;
+  const V constant(static_cast<W>(everywhere));
+  for (; row < last; row++) {
+    const T* z = row_of<T>(args.logits, row);
+    T* out = row_of<T>(grad, row);
+    if (scale[row] == 0) {
+      std::fill_n(out, args.columns, T(0));
+      continue;
+    }
+    const V norm(log_norm[row]), factor(scale[row]);
+    const int64_t target = args.target[row];
+    const bool here = target >= 0 && target < args.columns;
+    const auto at_target = here ? load(z + target, 1) : Lanes<T>();  // `out` may be `z`
+    const auto slope = [&](const V& x) { return exp(x - norm) - constant; };
+    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+      store(out + i, map([&](const V& x) { return slope(x) * factor; }, load(z + i, n)), n);
+    });
+    if (here) store(out + target, map([&](const V& x) { return (slope(x) - V(static_cast<W>(on_target))) * factor; }, at_target), 1);
+  }
+}
+
+}  // namespace
+
+void cross_entropy_stats(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows, void* stats) {
+  visit(args.dtype, [&](auto t) { stats_of<decltype(t)>(args, row, last, rows, static_cast<Wide<decltype(t)>*>(stats)); });
+}
+
+void cross_entropy_grad(const CrossEntropyArgs& args, int64_t row, int64_t last, const void* log_norm, const void* scale,
+                        double on_target, double everywhere, Rows grad) {
+  visit(args.dtype, [&](auto t) {
+    using W = Wide<decltype(t)>;
+    grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm), static_cast<const W*>(scale), on_target, everywhere, grad);
+  });
+}
+
+}  // namespace tpkernels::CPU_CAPABILITY
