@@ -43,9 +43,9 @@ format: $(VENV)/.installed
 bench: setup
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr
 
-# What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants.
+# What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the kernels compiled for four chips.
 check-gpu: setup
-	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py
+	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/device
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

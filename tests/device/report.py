@@ -31,7 +31,7 @@ COLUMNS += ("bytes / element", "scratch", "least")
 
 
 def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name} begin: written by `make check-gpu` -->", f"<!-- {name} end -->"
+    return f"<!-- {name} begin: written by tests/device/report.py -->", f"<!-- {name} end -->"
 
 
 def replace(text: str, name: str, table: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import report
@@ -75,6 +76,16 @@ def test_another_nvcc_leaves_the_cuda_table(monkeypatch, capsys):
     monkeypatch.setattr(report, "nvcc_version", lambda: "13.1.5")
     assert report.renew(first, "table") == first
     assert "nvcc 13.0.88's" in capsys.readouterr().err
+
+
+def test_cuda_documented():
+    """The table of the CUDA kernels in docs/kernels.md is current."""
+    pytest.importorskip("sass")
+    nvcc = report.nvcc_version()
+    table = report.between((Path(__file__).parents[2] / "docs/kernels.md").read_text(), "cuda").strip()
+    if f"nvcc {nvcc}.\n" not in table:
+        pytest.skip(f"not written with nvcc {nvcc}")
+    assert table == report.cuda_table(nvcc)
 
 
 def test_row():
