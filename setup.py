@@ -19,7 +19,10 @@ x86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 INSTRUCTION_SETS = {"DEFAULT": []}
 if x86:
-    INSTRUCTION_SETS |= {"AVX2": AVX2, "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]}
+    INSTRUCTION_SETS |= {
+        "AVX2": AVX2,
+        "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
+    }
 CXX_FLAGS = ["-O3", "-fvisibility=hidden"]
 
 

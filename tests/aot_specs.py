@@ -12,7 +12,7 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
-from tpkernels.kernels import activation, cross_entropy, dropout, norm, rotary
+from tpkernels.kernels import activation, cross_entropy, dropout, linear, norm, rotary
 
 ROWS, HIDDEN, FFN, VOCAB = 256, 4096, 8192, 32768
 POINTERS = {
@@ -82,6 +82,11 @@ def _rotary(interleaved, rotated):
     return inputs, lambda: [rotary.rotary(*inputs.values(), interleaved, False)]
 
 
+def _linear(act, keep):
+    inputs = dict(x=_random(ROWS, HIDDEN), weight=_random(FFN, HIDDEN), bias=_random(FFN))
+    return inputs, lambda: linear.column_linear_act(*inputs.values(), act, keep)
+
+
 CASES = {
     "bias_act": lambda: _activation("bias_act", False),
     "bias_act gated": lambda: _activation("bias_act", True),
@@ -108,6 +113,10 @@ CASES = {
 LONG = {
     "norm 32768": lambda: _norm(False, 32768),
     "norm_backward 16384": lambda: _norm_backward(False, 16384),
+}
+GEMMS = {
+    "column_linear_act": lambda: _linear("gelu_tanh", True),
+    "column_linear_act gated": lambda: _linear("swiglu", True),
 }
 
 
@@ -164,14 +173,14 @@ def specs() -> list[dict]:
         of 16), kind, launch (the op on CPU tensors, by triton's interpreter: dict(inputs={name: tensor}, outputs={name: tensor})) and
     XX"""
     found = []
-    for name, case in (CASES | LONG).items():
+    for name, case in (CASES | LONG | GEMMS).items():
         inputs, call = case()
         with recorded_launches() as launches:
             call()
         scratch = sum(t.nbytes for kernel, args, _ in launches if kernel.__name__ == "sum_partials_kernel" for t in args[:1])
         found += [
             dict(name=f"{name}: {kernel.__name__}", **_specification(kernel, args, kwargs),
-                 kind="memory" if name in CASES else "memory, read again", launch=lambda case=case: _launch(case),
+                 kind="memory" if name in CASES else "gemm" if name in GEMMS else "memory, read again", launch=lambda case=case: _launch(case),
                  cached=[name for name in inputs if name in CACHED], scratch=scratch)
             for kernel, args, kwargs in launches
         ]  # fmt: skip

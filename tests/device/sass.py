@@ -51,7 +51,7 @@ def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", bodies[mangled])
         kernels.append(
             dict(
-                name=f"{kernel}<{dict((v, k) for k, v in DTYPES.items())[dtype]}, {ranks}{', norm' if norm == '1' else ''}>",
+                name=f"{kernel}<{next(name for name, code in DTYPES.items() if code == dtype)}, {ranks}{', norm' if norm == '1' else ''}>",
                 arch=arch,
                 kernel=kernel,
                 ranks=int(ranks),
