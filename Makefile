@@ -45,7 +45,8 @@ bench: setup
 
 # What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the kernels compiled for four chips.
 check-gpu: setup
-	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/device
+	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/test_kernels.py tests/device
+	$(BIN)/python tests/device/report.py --out docs/kernels.md
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
@@ -60,10 +61,12 @@ build-cuda: $(CUDA_VENV)/.installed
 		assert torch._C._dispatch_has_kernel_for_dispatch_key('tpkernels::add_bias_residual_', 'CUDA'); \
 		print('built and imported: tpkernels', tpkernels.__version__, 'with CUDA kernels, torch', torch.__version__)"
 
-# On a machine with GPUs and a CUDA torch in the active python: everything that waits for one.
+# On a machine with GPUs, with a CUDA torch in $(PYTHON): everything that waits for one, in gpu-day/gpu-day.md and .json. Elsewhere it
+# rehearses: in .venv, it says what it skips and why.
 gpu-day:
-	$(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
-	$(PYTHON) -m pytest -q -m gpu
+	$(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null || $(MAKE) setup
+	$$($(PYTHON) -c "import torch, sys; print(sys.executable if torch.cuda.is_available() else 0/0)" 2>/dev/null || echo $(BIN)/python) \
+		benchmarks/gpu_day.py
 
 clean:
 	rm -rf build $(VENV) $(CUDA_VENV) tpkernels/*.so *.egg-info

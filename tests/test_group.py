@@ -13,6 +13,7 @@ import torch.distributed as dist
 import tpkernels as tpk
 from tpkernels import group as groups
 from tpkernels.group import Group, resolve_group
+from tpkernels.kernels import tuning
 
 
 def mesh_of_four():
@@ -103,9 +104,14 @@ def test_init_mesh_on_gpus(monkeypatch):
     monkeypatch.setattr(groups.DeviceMesh, "from_group", lambda pgs, *args, **names: mesh)
     monkeypatch.setattr(groups, "_meshes", [])
     monkeypatch.setattr(groups, "_chunked_groups", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    opened, loaded = [], []
+    monkeypatch.setattr(groups, "open_peer_memory", lambda pg, device: opened.append((pg.group_name, device)))
+    monkeypatch.setattr(tuning, "load", lambda pg: loaded.append(pg.group_name))
     assert tpk.init_mesh(tp=2, dp=2, device="cuda") is mesh
     assert devices == [3] and started == ["cpu:gloo,cuda:nccl"]
     (tp, plain, no_options), (dp, _, _), (again, backend, options) = seen
     assert tp == again == [[0, 1], [2, 3]] and dp == [[0, 2], [1, 3]] and plain == backend == "cpu:gloo,cuda:nccl"
     assert no_options is None and options.is_high_priority_stream and 0 < options.config.max_ctas <= 32
     assert groups._chunked_groups["group1"].group_name == "group3"
+    assert opened == [("group1", torch.device("cuda", 3))] and loaded == ["group1"]

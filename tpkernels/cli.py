@@ -51,6 +51,29 @@ def trace(
 
 
 @app.command()
+def tune() -> None:
+    """Measure the GPU kernels' configurations and save the best: under torchrun, a rank for each GPU; rank 0 decides for all."""
+    import torch
+    import torch.distributed as dist
+
+    from . import kernels
+    from .group import init_mesh, resolve_group
+
+    if not torch.cuda.is_available() or not kernels.available():
+        Console(stderr=True).print(
+            "tpkernels tune: it tunes the Triton kernels, which need a GPU and Triton: neither is used here", style="red"
+        )
+        raise typer.Exit(1)
+    from .kernels import tuning
+
+    mesh = init_mesh(int(os.environ.get("WORLD_SIZE", 1)))
+    table = tuning.tune(resolve_group(mesh["tp"]).pg)
+    if dist.get_rank() == 0:
+        print(f"{sum(map(len, table.values()))} choices for {len(table)} kernels, in {tuning.table_path(torch.device('cuda'))}")
+    dist.destroy_process_group()
+
+
+@app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What tpkernels runs on here: versions, devices, transports. For bug reports."""
     import torch
