@@ -21,12 +21,12 @@ at::Tensor stats_of(const at::Tensor& logits, const at::Tensor& target, int64_t 
   return op.call(logits, target, first);
 }
 
-void to_gradient_(at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale, int64_t first,
-                  double on_target, double everywhere) {
+void to_gradient_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale,
+                  int64_t first, double on_target, double everywhere) {
   static auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("tpkernels::vocab_ce_grad_", "")
-          .typed<void(at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, double, double)>();
+          .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, double, double)>();
   op.call(logits, target, log_norm, scale, first, on_target, everywhere);
 }
 

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -93,9 +94,12 @@ def _fastest(tunable: Tunable, features: int, dtype: torch.dtype, device: torch.
 def load(group: ProcessGroup, device: torch.device | str = "cuda") -> dict[str, dict[str, Config]]:
     """Makes all ranks use the table that the group's first rank saved, if it did. Every rank of the group must call it."""
     table, path = {}, table_path(torch.device(device))
-    if group.rank == 0 and path.exists():
-        rows = json.loads(path.read_text())
-        table = {kernel: {key: Config(*row) for key, row in best.items()} for kernel, best in rows.items()}
+    if group.rank() == 0 and path.exists():
+        try:
+            rows = json.loads(path.read_text())
+            table = {kernel: {key: Config(*row) for key, row in rows[kernel].items()} for kernel in rows.keys() & _tunables().keys()}
+        except (ValueError, TypeError, AttributeError) as error:  # the others wait for a table, whatever this one's state
+            warnings.warn(f"{path} cannot be read ({error}): run `tpkernels tune` again", stacklevel=2)
     return install(table, group)
 
 
