@@ -34,8 +34,8 @@ Inputs packed(const at::Tensor& input, const OptionalTensor& bias, bool gated) {
 
 Inputs separate(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias) {
   const int64_t columns = gate.size(-1);
-  return {strided_rows(gate), matching_rows(up, gate.sizes(), checked_dtype(gate), "up"), wide_vector(gate_bias, columns, gate, "gate_bias"),
-          wide_vector(up_bias, columns, gate, "up_bias")};
+  return {strided_rows(gate), matching_rows(up, gate.sizes(), checked_dtype(gate), "up"),
+          wide_vector(gate_bias, columns, gate, "gate_bias"), wide_vector(up_bias, columns, gate, "up_bias")};
 }
 
 at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activation) {
@@ -50,8 +50,8 @@ at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activat
 }
 
 // Writes the gradients; gives the biases' in one vector, undefined unless asked for.
-at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& gate_grad, const at::Tensor& up_grad, Activation activation,
-                    bool bias_grad) {
+at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& gate_grad, const at::Tensor& up_grad,
+                    Activation activation, bool bias_grad) {
   auto args = in.args(activation);
   args.out = rows_at(grad);
   args.gate_grad = rows_at(gate_grad);
@@ -119,9 +119,8 @@ void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias, const at
   const auto y = as_rows(self), rest = matching_rows(residual, self.sizes(), dtype, "residual");
   const auto b = wide_vector(bias, y.size(1), self, "bias");
   const auto kernel = TPKERNELS_KERNEL(add_bias_residual);
-  for_rows(y.size(0), y.size(1), [&](int64_t row, int64_t last) {
-    kernel(dtype, y.size(1), rows_at(y), data_of(b), rows_at(rest), row, last);
-  });
+  for_rows(y.size(0), y.size(1),
+           [&](int64_t row, int64_t last) { kernel(dtype, y.size(1), rows_at(y), data_of(b), rows_at(rest), row, last); });
 }
 
 }  // namespace

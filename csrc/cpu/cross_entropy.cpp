@@ -26,8 +26,8 @@ at::Tensor vocab_ce_stats(const at::Tensor& logits, const at::Tensor& target, in
   return stats;
 }
 
-void grad_into(const at::Tensor& out, const at::Tensor& z, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale,
-               int64_t first, double on_target, double everywhere) {
+void grad_into(const at::Tensor& out, const at::Tensor& z, const at::Tensor& target, const at::Tensor& log_norm,
+               const at::Tensor& scale, int64_t first, double on_target, double everywhere) {
   const int64_t rows = z.size(0), columns = z.size(1);
   const auto column = local_target(target, first, rows);
   const auto norm = wide_vector(log_norm, rows, z, "log_norm"), factor = wide_vector(scale, rows, z, "scale");

@@ -1,10 +1,13 @@
 // What the CPU implementations of the fused ops share: from tensors to rows, from rows to threads.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include "../op.h"
 #include "kernels.h"
@@ -56,21 +59,23 @@ inline at::Tensor wide_vector(const OptionalTensor& t, int64_t size, const at::T
 
 inline const void* data_of(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
+constexpr int64_t GRAIN = 32768;  // elements that are worth a thread, torch's own measure
+
 // f(row, last) on several threads where there is work for them
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
-  if (columns > 0) at::parallel_for(0, rows, std::max<int64_t>(1, at::internal::GRAIN_SIZE / columns), f);
+  if (columns > 0) at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / columns), f);
 }
 
-// f(row, last, sums) for blocks of rows that depend on the shape alone, each with its own `sums` [width] to add to; then the sum over
-// the blocks, in their order: the same bits for any number of threads.
+// f(row, last, sums) for blocks of rows, each with its own `sums` [width] to add to; then the sum over the blocks. Which rows make
+// a block depends on no number of threads, nor do the bits.
 template <typename F>
 at::Tensor sum_over_rows(int64_t rows, int64_t columns, int64_t width, const at::TensorOptions& options, const F& f) {
-  constexpr int64_t BLOCK_ELEMENTS = 65536, MOST_BLOCKS = 64;
-  const int64_t block = std::max({BLOCK_ELEMENTS / std::max<int64_t>(columns, 1), (rows + MOST_BLOCKS - 1) / MOST_BLOCKS, int64_t{1}});
-  auto sums = at::zeros({(rows + block - 1) / block, width}, options);
-  at::parallel_for(0, sums.size(0), 1, [&](int64_t i, int64_t last) {
-    for (; i < last; i++) f(i * block, std::min(rows, (i + 1) * block), static_cast<char*>(sums.data_ptr()) + i * sums.stride(0) * sums.element_size());
+  constexpr int64_t BLOCK = 32;  // few: each element of `sums` is a plain running sum
+  auto sums = at::zeros({(rows + BLOCK - 1) / BLOCK, width}, options);
+  for_rows(sums.size(0), columns * BLOCK, [&](int64_t i, int64_t last) {
+    for (; i < last; i++)
+      f(i * BLOCK, std::min(rows, (i + 1) * BLOCK), static_cast<char*>(sums.data_ptr()) + i * width * sums.element_size());
   });
   return sums.sum(0);
 }

@@ -1,6 +1,6 @@
-// The vectorised kernels. Each file of kernels/ is compiled once for each instruction set, into that set's namespace (setup.py); what
-// is called is the best one of the machine, or ATEN_CPU_CAPABILITY's. Here are only declarations and plain data: whatever a kernel
-// file emits outside its namespace could be linked into code for lesser machines.
+// The vectorised kernels. Each file of kernels/ is compiled once for each instruction set, into that set's namespace (setup.py);
+// what is called is the best one of the machine, or ATEN_CPU_CAPABILITY's. Here are only declarations and plain data: whatever a
+// kernel file emits outside its namespace could be linked into code for lesser machines.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -22,9 +22,9 @@ struct ActivationArgs {
   c10::ScalarType dtype;
   Activation activation;
   int64_t columns;
-  Rows gate, up;  // pre-activations without bias; activation(gate) * up where there is an up
+  Rows gate, up;                    // pre-activations without bias; activation(gate) * up where there is an up
   const void *gate_bias, *up_bias;  // wide [columns]
-  Rows out;               // or its gradient, going backward
+  Rows out;                         // or its gradient, going backward
   Rows gate_grad, up_grad;
 };
 
@@ -75,20 +75,20 @@ struct RotaryArgs {
   int64_t table_batch_stride;
 };
 
-#define TPKERNELS_KERNELS                                                                                                            \
-  void activation_forward(const ActivationArgs&, int64_t row, int64_t last);                                                         \
-  /* adds the gradients of the rows to bias_grad, wide [columns of the gate, then of the up half], where it is given */              \
-  void activation_backward(const ActivationArgs&, int64_t row, int64_t last, void* bias_grad);                                       \
-  void norm_forward(const NormArgs&, int64_t row, int64_t last);                                                                     \
-  /* adds to param_grads, wide [2, columns]: the weight's gradient, the bias' */                                                     \
-  void norm_backward(const NormBackwardArgs&, int64_t row, int64_t last, void* param_grads);                                         \
-  /* stats: wide [4, rows] */                                                                                                        \
-  void cross_entropy_stats(const CrossEntropyArgs&, int64_t row, int64_t last, int64_t rows, void* stats);                           \
-  void cross_entropy_grad(const CrossEntropyArgs&, int64_t row, int64_t last, const void* log_norm, const void* scale,               \
-                          double on_target, double everywhere, Rows grad);                                                           \
-  void dropout(const DropoutArgs&, int64_t row, int64_t last);                                                                       \
-  /* steps of the batches: batch * steps + step */                                                                                   \
-  void rotary(const RotaryArgs&, int64_t step, int64_t last);                                                                        \
+#define TPKERNELS_KERNELS                                                                                               \
+  void activation_forward(const ActivationArgs&, int64_t row, int64_t last);                                            \
+  /* adds the gradients of the rows to bias_grad, wide [columns of the gate, then of the up half], where it is given */ \
+  void activation_backward(const ActivationArgs&, int64_t row, int64_t last, void* bias_grad);                          \
+  void norm_forward(const NormArgs&, int64_t row, int64_t last);                                                        \
+  /* adds to param_grads, wide [2, columns]: the weight's gradient, the bias' */                                        \
+  void norm_backward(const NormBackwardArgs&, int64_t row, int64_t last, void* param_grads);                            \
+  /* stats: wide [4, rows] */                                                                                           \
+  void cross_entropy_stats(const CrossEntropyArgs&, int64_t row, int64_t last, int64_t rows, void* stats);              \
+  void cross_entropy_grad(const CrossEntropyArgs&, int64_t row, int64_t last, const void* log_norm, const void* scale,  \
+                          double on_target, double everywhere, Rows grad);                                              \
+  void dropout(const DropoutArgs&, int64_t row, int64_t last);                                                          \
+  /* steps of the batches: batch * steps + step */                                                                      \
+  void rotary(const RotaryArgs&, int64_t step, int64_t last);                                                           \
   void add_bias_residual(c10::ScalarType, int64_t columns, Rows self, const void* bias, Rows residual, int64_t row, int64_t last);
 
 #ifdef CPU_CAPABILITY

@@ -1,8 +1,19 @@
 // Bias + activation on any device, in a few ATen calls.
 #include "activation.h"
 
-#include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
+#include <ATen/ops/threshold_backward.h>
 #include <torch/library.h>
 
 #include "../op.h"
@@ -21,22 +32,32 @@ at::Tensor biased(const at::Tensor& input, const Bias& bias) {
 
 at::Tensor apply(const at::Tensor& x, Activation activation) {
   switch (activation) {
-    case Activation::relu: return at::relu(x);
-    case Activation::relu2: return at::relu(x).square_();
-    case Activation::gelu: return at::gelu(x, "none");
-    case Activation::gelu_tanh: return at::gelu(x, "tanh");
-    case Activation::silu: return at::silu(x);
+    case Activation::relu:
+      return at::relu(x);
+    case Activation::relu2:
+      return at::relu(x).square_();
+    case Activation::gelu:
+      return at::gelu(x, "none");
+    case Activation::gelu_tanh:
+      return at::gelu(x, "tanh");
+    case Activation::silu:
+      return at::silu(x);
   }
   TORCH_INTERNAL_ASSERT(false);
 }
 
 at::Tensor apply_backward(const at::Tensor& grad, const at::Tensor& x, Activation activation) {
   switch (activation) {
-    case Activation::relu: return at::threshold_backward(grad, x, 0);
-    case Activation::relu2: return at::relu(x).mul_(2).mul_(grad);
-    case Activation::gelu: return at::gelu_backward(grad, x, "none");
-    case Activation::gelu_tanh: return at::gelu_backward(grad, x, "tanh");
-    case Activation::silu: return at::silu_backward(grad, x);
+    case Activation::relu:
+      return at::threshold_backward(grad, x, 0);
+    case Activation::relu2:
+      return at::relu(x).mul_(2).mul_(grad);
+    case Activation::gelu:
+      return at::gelu_backward(grad, x, "none");
+    case Activation::gelu_tanh:
+      return at::gelu_backward(grad, x, "tanh");
+    case Activation::silu:
+      return at::silu_backward(grad, x);
   }
   TORCH_INTERNAL_ASSERT(false);
 }
@@ -52,13 +73,15 @@ at::Tensor bias_act(const at::Tensor& input, const Bias& bias, std::string_view 
   return apply(halves[0], activation).mul_(halves[1]).to(input.scalar_type());
 }
 
-at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const Bias& gate_bias, const Bias& up_bias, std::string_view name) {
+at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const Bias& gate_bias, const Bias& up_bias,
+                     std::string_view name) {
   BelowAutograd guard;
   return apply(biased(gate, gate_bias), parse_activation(name).function).mul_(biased(up, up_bias)).to(gate.scalar_type());
 }
 
 // The unrounded gradients of the gate's and the up half's pre-activations.
-std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, Activation activation) {
+std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
+                                         Activation activation) {
   const auto dy = grad.to(gate.scalar_type());
   return {apply_backward(dy * up, gate, activation), apply(gate, activation).mul_(dy)};
 }
@@ -80,11 +103,10 @@ std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tens
   return grads;
 }
 
-std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up, const Bias& gate_bias,
-                                           const Bias& up_bias, std::string_view name, bool bias_grad) {
+std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
+                                           const Bias& gate_bias, const Bias& up_bias, std::string_view name, bool bias_grad) {
   BelowAutograd guard;
-  const auto [dgate, dup] =
-      gated_backward(grad, biased(gate, gate_bias), biased(up, up_bias), parse_activation(name).function);
+  const auto [dgate, dup] = gated_backward(grad, biased(gate, gate_bias), biased(up, up_bias), parse_activation(name).function);
   std::vector<at::Tensor> grads{dgate.to(gate.scalar_type()), dup.to(up.scalar_type())};
   if (bias_grad) {
     grads.push_back(sum_rows(dgate, gate_bias ? *gate_bias : gate));

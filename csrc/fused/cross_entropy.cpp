@@ -1,6 +1,9 @@
 // What each rank computes of a cross-entropy over a split vocabulary, on any device, in a few ATen calls.
-#include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../op.h"

@@ -1,6 +1,8 @@
 // Residual add + LayerNorm or RMSNorm over the last dimension on any device, in a few ATen calls.
-#include <ATen/ATen.h>
 #include <ATen/OpMathType.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../op.h"
@@ -12,8 +14,8 @@ namespace {
 using OptionalTensor = std::optional<at::Tensor>;
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor& input, const OptionalTensor& residual,
-                                                                const OptionalTensor& weight, const OptionalTensor& bias, double eps,
-                                                                bool rms) {
+                                                                const OptionalTensor& weight, const OptionalTensor& bias,
+                                                                double eps, bool rms) {
   BelowAutograd guard;
   const auto dtype = input.scalar_type(), wide = at::toOpMathType(dtype);
   const auto sum = residual ? input + *residual : input;

@@ -1,5 +1,5 @@
-// Philox4x32-7, the counter-based generator of dropout masks: Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3"
-// (SC11), with the 7 rounds that pass BigCrush.
+// Philox4x32-7, the counter-based generator of dropout masks: Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1,
+// 2, 3" (SC11), with the 7 rounds that pass BigCrush.
 #pragma once
 
 #include <cmath>

@@ -13,10 +13,15 @@ struct ValueAndSlope {
   V value, slope;
 };
 
+// 1 / (1 + e^x), and 1 minus that without cancellation
 template <typename V>
-V sigmoid(const V& x) {
-  return V(1) / (V(1) + exp(x.neg()));
-}
+struct Logistic {
+  V value, rest;
+  explicit Logistic(const V& x) {
+    const V e = exp(at::vec::clamp_max(x, V(80)));
+    value = V(1) / (V(1) + e), rest = e * value;
+  }
+};
 
 struct Relu {
   template <typename V>
@@ -49,8 +54,9 @@ struct Silu {
   }
   template <typename V>
   static ValueAndSlope<V> both(const V& x) {
-    const V s = sigmoid(x), y = x * s;
-    return {y, at::vec::fmadd(y, V(1) - s, s)};
+    const Logistic<V> s(x.neg());
+    const V y = x * s.value;
+    return {y, at::vec::fmadd(y, s.rest, s.value)};
   }
 };
 
@@ -93,19 +99,26 @@ struct GeluTanh {
   }
   template <typename V>
   static ValueAndSlope<V> both(const V& x) {
-    const V square = x * x, s = V(1) / (V(1) + exp(x * at::vec::fmadd(square, V(-B), V(-A)))), y = x * s;
-    return {y, at::vec::fmadd(y * (V(1) - s), at::vec::fmadd(square, V(3 * B), V(A)), s)};
+    const V square = x * x;
+    const Logistic<V> s(x * at::vec::fmadd(square, V(-B), V(-A)));
+    const V y = x * s.value;
+    return {y, at::vec::fmadd(y * s.rest, at::vec::fmadd(square, V(3 * B), V(A)), s.value)};
   }
 };
 
 template <typename F>
 void visit_activation(Activation activation, const F& f) {
   switch (activation) {
-    case Activation::relu: return f(Relu());
-    case Activation::relu2: return f(Relu2());
-    case Activation::gelu: return f(Gelu());
-    case Activation::gelu_tanh: return f(GeluTanh());
-    case Activation::silu: return f(Silu());
+    case Activation::relu:
+      return f(Relu());
+    case Activation::relu2:
+      return f(Relu2());
+    case Activation::gelu:
+      return f(Gelu());
+    case Activation::gelu_tanh:
+      return f(GeluTanh());
+    case Activation::silu:
+      return f(Silu());
   }
 }
 
@@ -124,7 +137,7 @@ void forward(const ActivationArgs& args, int64_t row, int64_t last) {
   for (; row < last; row++) {
     const T *gate = row_of<T>(args.gate, row), *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
     T* out = row_of<T>(args.out, row);
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto y = map([](const auto& v) { return F::value(v); }, biased(gate, gate_bias, i, n));
       if (up) y = map(times, y, biased(up, up_bias, i, n));
       store(out + i, y, n);
@@ -139,7 +152,7 @@ void backward(const ActivationArgs& args, int64_t row, int64_t last, Wide<T>* bi
     const T *gate = row_of<T>(args.gate, row), *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
     const T* grad = row_of<T>(args.out, row);
     T *gate_grad = row_of<T>(args.gate_grad, row), *up_grad = row_of<T>(args.up_grad, row);
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       const auto x = biased(gate, gate_bias, i, n);
       auto dy = load(grad + i, n);
       Lanes<T> value, slope;
@@ -163,23 +176,24 @@ void backward(const ActivationArgs& args, int64_t row, int64_t last, Wide<T>* bi
 }  // namespace
 
 void activation_forward(const ActivationArgs& args, int64_t row, int64_t last) {
-  visit_activation(args.activation, [&](auto f) {
-    visit(args.dtype, [&](auto t) { forward<decltype(f), decltype(t)>(args, row, last); });
-  });
+  visit_activation(args.activation,
+                   [&](auto f) { visit(args.dtype, [&](auto t) { forward<decltype(f), decltype(t)>(args, row, last); }); });
 }
 
 void activation_backward(const ActivationArgs& args, int64_t row, int64_t last, void* bias_grad) {
   visit_activation(args.activation, [&](auto f) {
-    visit(args.dtype, [&](auto t) { backward<decltype(f), decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(bias_grad)); });
+    visit(args.dtype,
+          [&](auto t) { backward<decltype(f), decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(bias_grad)); });
   });
 }
 
-void add_bias_residual(c10::ScalarType dtype, int64_t columns, Rows self, const void* bias, Rows residual, int64_t row, int64_t last) {
+void add_bias_residual(c10::ScalarType dtype, int64_t columns, Rows self, const void* bias, Rows residual, int64_t row,
+                       int64_t last) {
   visit(dtype, [&](auto t) {
     using T = decltype(t);
     for (; row < last; row++) {
       T *y = row_of<T>(self, row), *rest = row_of<T>(residual, row);
-      for_each_vector<T>(columns, [&](int64_t i, int64_t n) {
+      for_each_vector<T>(columns, [&](int64_t i, auto n) {
         store(y + i, map(plus, biased(y, static_cast<const Wide<T>*>(bias), i, n), load(rest + i, n)), n);
       });
     }

@@ -25,7 +25,7 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
     for (int64_t start = 0; start < args.columns; start += BLOCK) {
       const int64_t columns = std::min(BLOCK, args.columns - start);
       auto block_max = broadcast<T>(-INF);
-      for_each_vector<T>(columns, [&](int64_t i, int64_t n) {
+      for_each_vector<T>(columns, [&](int64_t i, auto n) {
         const auto x = load(z + start + i, n);
         block_max = map(larger, block_max, first(x, n, -INF));
         total = map(plus, total, x);
@@ -37,7 +37,7 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
         max = top;
       }
       if (top == -INF) continue;
-      for_each_vector<T>(columns, [&](int64_t i, int64_t n) {
+      for_each_vector<T>(columns, [&](int64_t i, auto n) {
         const auto e = map([&](const V& x) { return exp(x - V(max)); }, load(z + start + i, n));
         exps = map(plus, exps, first(e, n));
       });
@@ -51,8 +51,8 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
 }
 
 template <typename T>
-void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide<T>* log_norm, const Wide<T>* scale, double on_target,
-             double everywhere, const Rows& grad) {
+void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide<T>* log_norm, const Wide<T>* scale,
+             double on_target, double everywhere, const Rows& grad) {
   using W = Wide<T>;
   using V = typename Lanes<T>::V;
   const V constant(static_cast<W>(everywhere));
@@ -68,10 +68,11 @@ void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide
     const bool here = target >= 0 && target < args.columns;
     const auto at_target = here ? load(z + target, 1) : Lanes<T>();  // `out` may be `z`
     const auto slope = [&](const V& x) { return exp(x - norm) - constant; };
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       store(out + i, map([&](const V& x) { return slope(x) * factor; }, load(z + i, n)), n);
     });
-    if (here) store(out + target, map([&](const V& x) { return (slope(x) - V(static_cast<W>(on_target))) * factor; }, at_target), 1);
+    if (here)
+      store(out + target, map([&](const V& x) { return (slope(x) - V(static_cast<W>(on_target))) * factor; }, at_target), 1);
   }
 }
 
@@ -85,7 +86,8 @@ void cross_entropy_grad(const CrossEntropyArgs& args, int64_t row, int64_t last,
                         double on_target, double everywhere, Rows grad) {
   visit(args.dtype, [&](auto t) {
     using W = Wide<decltype(t)>;
-    grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm), static_cast<const W*>(scale), on_target, everywhere, grad);
+    grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm), static_cast<const W*>(scale), on_target, everywhere,
+                         grad);
   });
 }
 

@@ -1,13 +1,14 @@
 // Dropout by counter-based random numbers: the mask is computed where it is used, forward and backward.
 #include "../../fused/philox.h"
-
 #include "lanes.h"
 
 namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-constexpr int GROUPS = 16, SPAN = 4 * GROUPS;  // counters at a time, each gives four columns; plain loops, which compilers vectorise
+// Counters at a time, each of which gives four columns. The loops over them are left to the compiler, which vectorises loops of
+// more than 16 rounds and unrolls shorter ones.
+constexpr int GROUPS = 32, SPAN = 4 * GROUPS;
 
 // bits[i]: the random bits of column 4 * group + i
 void random_bits(uint64_t seed, uint64_t row, uint64_t group, uint32_t* bits) {
@@ -21,7 +22,8 @@ void random_bits(uint64_t seed, uint64_t row, uint64_t group, uint32_t* bits) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < philox::ROUNDS; round++) {
     for (int i = 0; i < GROUPS; i++) {
-      const uint64_t left = static_cast<uint64_t>(philox::MULTIPLIER[0]) * c0[i], right = static_cast<uint64_t>(philox::MULTIPLIER[1]) * c2[i];
+      const uint64_t left = static_cast<uint64_t>(philox::MULTIPLIER[0]) * c0[i],
+                     right = static_cast<uint64_t>(philox::MULTIPLIER[1]) * c2[i];
       c0[i] = static_cast<uint32_t>(right >> 32) ^ c1[i] ^ k0;
       c1[i] = static_cast<uint32_t>(right);
       c2[i] = static_cast<uint32_t>(left >> 32) ^ c3[i] ^ k1;
@@ -53,7 +55,7 @@ void apply(const DropoutArgs& args, int64_t row, int64_t last) {
       random_bits(args.seed, args.row + row, (args.column + start) / 4, bits);
       for (int i = 0; i < SPAN; i++) kept[i] = bits[i] >= args.threshold ? -1 : 0;
       const int64_t columns = std::min(SPAN - skip, args.columns - start);
-      for_each_vector<T>(columns, [&](int64_t i, int64_t n) {
+      for_each_vector<T>(columns, [&](int64_t i, auto n) {
         const auto mask = load_wide<T>(reinterpret_cast<const W*>(kept + skip + i), n);
         store(out + start + i, map([&](const V& v, const V& m) { return (v * scale) & m; }, load(x + start + i, n), mask), n);
       });

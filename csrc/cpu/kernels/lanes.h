@@ -99,10 +99,10 @@ inline Lanes<T> broadcast(Wide<T> value) {
   return out;
 }
 
-// f(i, n) for each i where a vector of T starts in [0, columns), n of its lanes used: a constant but for the last.
+// f(i, n) for each i where a vector of T starts in [0, columns), n of its lanes used: a constant, in its type, but for the last.
 template <typename T, typename F>
 inline void for_each_vector(int64_t columns, const F& f) {
-  constexpr int64_t step = Lanes<T>::size;
+  constexpr std::integral_constant<int64_t, Lanes<T>::size> step;
   int64_t i = 0;
   for (; i + step <= columns; i += step) f(i, step);
   if (i < columns) f(i, columns - i);
@@ -117,10 +117,14 @@ inline T* row_of(const Rows& rows, int64_t row) {
 template <typename F>
 inline void visit(c10::ScalarType dtype, const F& f) {
   switch (dtype) {
-    case c10::ScalarType::Float: return f(float());
-    case c10::ScalarType::Double: return f(double());
-    case c10::ScalarType::Half: return f(c10::Half());
-    default: return f(c10::BFloat16());
+    case c10::ScalarType::Float:
+      return f(float());
+    case c10::ScalarType::Double:
+      return f(double());
+    case c10::ScalarType::Half:
+      return f(c10::Half());
+    default:
+      return f(c10::BFloat16());
   }
 }
 

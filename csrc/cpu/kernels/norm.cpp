@@ -21,7 +21,7 @@ void forward(const NormArgs& args, int64_t row, int64_t last) {
     const T* residual = args.residual.data ? row_of<T>(args.residual, row) : nullptr;
     T *sum = residual ? row_of<T>(args.sum, row) : nullptr, *out = row_of<T>(args.out, row);
     auto total = broadcast<T>(0);
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto x = load(h + i, n);
       if (residual) {
         store(sum + i, map(plus, x, load(residual + i, n)), n);
@@ -34,7 +34,7 @@ void forward(const NormArgs& args, int64_t row, int64_t last) {
     if (!args.rms) {
       mean = variance;
       total = broadcast<T>(0);
-      for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+      for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
         const auto centred = map([&](const V& x) { return x - V(mean); }, load(h + i, n));
         total = map(square_add, first(centred, n), total);
       });
@@ -43,7 +43,7 @@ void forward(const NormArgs& args, int64_t row, int64_t last) {
     }
     const W rstd = 1 / std::sqrt(variance + static_cast<W>(args.eps));
     static_cast<W*>(args.rstd)[row] = rstd;
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto y = map([&](const V& x) { return (x - V(mean)) * V(rstd); }, load(h + i, n));
       if (weight) y = map([](const V& a, const V& b) { return a * b; }, y, load_wide<T>(weight + i, n));
       if (bias) y = map(plus, y, load_wide<T>(bias + i, n));
@@ -66,7 +66,7 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* 
     const V mean(args.rms ? 0 : static_cast<const W*>(args.mean)[row]), rstd(static_cast<const W*>(args.rstd)[row]);
     const auto normed = [&](const V& x) { return (x - mean) * rstd; };
     auto along = broadcast<T>(0), total = broadcast<T>(0);  // sums of the normed row's gradient times itself, and of the gradient
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       const auto dy = load(grad + i, n), x = map(normed, load(h + i, n)), product = map(times, dy, x);
       if (param_grads) {
         add_wide<T>(param_grads + i, product, n);
@@ -77,7 +77,7 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* 
       total = map(plus, total, dx);
     });
     const V slope(reduce_sum(along) / count), shift(args.rms ? 0 : reduce_sum(total) / count);
-    for_each_vector<T>(args.columns, [&](int64_t i, int64_t n) {
+    for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto dx = load(grad + i, n);
       if (weight) dx = map(times, dx, load_wide<T>(weight + i, n));
       dx = map([&](const V& d, const V& x) { return (d - normed(x) * slope - shift) * rstd; }, dx, load(h + i, n));

@@ -18,7 +18,7 @@ Pair<V> rotate(const V& x1, const V& x2, const V& c, const V& s) {
 // Pairs (i, i + half)
 template <typename T>
 void rotate_halves(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse, int64_t half) {
-  for_each_vector<T>(half, [&](int64_t i, int64_t n) {
+  for_each_vector<T>(half, [&](int64_t i, auto n) {
     auto x1 = load(x + i, n), x2 = load(x + half + i, n);
     const auto c = load_wide<T>(cos + i, n), s = load_wide<T>(sin + i, n);
     for (int k = 0; k < Lanes<T>::vectors; k++) {

@@ -1,0 +1,124 @@
+"""What do the fused CPU kernels gain over eager torch? `python benchmarks/bench_fused_cpu.py [--threads N] [--only NAME]`
+
+Rounds alternate between the two; the medians' ratio is printed. [M, N] = [512, 2048], a vocabulary of 32000 for the loss.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+import tpkernels  # noqa: F401  (registers the ops)
+
+OPS = torch.ops.tpkernels
+ROWS, COLUMNS, VOCABULARY, HEADS, ROUNDS = 512, 2048, 32000, 32, 41
+
+
+def gradient(output, grad, *inputs):
+    return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
+
+
+def activations(dtype):
+    for name in ("relu", "gelu", "gelu_tanh", "silu"):
+        x, bias, grad = (torch.randn(*shape, dtype=dtype) for shape in ((ROWS, COLUMNS), (COLUMNS,), (ROWS, COLUMNS)))
+        torchs = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}[name]
+        yield f"bias+{name}", lambda f=torchs, x=x, b=bias: f(x + b), lambda n=name, x=x, b=bias: OPS.bias_act(x, b, n)
+        xg, bg = x.clone().requires_grad_(), bias.clone().requires_grad_()
+        ours = lambda n=name, g=grad, x=x, b=bias: OPS.bias_act_backward(g, x, b, n, True)  # noqa: E731
+        yield f"bias+{name} backward", gradient(torchs(xg + bg), grad, xg, bg), ours
+    gate, up, grad = (torch.randn(ROWS, COLUMNS, dtype=dtype) for _ in range(3))
+    yield "swiglu", lambda: F.silu(gate) * up, lambda: OPS.gated_act(gate, up, None, None, "swiglu")
+    gg, ug = gate.clone().requires_grad_(), up.clone().requires_grad_()
+    ours = lambda: OPS.gated_act_backward(grad, gate, up, None, None, "swiglu", False)  # noqa: E731
+    yield "swiglu backward", gradient(F.silu(gg) * ug, grad, gg, ug), ours
+
+
+def norms(dtype):
+    x, residual, grad = (torch.randn(ROWS, COLUMNS, dtype=dtype) for _ in range(3))
+    weight, bias = torch.randn(COLUMNS, dtype=dtype), torch.randn(COLUMNS, dtype=dtype)
+    size = (COLUMNS,)
+    xg, wg, bg = (t.clone().requires_grad_() for t in (x, weight, bias))
+    for rms in (False, True):
+        name, b, leaves = ("rms_norm", None, (xg, wg)) if rms else ("layer_norm", bias, (xg, wg, bg))
+        torchs = (lambda x, w, b: F.rms_norm(x, size, w, 1e-5)) if rms else (lambda x, w, b: F.layer_norm(x, size, w, b, 1e-5))
+        yield name, lambda f=torchs: f(x, weight, bias), lambda b=b, r=rms: OPS.norm(x, None, weight, b, 1e-5, r)
+        yield (
+            f"residual+{name}",
+            lambda f=torchs: f(x + residual, weight, bias),
+            lambda b=b, r=rms: OPS.norm(x, residual, weight, b, 1e-5, r),
+        )
+        _, _, mean, rstd = OPS.norm(x, None, weight, b, 1e-5, rms)
+        ours = lambda m=mean, s=rstd, r=rms: OPS.norm_backward(grad, None, x, weight, m, s, r, True, not r)  # noqa: E731
+        yield f"{name} backward", gradient(torchs(xg, wg, bg), grad, *leaves), ours
+
+
+def others(dtype):
+    logits, target = torch.randn(ROWS, VOCABULARY, dtype=dtype), torch.randint(0, VOCABULARY, (ROWS,))
+    ones = torch.ones(ROWS)
+
+    def stats():
+        z = logits.float()
+        top = z.amax(1)
+        return torch.stack([top, (z - top[:, None]).exp().sum(1), z.gather(1, target[:, None]).squeeze(1), z.sum(1)])
+
+    def grad():
+        p = (logits.float() - norm[:, None]).exp()
+        p[torch.arange(ROWS), target] -= 1
+        return (p * ones[:, None]).to(dtype)
+
+    top, total, _, _ = stats()
+    norm = top + total.log()
+    yield "vocab_ce_stats", stats, lambda: OPS.vocab_ce_stats(logits, target, 0)
+    yield "vocab_ce_grad", grad, lambda: OPS.vocab_ce_grad(logits, target, norm, ones, 0, 1.0, 0.0)
+
+    x, seed = torch.randn(ROWS, COLUMNS, dtype=dtype), torch.tensor(1)
+    yield "dropout", lambda: F.dropout(x, 0.1), lambda: OPS.dropout(x, seed, 0.1, 0, 0)
+
+    q = x.view(1, ROWS, HEADS, COLUMNS // HEADS).transpose(1, 2)
+    angle = torch.randn(ROWS, COLUMNS // HEADS // 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+
+    def rotate(x):  # as Hugging Face's models do
+        half = x.shape[-1] // 2
+        turned = torch.cat([-x[..., half:], x[..., :half]], -1)
+        return x * torch.cat([cos, cos], -1) + turned * torch.cat([sin, sin], -1)
+
+    yield "rotary", lambda: rotate(q), lambda: OPS.rotary(q, cos, sin, False, False)
+    yield "rotary interleaved", lambda: rotate(q), lambda: OPS.rotary(q, cos, sin, True, False)
+    bias = torch.randn(COLUMNS, dtype=dtype)
+    y, residual = x.clone(), torch.zeros_like(x)
+    yield "bias+residual", lambda: (y + bias).add_(residual), lambda: OPS.add_bias_residual_(y, bias, residual)
+
+
+def paired(first, second):
+    """Median ms of each, in rounds that alternate."""
+    times = ([], [])
+    for _ in range(ROUNDS + 5):
+        for call, results in zip((first, second), times, strict=True):
+            start = time.perf_counter()
+            call()
+            results.append(1e3 * (time.perf_counter() - start))
+    return [statistics.median(results[5:]) for results in times]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", default="", help="the ops whose name contains this")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(
+        f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), [{ROWS}, {COLUMNS}], median ms"
+    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for make in (activations, norms, others):
+            for name, eager, fused in make(dtype):
+                if options.only in name:
+                    a, b = paired(eager, fused)
+                    print(f"{str(dtype)[6:]:9} {name:28} eager {a:7.3f}  fused {b:7.3f}  {a / b:5.2f}x", flush=True)
+
+
+if __name__ == "__main__":
+    main()
