@@ -23,26 +23,27 @@ def nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin") or shutil.which("nvcc")
 
 
-def instances(dtypes, ranks) -> str:
+def instances(dtypes, ranks, norms=(False, True)) -> str:
     lines = ["#include <tpkernels/all_reduce.cuh>", "namespace tpkernels {"]
     for kernel in KERNELS:
         for dtype in dtypes:
             for count in ranks:
-                for norm in ("false", "true"):
-                    lines.append(f"template __global__ void {kernel}<{dtype}, {count}, {norm}>(Arguments<{dtype}>);")
+                for norm in norms:
+                    lines.append(f"template __global__ void {kernel}<{dtype}, {count}, {str(norm).lower()}>(Arguments<{dtype}>);")
     return "\n".join([*lines, "}", ""])
 
 
 def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list[dict]:
-    """A dict for each kernel: kernel, dtype, ranks, norm, regs, stack, spill (bytes), smem, instructions (opcodes in order), opcodes."""
-    file, cubin = folder / f"instances-{arch}.cu", folder / f"instances-{arch}.cubin"
+    """A dict for each kernel: kernel, dtype, ranks, norm, regs, stack, spill (bytes), smem, instructions (opcodes in order), opcodes,
+    multimem (the PTX instructions: their SASS does not show the scope)."""
+    file, ptx, cubin = (folder / f"instances-{arch}.{kind}" for kind in ("cu", "ptx", "cubin"))
     file.write_text(source)
-    log = device_build.run(
-        [nvcc(), "-std=c++17", "-O3", "-cubin", f"-arch={arch}", "-Xptxas", "-v", "-I", headers.parent, file, "-o", cubin]
-    ).stderr
+    device_build.run([nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-ptx", "-I", headers.parent, file, "-o", ptx])
+    log = device_build.run([nvcc(), f"-arch={arch}", "-cubin", "-Xptxas", "-v", ptx, "-o", cubin]).stderr
+    virtual = dict(re.findall(r"\.entry (\w+)\((.*?)^}", ptx.read_text(), re.S | re.M))
     sass = device_build.run([device_build.triton_nvidia() / "bin" / "nvdisasm", "-c", cubin]).stdout
     bodies = {part.split(",", 1)[0]: part for part in sass.split(".section\t.text.")[1:]}
-    kernels = []
+    spelling, kernels = {mangled: dtype for dtype, mangled in DTYPES.items()}, []
     for entry in log.split("Compiling entry function '")[1:]:
         mangled = entry.split("'", 1)[0]
         kernel, dtype, ranks, norm = NAME.search(mangled).groups()
@@ -51,7 +52,7 @@ def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list
         instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", bodies[mangled])
         kernels.append(
             dict(
-                name=f"{kernel}<{next(name for name, code in DTYPES.items() if code == dtype)}, {ranks}{', norm' if norm == '1' else ''}>",
+                name=f"{kernel}<{spelling[dtype]}, {ranks}{', norm' if norm == '1' else ''}>",
                 arch=arch,
                 kernel=kernel,
                 ranks=int(ranks),
@@ -62,6 +63,7 @@ def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list
                 smem=int(smem[1]) if smem else 0,
                 instructions=instructions,
                 opcodes=Counter(instructions),
+                multimem=re.findall(r"multimem\.\S+", virtual[mangled]),
             )
         )
     return kernels
@@ -93,7 +95,7 @@ def complaints(kernel: dict) -> list[str]:
     expect(kernel["stack"] == 0 and kernel["spill"] == 0, f"stack {kernel['stack']}, spilled {kernel['spill']} bytes")
     expect(not any(op.startswith(("LDL", "STL")) for op in code), "local memory")
     expect(kernel["regs"] <= MAX_REGISTERS, f"{kernel['regs']} registers")
-    expect(any(re.fullmatch(r"LDG?\.E\.128", op) for op in code), "no 16-byte load")
+    expect(any(re.fullmatch(r"LDG?\.E\.128(\.CONSTANT)?", op) for op in code), "no 16-byte load")
     expect(any(re.fullmatch(r"STG?\.E\.128", op) for op in code), "no 16-byte store")
     # The non-coherent path would be free to return what a slot held in an earlier launch.
     expect(not any("CONSTANT" in op for op in code), "loads through the non-coherent path")
@@ -111,6 +113,7 @@ def complaints(kernel: dict) -> list[str]:
     expect(not any(re.search(r"STRONG\.(GPU|SM|CTA)", op) for op in code), "an access of a narrower scope than the system's")
 
     if multimem and kernel["arch"] != "sm_80":
+        expect(len(kernel["multimem"]) == 2 and all(".sys." in op for op in kernel["multimem"]), f"multicast accesses {kernel['multimem']}")
         # HPADD: high precision, what sm_100 calls accumulation in fp32
         expect(any(re.match(r"LDGMC\..*(F32|HPADD)", op) for op in code), "no load that the switch reduces in fp32")
         expect(any(re.fullmatch(r"STG?\.E\.128\.STRONG\.SYS", op) for op in code), "no store to all ranks of the system's scope")

@@ -165,6 +165,19 @@ def test_the_order_of_the_sum_is_the_ranks_order():
         assert (out == 0).all()
 
 
+@pytest.mark.parametrize("norm", (False, True), ids=("sum", "norm"))
+def test_the_launch_that_the_helpers_ask_for(norm):
+    rng = torch.Generator().manual_seed(2)
+    shape, dtype = (3, 4104), torch.bfloat16
+    options = dict(blocks=grid_size(*shape, dtype, norm), threads=512)
+    assert options["blocks"] == (3 if norm else 4)
+    launches = [make(kernel, 2, shape, dtype, rng, True, "brn" if norm else "br", **options) for kernel in KERNELS]
+    with Ranks(2, half_bytes(*shape, dtype)) as ranks:
+        results, _ = ranks.run(launches)
+    for launch, result in zip(launches, results, strict=True):
+        check(launch, result, True)
+
+
 def test_host_helpers():
     bf16, f32 = torch.bfloat16, torch.float32
     assert grid_size(0, 8, bf16, False) == grid_size(0, 8, bf16, True) == grid_size(8, 0, bf16, True) == grid_size(8, 0, bf16, False) == 0

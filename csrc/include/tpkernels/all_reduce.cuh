@@ -20,9 +20,9 @@ struct Arguments {
   char* const* peers;  // in device memory: the ranks' symmetric buffers, of buffer_bytes(half_bytes), 16-byte aligned
   char* multicast;     // the same buffers behind one multicast address; two_shot_multimem only
   uint32_t* epochs;    // in device memory, this rank's own: kMaxBlocks words, zero at first
-  size_t half_bytes;   // the same for the buffer's life, and at least half_bytes(...) of every launch
+  size_t half_bytes;   // the same for the buffer's life: at least half_bytes(...) of every launch, a multiple of 16
   int rank;
-  int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous
+  int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous, fewer than 2^31 elements
   const T* input;
   T* output;          // sum + bias + residual, rounded once; may be `input`
   const T* bias;      // or null
@@ -178,7 +178,8 @@ __device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>
   advance_epochs(a.epochs, epoch);
 }
 
-// One block an SM: told so, ptxas keeps the loads from all peers in flight at once instead of saving registers.
+// One block an SM is enough: told so, ptxas has the loads from all peers in flight at once, and spills nothing, instead of saving
+// registers.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
   const uint32_t epoch = load(a.epochs + blockIdx.x);

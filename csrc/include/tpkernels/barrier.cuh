@@ -15,7 +15,12 @@ constexpr size_t kFlagBytes = (kMaxBlocks * kMaxRanks * sizeof(uint32_t) + 127) 
 // Every launch takes two epochs, one-shot too though it has one barrier: so the second bit is the count of launches modulo 2.
 constexpr uint32_t kEpochsPerLaunch = 2;
 
-// Offset of the half that a launch uses. The other one may still be read by peers that are in the launch before.
+// Offset of the half that a launch uses. Launches take the halves in turn, and that spares a barrier at the end of each:
+// launch k + 2 of a rank writes the half of launch k, which peers read in their launch k. It starts after all blocks of the rank's
+// launch k + 1 have ended, and at least one of them has passed a barrier there. So every peer has begun its launch k + 1, hence, by
+// the order of its stream, ended its launch k in all blocks: nobody reads that half any more. This needs the same half in all
+// blocks of a launch, whatever the grids before (see advance_epochs), and says nothing of which kernels, shapes or grids the
+// launches have.
 __device__ __forceinline__ size_t half_offset(uint32_t epoch, size_t half_bytes) {
   return kFlagBytes + (epoch / kEpochsPerLaunch % 2) * half_bytes;
 }
@@ -24,6 +29,7 @@ __device__ __forceinline__ size_t half_offset(uint32_t epoch, size_t half_bytes)
 // A flag only grows, modulo 2^32: a fast peer that has already signalled its next epoch satisfies this wait too.
 template <int kRanks>
 __device__ __forceinline__ void barrier(char* const* peers, int rank, uint32_t epoch) {
+  static_assert(2 <= kRanks && kRanks <= kMaxRanks, "there are flags for 2 to 8 ranks");
   __syncthreads();
   if (threadIdx.x < kRanks) {
     const int peer = threadIdx.x, lane = blockIdx.x * kMaxRanks;
