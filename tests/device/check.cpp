@@ -121,7 +121,7 @@ struct Case {
 template <typename T>
 void run(int seed, int dtype) {
   std::mt19937 rng(seed);
-  World* world = world_create(kRanks, kHalf, 0xfffffff8u);  // the epoch goes through zero
+  World* world = world_create(kRanks, kHalf, 0xfffffff8u);  // on to more than 32 bits
   Tensors memory;
   Buffers buffers[std::size(kShapes)];
   for (size_t i = 0; i < std::size(kShapes); ++i) {

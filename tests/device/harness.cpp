@@ -25,17 +25,17 @@ struct World {
   int ranks;
   size_t half_bytes, bytes;
   std::vector<char*> memory;  // peers[rank]
-  std::vector<std::vector<uint32_t>> epochs;
+  std::vector<std::vector<Epoch>> epochs;
   char* multicast;  // addresses nobody can read or write
 };
 
-World* world_create(int ranks, size_t half_bytes, uint32_t epoch) {
+World* world_create(int ranks, size_t half_bytes, uint64_t epoch) {
   const size_t bytes = buffer_bytes(half_bytes);
   World* world = new World{ranks, half_bytes, bytes, {}, {}, nullptr};
   for (int rank = 0; rank < ranks; ++rank) {
     world->memory.push_back(static_cast<char*>(std::aligned_alloc(kVectorBytes, bytes)));
-    std::memset(world->memory[rank], 0xff, bytes);  // NaN
-    std::fill_n(reinterpret_cast<uint32_t*>(world->memory[rank]), kMaxBlocks * kMaxRanks, epoch);
+    std::memset(world->memory[rank], 0, kFlagBytes);
+    std::memset(world->memory[rank] + kFlagBytes, 0xff, bytes - kFlagBytes);  // NaN
     world->epochs.emplace_back(kMaxBlocks, epoch);
   }
   world->multicast = static_cast<char*>(mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));

@@ -20,7 +20,8 @@ struct Spec {
 };
 
 struct World;
-World* world_create(int ranks, size_t half_bytes, uint32_t epoch);
+// epoch: even; flags start at zero all the same, as they stay in lanes that no grid has used.
+World* world_create(int ranks, size_t half_bytes, uint64_t epoch);
 void world_destroy(World* world);
 // specs [launches][ranks]. Whether all ranks came to the end; if not the process can only give up.
 bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uint64_t* trace);

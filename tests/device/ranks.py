@@ -24,7 +24,7 @@ class Spec(ctypes.Structure):  # harness.h
 @cache
 def library():
     lib = ctypes.CDLL(str(device_build.library()))
-    lib.world_create.argtypes, lib.world_create.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_uint32], ctypes.c_void_p
+    lib.world_create.argtypes, lib.world_create.restype = [ctypes.c_int, ctypes.c_size_t, ctypes.c_uint64], ctypes.c_void_p
     lib.world_destroy.argtypes = [ctypes.c_void_p]
     lib.world_run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64, ctypes.c_void_p]
     lib.world_run.restype = ctypes.c_bool

@@ -103,8 +103,8 @@ def complaints(kernel: dict) -> list[str]:
     # Flags: a store behind a fence of the system, a load followed by dropping what L1 holds.
     barriers = 1 if kernel["kernel"] == "one_shot" else 2
     memory = [op for op in code if re.match(r"LD|ST|MEMBAR|CCTL|BAR|RED|ATOM", op)]
-    stores = [i for i, op in enumerate(memory) if re.fullmatch(r"STG?\.E\.STRONG\.SYS", op)]
-    loads = [i for i, op in enumerate(memory) if re.fullmatch(r"LDG?\.E\.STRONG\.SYS", op)]
+    stores = [i for i, op in enumerate(memory) if re.fullmatch(r"STG?\.E\.64\.STRONG\.SYS", op)]
+    loads = [i for i, op in enumerate(memory) if re.fullmatch(r"LDG?\.E\.64\.STRONG\.SYS", op)]
     expect(
         len(stores) == barriers and len(loads) == barriers, f"{len(stores)} flag stores and {len(loads)} flag loads of the system's scope"
     )

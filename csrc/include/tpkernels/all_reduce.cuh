@@ -19,7 +19,7 @@ template <typename T>
 struct Arguments {
   char* const* peers;  // in device memory: the ranks' symmetric buffers, of buffer_bytes(half_bytes), 16-byte aligned
   char* multicast;     // the same buffers behind one multicast address; two_shot_multimem only
-  uint32_t* epochs;    // in device memory, this rank's own: kMaxBlocks words, zero at first
+  Epoch* epochs;       // in device memory, this rank's own: kMaxBlocks words, zero at first
   size_t half_bytes;   // the same for the buffer's life: at least half_bytes(...) of every launch, a multiple of 16
   int rank;
   int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous, fewer than 2^31 elements
@@ -160,7 +160,7 @@ __device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kN
 // The phases of both two-shots. Rank r owns slice r of every segment: sum(vector) gives its sum over ranks, publish(vector, h)
 // puts the finished value where gather(owner, vector) finds it. Only the owner touches its slice between the barriers.
 template <typename T, int kRanks, bool kNorm, typename Sum, typename Publish, typename Gather>
-__device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>* slot, uint32_t epoch, Sum sum, Publish publish,
+__device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>* slot, Epoch epoch, Sum sum, Publish publish,
                                                 Gather gather) {
   const Layout<T, kNorm> layout(a, kRanks);
   copy_in(a, layout, slot);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>
 // registers.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
-  const uint32_t epoch = load(a.epochs + blockIdx.x);
+  const Epoch epoch = load(a.epochs + blockIdx.x);
   const size_t half = half_offset(epoch, a.half_bytes);
   const Layout<T, kNorm> layout(a, kRanks);
   Vector<T>* slots[kRanks];
@@ -198,7 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
 
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) two_shot(const Arguments<T> a) {
-  const uint32_t epoch = load(a.epochs + blockIdx.x);
+  const Epoch epoch = load(a.epochs + blockIdx.x);
   const size_t half = half_offset(epoch, a.half_bytes);
   Vector<T>* slots[kRanks];
 #pragma unroll
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) two_shot(const Arguments<T> a) {
 // The switch rounds the sum to T before bias and residual are added: with those, twice rounded.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) two_shot_multimem(const Arguments<T> a) {
-  const uint32_t epoch = load(a.epochs + blockIdx.x);
+  const Epoch epoch = load(a.epochs + blockIdx.x);
   const size_t half = half_offset(epoch, a.half_bytes);
   Vector<T>* const everywhere = reinterpret_cast<Vector<T>*>(a.multicast + half);
   Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + half);

@@ -12,21 +12,25 @@
 
 namespace tpkernels {
 
+// Counts the barriers of a buffer's life. 64 bits never wrap: with 32, a flag of a lane that no grid used for 2^31 epochs would
+// pass for one that is ahead.
+using Epoch = uint64_t;
+
 // A release makes what this thread wrote, and what it knows of from a __syncthreads, visible to who acquires it: on this GPU, on
 // another one of the node, hence the system's scope. A plain store, unlike an atomic, needs no native peer atomics.
-__device__ __forceinline__ void store_release(uint32_t* flag, uint32_t value) {
+__device__ __forceinline__ void store_release(Epoch* flag, Epoch value) {
 #ifdef __CUDACC__
-  asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
 #else
   __atomic_store_n(flag, value, __ATOMIC_RELEASE);
   simt::stored();
 #endif
 }
 
-__device__ __forceinline__ uint32_t load_acquire(uint32_t* flag) {
+__device__ __forceinline__ Epoch load_acquire(Epoch* flag) {
 #ifdef __CUDACC__
-  uint32_t value;
-  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  Epoch value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(flag) : "memory");
   return value;
 #else
   return __atomic_load_n(flag, __ATOMIC_ACQUIRE);
