@@ -202,20 +202,24 @@ def norm_backward_long_kernel(
             tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
 
 
-def _rows_and_blocks(features: int, itemsize: int) -> list[Config]:
+def _whole_rows(features: int, options: list[tuple[int, int]]) -> list[Config]:
+    """Of (elements of a tile, warps)."""
+    tiles = dict.fromkeys((max(1, size // features), min(warps, 16)) for size, warps in options)
+    return [Config(dict(ROWS=rows, COLS=features), warps) for rows, warps in tiles]
+
+
+def _configs(features: int, itemsize: int) -> list[Config]:
     if features * max(itemsize, 4) > 16384 * 4:
         return [Config(dict(ROWS=1, COLS=size), warps) for size, warps in ((8192, 16), (4096, 8), (4096, 4))]
-    warps = min(max(features // 512, 4), 16)
-    options = [(2048, warps), (4096, warps), (2048, min(2 * warps, 16)), (2048, max(warps // 2, 4))]
-    return [Config(dict(ROWS=max(1, size // features), COLS=features), warps) for size, warps in dict.fromkeys(options)]
+    warps = max(features // 512, 4)
+    return _whole_rows(features, [(2048, warps), (2048, max(features // 1024, 4)), (2048, 2 * warps), (4096, 2 * warps)])
 
 
-def _rows_and_blocks_backward(features: int, itemsize: int) -> list[Config]:
+def _configs_backward(features: int, itemsize: int) -> list[Config]:
     if features * max(itemsize, 4) > 8192 * 4:  # a row takes up to four times its size: two sums, the gradient and x
         return [Config(dict(ROWS=rows, COLS=size), warps) for rows, size, warps in ((8, 1024, 16), (4, 1024, 8), (8, 512, 8))]
-    warps = min(max(features // 512, 4), 16)
-    options = [(2048, warps), (4096, warps), (2048, min(2 * warps, 16))]
-    return [Config(dict(ROWS=max(1, size // features), COLS=features), warps) for size, warps in dict.fromkeys(options)]
+    warps = max(features // 512, 4)
+    return _whole_rows(features, [(2048, warps), (2048, 2 * warps), (4096, 2 * warps)])
 
 
 def _sample(features, dtype, device):
@@ -229,8 +233,8 @@ def _sample_backward(features, dtype, device):
     return lambda: norm_backward(x, x, x, w, rstd[:0], rstd, True, True, False)
 
 
-FORWARD = Tunable("norm", _rows_and_blocks, _sample)
-BACKWARD = Tunable("norm_backward", _rows_and_blocks_backward, _sample_backward)
+FORWARD = Tunable("norm", _configs, _sample)
+BACKWARD = Tunable("norm_backward", _configs_backward, _sample_backward)
 # Programs of the backward, at most: two on each of a GPU's processors; and so few that their partial sums are 4% of the bytes that half
 # precision moves, but for small inputs, where filling the GPU comes first.
 PARTS, FEW_PARTS = 256, 64

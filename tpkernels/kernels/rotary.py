@@ -20,7 +20,7 @@ def rotary_kernel(
 ):  # fmt: skip
     """Some heads of some tokens of one sequence, as [TOKENS, HEADS, features]: the angles are read once for all these heads.
 
-    HALF >= half, the number of pairs; REST, a divisor's worth of the features that pass through, is 0 if there are none.
+    HALF >= half, the number of pairs; REST >= the number of features that pass through, 0 if there are none.
     """
     token_tiles = tl.cdiv(tokens, TOKENS)
     head_tiles = tl.cdiv(heads, HEADS)
