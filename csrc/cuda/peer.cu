@@ -59,7 +59,7 @@ class SymmetricMemory : public PeerMemory {
   SymmetricMemory(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank, int64_t size, int64_t half_bytes,
                   int64_t one_shot_bytes)
       : buffer_(std::move(buffer)),
-        epochs_(at::zeros({kMaxBlocks}, buffer_.options().dtype(at::kInt))),
+        epochs_(at::zeros({kMaxBlocks}, buffer_.options().dtype(at::kLong))),
         peers_(reinterpret_cast<char* const*>(peers)),
         multicast_(reinterpret_cast<char*>(multicast)),
         rank_(rank),
@@ -105,7 +105,7 @@ class SymmetricMemory : public PeerMemory {
     const bool one = bytes_of(buffer) <= one_shot_bytes_;
     arguments.peers = peers_;
     arguments.multicast = one ? nullptr : multicast_;
-    arguments.epochs = static_cast<uint32_t*>(epochs_.data_ptr());
+    arguments.epochs = static_cast<Epoch*>(epochs_.data_ptr());
     arguments.half_bytes = half_bytes_;
     arguments.rank = rank_;
     arguments.rows = buffer.size(0);

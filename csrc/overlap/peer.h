@@ -33,6 +33,6 @@ void set_peer_memory(const std::string& group, std::shared_ptr<PeerMemory> memor
 
 // Bytes of a rank's symmetric buffer for messages of up to `half_bytes`: two of them and the flags (include/tpkernels/barrier.cuh,
 // which only device compilers read; cuda/peer.cu checks that the two agree).
-constexpr int64_t peer_buffer_bytes(int64_t half_bytes) { return 1152 + 2 * half_bytes; }
+constexpr int64_t peer_buffer_bytes(int64_t half_bytes) { return 2304 + 2 * half_bytes; }
 
 }  // namespace tpkernels
