@@ -12,14 +12,20 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parent.parent / "csrc" / "include" / "tpkernels"
 CACHE = Path(tempfile.gettempdir()) / f"tpkernels-device-{os.getuid()}"
-SANITIZERS = {None: [], "thread": ["-fsanitize=thread", "-DSIMT_TSAN"], "address": ["-fsanitize=address,undefined", "-DSIMT_ASAN"]}
+SANITIZERS = {None: [], "thread": ["-fsanitize=thread", "-DSIMT_TSAN"], "address": ["-fsanitize=address,alignment", "-DSIMT_ASAN"]}
 # check.cpp runs these; all the rest is for the library that Python loads.
 CHECK_DEFINES = ("TEST_RANKS=3", "TEST_TYPES=float, __nv_bfloat16")
 
 
-def triton_nvidia() -> Path:
-    """Triton's wheel brings cuda_bf16.h, and the disassembler."""
-    return Path(importlib.util.find_spec("triton").submodule_search_locations[0]) / "backends" / "nvidia"
+def toolkit(path: str) -> Path:
+    """A file of the CUDA toolkit: from triton's wheel, which has the headers and the disassembler, or from CUDA_HOME."""
+    triton = importlib.util.find_spec("triton")
+    roots = [Path(triton.submodule_search_locations[0]) / "backends" / "nvidia"] if triton else []
+    roots.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")))
+    for root in roots:
+        if (root / path).exists():
+            return root / path
+    raise FileNotFoundError(f"no {path} in {', '.join(map(str, roots))}: install triton, or set CUDA_HOME")
 
 
 def run(command: list) -> subprocess.CompletedProcess:
@@ -47,7 +53,7 @@ def kept(kind: str, inputs: object, files: list[Path], make: Callable[[Path], No
 
 def compile(output: Path, inputs: list[Path], sanitizer: str | None, *options: str, headers: Path = HEADERS) -> None:
     flags = ["-O1", "-g1", "-std=c++17", "-fPIC", *SANITIZERS[sanitizer], *options]
-    includes = ["-I", HERE / "simt", "-I", headers.parent, "-isystem", triton_nvidia() / "include"]
+    includes = ["-I", HERE / "simt", "-I", headers.parent, "-isystem", toolkit("include/cuda_bf16.h").parent]
     run(["g++", *flags, *includes, *inputs, "-o", output])
 
 

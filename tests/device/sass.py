@@ -41,7 +41,7 @@ def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list
     device_build.run([nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-ptx", "-I", headers.parent, file, "-o", ptx])
     log = device_build.run([nvcc(), f"-arch={arch}", "-cubin", "-Xptxas", "-v", ptx, "-o", cubin]).stderr
     virtual = dict(re.findall(r"\.entry (\w+)\((.*?)^}", ptx.read_text(), re.S | re.M))
-    sass = device_build.run([device_build.triton_nvidia() / "bin" / "nvdisasm", "-c", cubin]).stdout
+    sass = device_build.run([device_build.toolkit("bin/nvdisasm"), "-c", cubin]).stdout
     bodies = {part.split(",", 1)[0]: part for part in sass.split(".section\t.text.")[1:]}
     spelling, kernels = {mangled: dtype for dtype, mangled in DTYPES.items()}, []
     for entry in log.split("Compiling entry function '")[1:]:

@@ -178,8 +178,7 @@ __device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>
   advance_epochs(a.epochs, epoch);
 }
 
-// One block an SM is enough: told so, ptxas has the loads from all peers in flight at once, and spills nothing, instead of saving
-// registers.
+// One block an SM is enough: told so, ptxas has the loads from all peers in flight at once instead of saving registers.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
