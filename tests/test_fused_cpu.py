@@ -88,7 +88,7 @@ def rotary(input, cos, sin, interleaved, inverse):
     half = cos.shape[-1]
     cos, sin = (t.unsqueeze(-3) for t in (cos, -sin if inverse else sin))
     head, rest = input.split([2 * half, input.shape[-1] - 2 * half], -1)
-    x1, x2 = (head[..., ::2], head[..., 1::2]) if interleaved else head.split(half, -1)
+    x1, x2 = (head[..., ::2], head[..., 1::2]) if interleaved else (head[..., :half], head[..., half:])
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
     return torch.cat([torch.stack([y1, y2], -1).flatten(-2) if interleaved else torch.cat([y1, y2], -1), rest], -1)
 
@@ -197,7 +197,7 @@ def test_activations_of_large_input():
     x = torch.tensor([-torch.inf, -1e4, -90.0, -12.0, -0.0, 0.0, 12.0, 90.0, 1e4, torch.inf, torch.nan])
     for activation in ("relu", "relu2", "gelu", "gelu_tanh", "silu"):
         out = OPS.bias_act(x, None, activation)
-        torch.testing.assert_close(out[1:], activate(x, activation)[1:], atol=1e-30, rtol=1e-6, equal_nan=True)
+        torch.testing.assert_close(out[1:].double(), activate(x.double(), activation)[1:], atol=1e-6, rtol=1e-6, equal_nan=True)
         (grad,) = OPS.bias_act_backward(torch.ones(8), x[1:-2].clone(), None, activation, False)
         assert grad.isfinite().all()
 
@@ -281,7 +281,7 @@ def test_vocab_ce(columns, index, layout, dtype):
     stats = OPS.vocab_ce_stats(logits, target, first)
     assert stats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     expected = vocab_ce_stats(logits.double(), target, first)
-    torch.testing.assert_close(stats.double(), expected, rtol=2e-6, atol=1e-5)
+    torch.testing.assert_close(stats.double(), expected, rtol=2e-6, atol=1e-4)
     exact = [0, 2]
     assert torch.equal(stats[exact].double(), expected[exact])
     log_norm, scale = (stats[0] + stats[1].log(), torch.rand(rows, dtype=stats.dtype))
@@ -361,8 +361,8 @@ def test_rotary(interleaved, layout, features, rotated, dtype):
             out = OPS.rotary(x, cos, sin, interleaved, inverse)
             assert out.stride() == torch.empty_like(x).stride()
             check([out], lambda *a: [rotary(*a)], (x, cos, sin, interleaved, inverse))
-    float_tables = OPS.rotary(x, cos.float(), sin.float(), interleaved, True)
-    assert float_tables.dtype == dtype and torch.equal(float_tables, out)
+    wider = OPS.rotary(x, cos.double(), sin.double(), interleaved, True)
+    assert wider.dtype == dtype and torch.equal(wider, out)
 
 
 def test_rotary_of_nothing():

@@ -64,29 +64,30 @@ struct Silu {
 struct Gelu {
   static constexpr double SQRT_HALF = 0.70710678118654752440, SLOPE_AT_0 = 0.39894228040143267794;
 
-  static ValueAndSlope<Vectorized<double>> distribution(const Vectorized<double>& x) {
+  // 1 - Phi(|x|), and Phi's slope
+  static ValueAndSlope<Vectorized<double>> tail(const Vectorized<double>& x) {
     using V = Vectorized<double>;
-    return {V(0.5) * (x * V(-SQRT_HALF)).erfc(), V(SLOPE_AT_0) * exp(x * x * V(-0.5))};
+    return {V(0.5) * (x.abs() * V(SQRT_HALF)).erfc(), V(SLOPE_AT_0) * exp(x * x * V(-0.5))};
   }
-  // Abramowitz and Stegun 7.1.26 for the tail beyond |x|, absolute error 7.5e-8, whose exp the slope has too
-  static ValueAndSlope<Vectorized<float>> distribution(const Vectorized<float>& x) {
+  // Abramowitz and Stegun 7.1.26, absolute error 7.5e-8, whose exp the slope has too
+  static ValueAndSlope<Vectorized<float>> tail(const Vectorized<float>& x) {
     using V = Vectorized<float>;
     const V bell = exp(x * x * V(-0.5f)), t = V(1) / at::vec::fmadd(x.abs(), V(0.3275911f * float(SQRT_HALF)), V(1));
     V p = at::vec::fmadd(V(0.5f * 1.061405429f), t, V(0.5f * -1.453152027f));
     p = at::vec::fmadd(p, t, V(0.5f * 1.421413741f));
     p = at::vec::fmadd(p, t, V(0.5f * -0.284496736f));
     p = at::vec::fmadd(p, t, V(0.5f * 0.254829592f));
-    const V tail = p * t * bell;
-    return {V::blendv(V(1) - tail, tail, x < V(0)), V(float(SLOPE_AT_0)) * bell};
+    return {p * t * bell, V(float(SLOPE_AT_0)) * bell};
   }
   template <typename V>
   static V value(const V& x) {
-    return x * distribution(x).value;
+    return at::vec::fnmadd(x.abs(), tail(x).value, at::vec::clamp_min(x, V(0)));
   }
   template <typename V>
   static ValueAndSlope<V> both(const V& x) {
-    const auto phi = distribution(x);
-    return {x * phi.value, at::vec::fmadd(x, phi.slope, phi.value)};
+    const auto far = tail(x);
+    const V phi = V(0.5) + ((V(0.5) - far.value) | (x & V(-0.0)));  // the sign of x
+    return {x * phi, at::vec::fmadd(x, far.slope, phi)};
   }
 };
 
