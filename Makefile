@@ -43,10 +43,10 @@ format: $(VENV)/.installed
 bench: setup
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr
 
-# What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the kernels compiled for four chips.
+# What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the Triton kernels interpreted and
+# compiled for four chips, the CUDA kernels on simulated GPUs, under sanitizers, their mutants and machine code; and what they take, in docs/.
 check-gpu: setup
-	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/test_kernels.py tests/device
-	$(BIN)/python tests/device/report.py --out docs/kernels.md
+	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/test_kernels.py tests/device $(wildcard tests/device/check_*.py)
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -24,14 +24,14 @@ def _random(*shape, dtype=torch.bfloat16):
     return torch.randn(*shape, dtype=dtype)
 
 
-def _activation(op, gated, separate=False):
+def _activation(op, gated, separate=False, rows=ROWS, features=FFN):
     """Inputs of a forward or (`op` ends in backward) backward with bias."""
-    act, width = ("swiglu", 2 * FFN) if gated else ("gelu_tanh", FFN)
-    x, bias = _random(ROWS, width), _random(width)
+    act, width = ("swiglu", 2 * features) if gated else ("gelu_tanh", features)
+    x, bias = _random(rows, width), _random(width)
     tensors = dict(zip(("gate", "up"), x.chunk(2, -1), strict=True)) if separate else dict(x=x)
     biases = dict(zip(("gate_bias", "up_bias"), bias.chunk(2), strict=True)) if separate else dict(bias=bias)
     if op.endswith("backward"):
-        inputs = dict(grad=_random(ROWS, FFN), **tensors, **biases)
+        inputs = dict(grad=_random(rows, features), **tensors, **biases)
         return inputs, lambda: activation.OPS[op](*inputs.values(), act, True)
     inputs = dict(**tensors, **biases)
     return inputs, lambda: activation.OPS[op](*inputs.values(), act)
@@ -47,9 +47,9 @@ def _norm(rms, features=HIDDEN, residual=True):
     return inputs, lambda: norm.norm(get("x"), get("residual"), get("weight"), get("bias"), 1e-6, rms)
 
 
-def _norm_backward(rms, features=HIDDEN):
-    inputs = {name: _random(ROWS, features) for name in ("grad", "grad_sum", "sum")}
-    inputs |= dict(weight=_random(features), mean=_random(0 if rms else ROWS, dtype=torch.float32), rstd=torch.ones(ROWS))
+def _norm_backward(rms, features=HIDDEN, rows=ROWS):
+    inputs = {name: _random(rows, features) for name in ("grad", "grad_sum", "sum")}
+    inputs |= dict(weight=_random(features), mean=_random(0 if rms else rows, dtype=torch.float32), rstd=torch.ones(rows))
     return inputs, lambda: norm.norm_backward(*inputs.values(), rms, True, not rms)
 
 
@@ -106,6 +106,13 @@ CASES = {
     "rotary": lambda: _rotary(False, 128),
     "rotary interleaved": lambda: _rotary(True, 128),
     "rotary partial": lambda: _rotary(False, 64),
+}
+# As many rows as a training step has: what the partial sums add to the bytes is then small too.
+TALL = {
+    "bias_act_backward, 4096 rows": lambda: _activation("bias_act_backward", False, rows=4096, features=1024),
+    "bias_act_backward gated, 4096 rows": lambda: _activation("bias_act_backward", True, rows=4096, features=1024),
+    "norm_backward rms, 4096 rows": lambda: _norm_backward(True, 1024, 4096),
+    "norm_backward, 4096 rows": lambda: _norm_backward(False, 1024, 4096),
 }
 # Beyond what fits in registers: a tensor is read again, from L2 where it still is.
 LONG = {
@@ -169,14 +176,14 @@ def specs() -> list[dict]:
         of 16), kind, launch (the op on CPU tensors, by triton's interpreter: dict(inputs={name: tensor}, outputs={name: tensor})) and
     XX"""
     found = []
-    for name, case in (CASES | LONG | GEMMS).items():
+    for name, case in (CASES | TALL | LONG | GEMMS).items():
         inputs, call = case()
         with recorded_launches() as launches:
             call()
         scratch = sum(t.nbytes for kernel, args, _ in launches if kernel.__name__ == "sum_partials_kernel" for t in args[:1])
         found += [
             dict(name=f"{name}: {kernel.__name__}", **_specification(kernel, args, kwargs),
-                 kind="memory" if name in CASES else "gemm" if name in GEMMS else "memory, read again", launch=lambda case=case: _launch(case),
+                 kind="memory" if name in CASES | TALL else "gemm" if name in GEMMS else "memory, read again", launch=lambda case=case: _launch(case),
                  cached=[name for name in inputs if name in CACHED], scratch=scratch)
             for kernel, args, kwargs in launches
         ]  # fmt: skip

@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DOCUMENT = HERE.parents[1] / "docs/kernels.md"
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]  # the checkout's tpkernels, and this folder's modules, wherever it is started
 
 from aot import Resources, Spec, Traffic, compile_all, faults, measure_all  # noqa: E402
@@ -124,6 +125,23 @@ def renew(text: str, triton: str) -> str:
     return replace(text, "cuda", cuda_table(nvcc))
 
 
+def save(path: Path, text: str) -> None:
+    """Written beside, then renamed."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as beside:
+        beside.write(text)
+    os.chmod(beside.name, path.stat().st_mode)
+    os.replace(beside.name, path)
+
+
+def keep(name: str, table: str, path: Path = DOCUMENT) -> bool:
+    """Whether the table in the document is that one; where it is not, it is from now on."""
+    text = path.read_text()
+    if between(text, name).strip() == table:
+        return True
+    save(path, replace(text, name, table))
+    return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the Markdown file, which has the markers")
@@ -141,10 +159,7 @@ def main() -> int:
     if options.check:
         print(f"{options.out} is not current: `python tests/device/report.py --out {options.out}` writes it anew", file=sys.stderr)
         return 1
-    with tempfile.NamedTemporaryFile("w", dir=options.out.parent, delete=False) as beside:
-        beside.write(renewed)
-    os.chmod(beside.name, options.out.stat().st_mode)
-    os.replace(beside.name, options.out)
+    save(options.out, renewed)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import pytest
 import report
@@ -78,14 +77,10 @@ def test_another_nvcc_leaves_the_cuda_table(monkeypatch, capsys):
     assert "nvcc 13.0.88's" in capsys.readouterr().err
 
 
-def test_cuda_documented():
-    """The table of the CUDA kernels in docs/kernels.md is current."""
-    pytest.importorskip("sass")
-    nvcc = report.nvcc_version()
-    table = report.between((Path(__file__).parents[2] / "docs/kernels.md").read_text(), "cuda").strip()
-    if f"nvcc {nvcc}.\n" not in table:
-        pytest.skip(f"not written with nvcc {nvcc}")
-    assert table == report.cuda_table(nvcc)
+def test_keep(command):
+    assert report.keep("cuda", "| one |", command.file) is False
+    assert "| one |" in command.file.read_text() and "Between." in command.file.read_text()
+    assert report.keep("cuda", "| one |", command.file) is True
 
 
 def test_row():

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import report
@@ -90,8 +89,11 @@ def test_refused(made, spec, chip, why):
 @pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in SPECS + GOOD if s.kind in ("memory", "reduction")])
 def test_bytes_moved(traffic, spec):
     """Within 5% of the least: each input read once, each output written once; and no scratch but what the spec says."""
-    assert traffic[spec.op].ratio <= 1.05, traffic[spec.op]
-    assert traffic[spec.op].scratch == 2 * spec.scratch
+    moved = traffic[spec.op]
+    assert moved.ratio <= 1.05, moved
+    assert moved.scratch == 2 * spec.scratch
+    if "4096 rows" in spec.op:  # a training step's: with the partial sums of bias and weight gradients
+        assert moved.moved + moved.scratch <= 1.05 * moved.least, moved
 
 
 def test_bytes_moved_in_vain(traffic):
@@ -100,11 +102,12 @@ def test_bytes_moved_in_vain(traffic):
 
 
 def test_documented(made, traffic):
-    """docs/kernels.md is current: `python tests/device/report.py --out docs/kernels.md` writes it."""
-    table = report.between((Path(__file__).parents[2] / "docs/kernels.md").read_text(), "triton").strip()
-    if f"Triton {version('triton')}.\n" not in table:
-        pytest.skip("written with another version of Triton")
-    assert table == report.triton_table(SPECS, made, traffic)
+    table = report.triton_table(SPECS, made, traffic)
+    print(f"\n{table}")
+    before = report.between(report.DOCUMENT.read_text(), "triton")
+    if "Triton " in before and f"Triton {version('triton')}.\n" not in before:
+        pytest.skip("docs/kernels.md was written with another version of Triton")
+    assert report.keep("triton", table), "docs/kernels.md was not current and has been written anew: commit it"
 
 
 def test_what_each_chip_multiplies_with(made):
