@@ -5,13 +5,12 @@ import hashlib
 import importlib.util
 import os
 import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parent.parent / "csrc" / "include" / "tpkernels"
-CACHE = Path(tempfile.gettempdir()) / f"tpkernels-device-{os.getuid()}"
+CACHE = HERE.parent.parent / "build" / "device"
 SANITIZERS = {None: [], "thread": ["-fsanitize=thread", "-DSIMT_TSAN"], "address": ["-fsanitize=address,alignment", "-DSIMT_ASAN"]}
 # check.cpp runs these; all the rest is for the library that Python loads.
 CHECK_DEFINES = ("TEST_RANKS=3", "TEST_TYPES=float, __nv_bfloat16")
@@ -40,7 +39,7 @@ def kept(kind: str, inputs: object, files: list[Path], make: Callable[[Path], No
     key = hashlib.sha256(repr(inputs).encode())
     for file in files:
         key.update(file.read_bytes())
-    CACHE.mkdir(exist_ok=True)
+    CACHE.mkdir(parents=True, exist_ok=True)
     path = CACHE / f"{key.hexdigest()[:20]}.{kind}"
     with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
