@@ -81,7 +81,8 @@ struct Gelu {
   }
   template <typename V>
   static V value(const V& x) {
-    return at::vec::fnmadd(x.abs(), tail(x).value, at::vec::clamp_min(x, V(0)));
+    const V limited = at::vec::clamp_max(x.abs(), V(100));  // the tail is 0 long before; infinity times it were NaN
+    return at::vec::fnmadd(limited, tail(x).value, at::vec::clamp_min(x, V(0)));
   }
   template <typename V>
   static ValueAndSlope<V> both(const V& x) {
