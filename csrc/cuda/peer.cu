@@ -133,6 +133,9 @@ void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_
   TORCH_CHECK(size >= 2 && size <= kMaxRanks, "peer memory is for 2 to ", kMaxRanks, " ranks, got ", size);
   TORCH_CHECK(static_cast<size_t>(buffer.nbytes()) >= buffer_bytes(half_bytes), "the buffer has ", buffer.nbytes(),
               " bytes, two halves of ", half_bytes, " and flags need ", buffer_bytes(half_bytes));
+  TORCH_CHECK(half_bytes % kVectorBytes == 0, "half_bytes must be a multiple of ", kVectorBytes, ", got ", half_bytes);
+  TORCH_CHECK(multicast == 0 || at::cuda::getDeviceProperties(buffer.device().index())->major >= 9,
+              "multimem needs sm_90 or newer");
   const c10::cuda::CUDAGuard guard(buffer.device());
   set_peer_memory(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size, half_bytes, one_shot_bytes));
 }
