@@ -76,7 +76,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
     batches, heads, tokens, features = input.shape
     half = cos.shape[-1]
     cos, sin = (t if t.stride(-1) == 1 or half <= 1 else t.contiguous() for t in (cos, sin))
-    config = TUNABLE(features, input.element_size())
+    config = TUNABLE(2 * half, input.element_size())  # what is rotated: its halves are what a thread reads 16 bytes of
     rows = config.blocks["ROWS"]
     tile = dict(HEADS=min(power_of_two(heads), rows))
     tile["TOKENS"] = min(rows // tile["HEADS"], power_of_two(tokens))
