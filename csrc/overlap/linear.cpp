@@ -62,7 +62,7 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
       }
     }
     if (small) {  // one chunk, summed with its epilogue in one kernel
-      if (bias) epilogue.bias = *bias;
+      if (bias) epilogue.bias = bias->contiguous();
       if (residual) epilogue.residual = as_rows(*residual).contiguous();
       if (epilogue.weight.defined()) epilogue.normed = at::empty_like(out);
       channel.all_reduce_now(slice, epilogue);
@@ -102,7 +102,7 @@ std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input, 
                                                        const std::string& tag) {
   BelowAutograd guard;
   Epilogue epilogue;
-  epilogue.weight = norm_weight.to(weight.scalar_type());
+  epilogue.weight = norm_weight.to(weight.scalar_type()).contiguous();
   epilogue.eps = eps;
   auto sum = row(input, weight, bias, residual, group, chunks, tag, epilogue);
   if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};
