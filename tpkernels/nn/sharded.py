@@ -79,7 +79,7 @@ class Sharded:
         if tensor is None:
             tensor = self.stored(name, cast)
         split = self.splits.get(name)
-        if tensor is None or split is None:
+        if tensor is None or split is None or self.group.size == 1:
             return tensor
         if split.replicated:
             return split.shard(tensor, self.group.rank)

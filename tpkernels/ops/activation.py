@@ -76,7 +76,7 @@ class _GatedAct(torch.autograd.Function):
     def backward(ctx, dy):
         bias_grad = any(ctx.needs_input_grad[2:4])
         grads = _ops.gated_act_backward(dy, *ctx.saved_tensors, ctx.activation, bias_grad)
-        grads += [None] * (4 - len(grads))
+        grads = [*grads, *[None] * (4 - len(grads))]
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
 
 
