@@ -35,7 +35,7 @@ def _(logits, target, first, num_classes, ignore_index, smoothing, group, tag):
     rows = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
     _log_fake("all_reduce", tag, group, rows.new_empty(logits.shape[0] + 2))
     _log_fake("all_reduce", tag, group, rows.new_empty(3 if smoothing else 2, logits.shape[0]))
-    return rows, torch.empty_like(rows), rows.new_empty(2)
+    return rows, torch.empty_like(rows), rows.new_empty(logits.shape[0] + 2)[logits.shape[0] :]  # the end of a buffer
 
 
 @torch.library.register_fake("tpkernels::vocab_linear_ce")
@@ -230,7 +230,11 @@ def vocab_parallel_linear_cross_entropy(
         x.reshape(rows, features), weight, bias, flat, first, num_classes, ignore_index, label_smoothing, chunk_rows, group,
         torch.is_grad_enabled(),
     )  # fmt: skip
-    return total / (flat != ignore_index).sum() if reduction == "mean" else total
+    if reduction == "sum":
+        return total
+    counted = (flat != ignore_index).sum()
+    # Of no tokens the mean is NaN and its gradients are zeros, as torch's are.
+    return torch.where(counted > 0, total / counted.clamp_min(1), torch.nan)
 
 
 def _check(name, values, width, target, group, classes, label_smoothing, reduction, reductions) -> int:
