@@ -1,6 +1,7 @@
 """What several test files compare."""
 
 import torch
+import torch.distributed as dist
 
 import tpkernels as tpk
 
@@ -26,3 +27,16 @@ def count_all_reduces(run):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run()
     return sum(event.count for event in profile.key_averages() if event.key == "c10d::allreduce_"), result
+
+
+def wide(dtype):
+    """What the results of `dtype` are judged by."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def assert_as_accurate(name, ours, twin, truth):
+    """max|ours - truth| < 2 max|the twin in the same dtype - truth| + 1e-6"""
+    assert ours.shape == truth.shape, name
+    if truth.numel():
+        error, bound = (ours - truth).abs().max(), 2 * (twin - truth).abs().max() + 1e-6 * truth.abs().max().clamp_min(1)
+        assert error < bound, f"{name} {ours.dtype} on {dist.get_world_size() if dist.is_initialized() else 1}: {error:.2e} >= {bound:.2e}"

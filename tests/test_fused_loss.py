@@ -1,0 +1,225 @@
+"""The output layer and the vocabulary-parallel loss in one, a chunk of tokens at a time, against the unsplit model's."""
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from helpers import assert_as_accurate, wide
+from refusal import assert_refused, refusals
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import tpkernels as tpk
+import tpkernels.functional as tpf
+from tpkernels import reference
+from tpkernels.shard import Split, chunk_sizes
+
+EXACT = dict(atol=0, rtol=0)
+IGNORED = -100
+
+
+def some_targets(rows, classes, ignored=0.2):
+    return torch.randint(classes, (rows,)).masked_fill(torch.rand(rows) < ignored, IGNORED)
+
+
+def split_loss(x, w, b, target, classes, dloss=1.0, **options):
+    """The loss and the gradients of the input, and of the whole weight and bias, gathered by hand."""
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    split = Split.chunks(classes, world)
+    leaf = x.detach().clone().requires_grad_()
+    mine = [None if t is None else split.shard(t, rank).clone().requires_grad_() for t in (w, b)]
+    loss = tpf.vocab_parallel_linear_cross_entropy(
+        leaf, mine[0], target, mine[1], num_classes=classes, group=group, ignore_index=IGNORED, **options
+    )
+    (loss * dloss).backward()
+    grads = [leaf.grad]
+    for t in mine:
+        if t is not None:
+            shards = [None] * world
+            dist.all_gather_object(shards, t.grad)
+            grads.append(torch.cat(shards))
+    return [loss.detach(), *grads]
+
+
+def stock_loss(x, w, b, target, dtype, dloss=1.0, **options):
+    """As split_loss; the input's gradient is the sum of the ranks' partial ones in that dtype."""
+    leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+    logits = F.linear(*leaves)
+    logits.retain_grad()
+    loss = F.cross_entropy(
+        logits.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)), target.flatten(), ignore_index=IGNORED, **options
+    )
+    (loss * dloss).backward()
+    world = dist.get_world_size()
+    shards = [
+        [Split.chunks(len(w), world, dim).shard(t, r) for r in range(world)] for t, dim in ((logits.grad, -1), (leaves[1].detach(), 0))
+    ]
+    dx = reference.column_linear_input_grad(*shards)
+    return [loss.detach(), dx, *(t.grad for t in leaves[1:] if t is not None)]
+
+
+def losses_like_the_unsplit_models():
+    cases = itertools.cycle(itertools.product((1, 7, 64, None), (0.0, 0.1)))  # chunk_rows, smoothing
+    kinds = ((331, torch.float32), (331, torch.bfloat16), (5, torch.float32))  # of five roundings the largest says little
+    for (classes, dtype), reduction, with_bias in itertools.product(kinds, ("mean", "sum"), (True, False)):
+        for _ in range(2 if dtype == torch.float32 else 4):
+            chunk_rows, smoothing = next(cases)
+            x, w, b = torch.randn(2, 11, 16), torch.randn(classes, 16) / 2, torch.randn(classes) if with_bias else None
+            x, w, b = (None if t is None else t.to(dtype) for t in (x, w, b))
+            target, dloss = some_targets(22, classes).view(2, 11), 0.7
+            if dtype != torch.float32:  # backward's factor is a power of two: it rounds the gradients no further
+                target, dloss = torch.randint(classes, (22,)).index_fill(0, torch.randperm(22)[:6], IGNORED).view(2, 11), 0.5
+            options = dict(reduction=reduction, label_smoothing=smoothing, dloss=dloss)
+            ours = split_loss(x, w, b, target, classes, chunk_rows=chunk_rows, **options)
+            truth, twin = (stock_loss(x, w, b, target, d, **options) for d in (wide(dtype), dtype))
+            assert ours[0].dtype == torch.float32 and all(grad.dtype == dtype for grad in ours[1:])
+            for name, *values in zip(("loss", "dx", "dw", "db"), ours, twin, truth, strict=False):
+                assert_as_accurate(f"{name} of {classes} in chunks of {chunk_rows}, {reduction}, smoothing {smoothing}", *values)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_a_fused_loss_is_the_unsplit_models(pool, ranks):
+    pool.run(ranks, losses_like_the_unsplit_models)
+
+
+def empty_and_ignored():
+    w, b = torch.randn(5, 16), torch.randn(5)
+    for shape, reduction in itertools.product(((0,), (2, 0), (3,)), ("mean", "sum")):
+        x, target = torch.randn(*shape, 16), torch.full(shape, IGNORED)
+        options = dict(reduction=reduction)
+        assert_close(
+            split_loss(x, w, b, target, 5, chunk_rows=2, **options), stock_loss(x, w, b, target, torch.float32, **options), equal_nan=True
+        )
+
+
+def test_a_fused_loss_of_no_tokens(pool):
+    pool.run(4, empty_and_ignored)
+
+
+class Allocations(TorchDispatchMode):
+    """The number of elements of the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "tpkernels":  # into its kernel, which is made of ops too
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() // t.itemsize for t in tree_leaves(result) if torch.is_tensor(t)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+def loss_memory_and_collectives():
+    group, rank, rows, features, classes = dist.group.WORLD, dist.get_rank(), 320, 8, 200
+    width = chunk_sizes(classes, dist.get_world_size())[rank]
+    x, target = torch.randn(rows, features, requires_grad=True), some_targets(rows, classes)
+    w, b = torch.randn(width, features, requires_grad=True), torch.randn(width, requires_grad=True)
+
+    def loss(chunk_rows=32, **options):
+        return tpf.vocab_parallel_linear_cross_entropy(x, w, target, b, num_classes=classes, group=group, chunk_rows=chunk_rows, **options)
+
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), Allocations() as seen, tpk.log_collectives() as log:
+            value = loss()
+        inputs = sum(c.tag == "loss_input" for c in log)
+        assert len(log) == 20 + inputs and inputs == 10 * grad, log
+        assert seen.largest <= max(32 * width, rows * features, width * features)
+        assert value.requires_grad == grad
+    with Allocations() as whole:
+        F.cross_entropy(F.linear(x, w, b), torch.zeros_like(target))
+    assert whole.largest >= rows * width  # what the check above would have seen
+
+    with tpk.log_collectives() as log:
+        value.backward(retain_graph=True)
+    first = [t.grad.clone() for t in (x, w, b)]
+    value.backward()  # again: the gradients are kept, not the logits
+    assert not log
+    assert_close([t.grad for t in (x, w, b)], [2 * g for g in first], **EXACT)
+
+    w.requires_grad_(False)
+    b.requires_grad_(False)
+    x.grad = None
+    loss().backward()
+    assert_close(x.grad, first[0], **EXACT)
+    x.requires_grad_(False)
+    w.requires_grad_(True)
+    w.grad = None
+    with tpk.log_collectives() as log:
+        loss().backward()
+    assert_close(w.grad, first[1], **EXACT)
+    assert not any(c.tag == "loss_input" for c in log)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_fused_loss_holds_a_chunk_and_sends_what_is_needed(pool, ranks):
+    pool.run(ranks, loss_memory_and_collectives)
+
+
+def loss_under_autocast():
+    x, w, target = torch.randn(9, 16), torch.randn(331, 16), some_targets(9, 331)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = split_loss(x, w, None, target, 331)
+    half = [t.bfloat16() for t in (x, w)]
+    truth, twin = (stock_loss(*half, None, target, d) for d in (torch.float32, torch.bfloat16))
+    assert all(grad.dtype == torch.float32 for grad in ours)
+    for name, *values in zip(("loss", "dx", "dw"), ours, twin, truth, strict=True):
+        assert_as_accurate(name, *values)
+
+
+def test_a_fused_loss_under_autocast(pool):
+    pool.run(2, loss_under_autocast)
+
+
+def loss_refused():
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    x, target = torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
+    w, b = (torch.zeros(chunk_sizes(331, world)[rank], *rest) for rest in ((6,), ()))
+
+    def loss(x=x, w=w, target=target, b=b, **options):
+        return lambda: tpf.vocab_parallel_linear_cross_entropy(x, w, target, b, **{"group": group, "num_classes": 331, **options})
+
+    return refusals(
+        {
+            "target too large": loss(target=target + 331),
+            "target float": loss(target=target.float()),
+            "target shape": loss(target=target[:3]),
+            "reduction none": loss(reduction="none"),
+            "smoothing": loss(label_smoothing=-0.1),
+            "integer input": loss(x=x.long(), w=w.long(), b=b.long()),
+            "num_classes": loss(num_classes=500),
+            "features": loss(x=x[:, :5]),
+            "weight of one dimension": loss(w=b),
+            "bias size": loss(b=b[1:]),
+            "weight dtype": loss(w=w.double()),
+            "bias dtype": loss(b=b.bfloat16()),
+            "chunk_rows 0": loss(chunk_rows=0),
+            "chunk_rows float": loss(chunk_rows=2.0),
+        }
+    )
+
+
+def test_a_fused_loss_refuses_on_every_rank_before_communication(pool):
+    expected = {
+        "target too large": (IndexError, "target", "331 to 331", "0 to 330"),
+        "target float": (TypeError, "target", "torch.float32"),
+        "target shape": (ValueError, "target", "(3,)", "(4,)"),
+        "reduction none": (ValueError, "reduction", "'none'", "mean, sum"),
+        "smoothing": (ValueError, "label_smoothing", "-0.1"),
+        "integer input": (TypeError, "input", "torch.int64"),
+        "num_classes": (ValueError, "weight_shard", "500"),
+        "features": (ValueError, "input", "weight_shard", "(4, 5)"),
+        "weight of one dimension": (ValueError, "weight_shard"),
+        "bias size": (ValueError, "bias_shard"),
+        "weight dtype": (TypeError, "weight_shard", "torch.float64"),
+        "bias dtype": (TypeError, "bias_shard", "torch.bfloat16"),
+        "chunk_rows 0": (ValueError, "chunk_rows", "0"),
+        "chunk_rows float": (ValueError, "chunk_rows", "2.0"),
+    }
+    assert_refused(pool.run(3, loss_refused), expected)
