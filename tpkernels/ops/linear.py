@@ -280,7 +280,7 @@ def row_parallel_linear(
     residual: Tensor | None = None,
     input_is_parallel: bool = True,
     in_split: Split | None = None,
-    norm: tuple[Tensor, float] | None = None,
+    norm: tuple[Tensor | None, float] | None = None,
     overlap: str | bool | int = "auto",
     tag: str = "row_forward",
 ):
@@ -292,7 +292,7 @@ def row_parallel_linear(
         bias: [N], the same on every rank; added once.
         residual: [..., N], the same on every rank; bias and residual are added in one pass, under the next chunk's all-reduce.
         in_split: which input features each rank has; None for an even split.
-        norm: the weight [N] and eps of an RMSNorm: returns (norm of the result, result). Where no gradient is wanted and the
+        norm: the weight [N], or None, and eps of an RMSNorm: returns (norm of the result, result). Where no gradient is wanted and the
             all-reduce is small enough for the GPUs' peer memory, all of it is one kernel.
         overlap: "auto", False (one chunk) or the number of row chunks.
 
@@ -315,10 +315,10 @@ def row_parallel_linear(
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
     chunks = _chunks(overlap, x, weight.shape[0], group)
-    if norm is not None and norm[0].shape != weight.shape[:1]:
+    if norm is not None and norm[0] is not None and norm[0].shape != weight.shape[:1]:
         raise ValueError(f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features")
     mixed = residual is not None and residual.dtype != x.dtype
-    if norm is not None and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
+    if norm is not None and norm[0] is not None and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
         y, normed = _ops.row_linear_rms_norm(x, weight, bias, residual, *norm, group.channel(chunks), chunks, tag)
         return normed, y
     y = _RowLinear.apply(x, weight, bias, None if mixed else residual, group, chunks, tag)
