@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels import reference
-from tpkernels.nn import Dropout, LayerNorm, ParallelMLP, ParallelSelfAttention, ParallelTransformerBlock, RMSNorm
+from tpkernels.nn import Dropout, LayerNorm, ParallelMLP, ParallelSelfAttention, ParallelTransformerBlock, RMSNorm, RowParallelLinear
 from tpkernels.shard import Split
 
 EXACT = dict(atol=0, rtol=0)
@@ -336,6 +336,13 @@ def row_linear_and_norm():
             assert normed.requires_grad == grad
             seen.append(log)
         assert seen[0] == seen[1] and (not x.numel() or world == 1 or seen[0])
+    bare = RowParallelLinear(18, 23, group=group, input_is_parallel=False)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            normed, total = bare(x := torch.randn(4, 18), norm=RMSNorm(23, elementwise_affine=False))
+            assert_close(normed, F.rms_norm(bare(x), (23,)))
+    with pytest.raises(ValueError, match=r"norm's weight has shape \(22,\)"):
+        tpf.row_parallel_linear(*inputs, norm=(scale[1:], 1e-3), group=group)
     leaf, residual = split.shard(x := torch.randn(4, 18), rank).clone().requires_grad_(), torch.randn(4, 23, dtype=torch.float64)
     normed, total = tpf.row_parallel_linear(leaf, split.shard(w, rank), b, group=group, residual=residual, norm=(scale, 1e-3))
     with torch.no_grad():
