@@ -24,6 +24,8 @@ if x86:
         "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
     }
 CXX_FLAGS = ["-O3", "-fvisibility=hidden"]
+# at::parallel_for is a header's. No OpenMP library is linked: its symbols come from the one that torch brought, with torch's threads.
+OPENMP = ["-fopenmp"] * (torch.backends.openmp.is_available() and platform.system() == "Linux")
 
 
 class BuildKernels(BuildExtension):
@@ -59,7 +61,7 @@ setup(
             "tpkernels._C",
             sources,
             include_dirs=[os.path.abspath("csrc/include"), *([] if use_cuda else nvtx_headers())],
-            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": ["-O3", "--extended-lambda"]},
+            extra_compile_args={"cxx": [*CXX_FLAGS, *OPENMP], "nvcc": ["-O3", "--extended-lambda"]},
             define_macros=[("USE_C10D_GLOO", None)] + [("TPKERNELS_X86_KERNELS", None)] * x86,
         )
     ],
