@@ -214,8 +214,12 @@ MUTANTS: list[tuple[str, ...]] = [
     ("peers: the GEMM adds the bias too", "bias && !residual && !small &&", "bias && !residual &&"),
     ("peers: the bias is left out", "      if (bias) epilogue.bias = bias->contiguous();\n", ""),
     ("peers: the bias is read as if contiguous", "epilogue.bias = bias->contiguous();", "epilogue.bias = *bias;"),
-    ("peers: the residual is left out", "      if (residual) epilogue.residual = as_rows(*residual).contiguous();\n", ""),
-    ("peers: the residual is read as if contiguous", "as_rows(*residual).contiguous();", "as_rows(*residual);"),
+    (
+        "peers: the residual is left out",
+        "      if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();\n",
+        "",
+    ),
+    ("peers: the residual is read as if contiguous", "reshape(out.sizes()).contiguous();", "reshape(out.sizes());"),
     (
         "peers: the epilogue is applied again",
         NOW,

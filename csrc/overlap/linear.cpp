@@ -63,7 +63,7 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
     }
     if (small) {  // one chunk, summed with its epilogue in one kernel
       if (bias) epilogue.bias = bias->contiguous();
-      if (residual) epilogue.residual = as_rows(*residual).contiguous();
+      if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();
       if (epilogue.weight.defined()) epilogue.normed = at::empty_like(out);
       channel.all_reduce_now(slice, epilogue);
       return out.view(shape);

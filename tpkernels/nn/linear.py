@@ -235,7 +235,13 @@ class RowParallelLinear(_ParallelLinear):
         return new
 
     def forward(self, input: Tensor, residual: Tensor | None = None, norm: RMSNorm | None = None):
-        """With `norm` returns (norm(output), output), in one pass where that is possible."""
+        """With `norm` returns (norm(output), output), in one pass where that is possible.
+
+        Raises:
+            ValueError: norm with skip_bias_add, which leaves nothing to be normed yet; otherwise as `row_parallel_linear`.
+        """
+        if norm is not None and self.skip_bias_add:
+            raise ValueError("norm needs the whole output, but skip_bias_add=True leaves its bias to the caller: pass one of them")
         if self.region is not None:
             self.region.leave()
         weight, bias = self.weight_and_bias()

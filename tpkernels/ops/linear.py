@@ -318,7 +318,8 @@ def row_parallel_linear(
     if norm is not None and norm[0] is not None and norm[0].shape != weight.shape[:1]:
         raise ValueError(f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features")
     mixed = residual is not None and residual.dtype != x.dtype
-    if norm is not None and norm[0] is not None and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
+    same = norm is not None and norm[0] is not None and norm[0].dtype == x.dtype
+    if same and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
         y, normed = _ops.row_linear_rms_norm(x, weight, bias, residual, *norm, group.channel(chunks), chunks, tag)
         return normed, y
     y = _RowLinear.apply(x, weight, bias, None if mixed else residual, group, chunks, tag)
