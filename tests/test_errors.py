@@ -19,6 +19,7 @@ from tpkernels.nn import (
     ParallelMLP,
     ParallelSelfAttention,
     ParallelTransformerBlock,
+    RMSNorm,
     RowParallelLinear,
     VocabParallelEmbedding,
 )
@@ -126,6 +127,7 @@ def bad_arguments():
             "ranks": lambda: ParallelSelfAttention(18, 2, **options),
             "block's ranks": lambda: ParallelTransformerBlock(18, 2, **options),
             "norm": lambda: ParallelTransformerBlock(18, 9, norm="batchnorm", **options),
+            "norm without the bias": lambda: RowParallelLinear(4, 4, skip_bias_add=True, **options)(torch.ones(1, 2), norm=RMSNorm(4)),
             "not a linear": lambda: ColumnParallelLinear.from_linear(nn.Embedding(4, 4), **options),
             "sequence_parallel": lambda: RowParallelLinear(4, 4, sequence_parallel=True, **options),
         }
@@ -145,6 +147,7 @@ def test_bad_arguments(pool):
         "ranks": (ValueError, "2 attention heads", "3 ranks"),
         "block's ranks": (ValueError, "2 attention heads", "3 ranks"),
         "norm": (ValueError, "norm", "'batchnorm'", "rmsnorm"),
+        "norm without the bias": (ValueError, "norm", "skip_bias_add=True"),
         "not a linear": (TypeError, "linear", "Embedding"),
         "sequence_parallel": (NotImplementedError, "sequence_parallel=True"),
     }
