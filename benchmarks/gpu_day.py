@@ -82,7 +82,7 @@ def steps(folder: Path) -> Iterator[Step]:
     yield Step("tests", [*gpu_tests, "tests"], NO_GPU, 3600, pytest_counts, SHARED)
     for tool in ("memcheck", "synccheck", "racecheck"):
         sanitizer = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
-        command = [*sanitizer, *gpu_tests, "tests/gpu/test_peer_memory.py", "-k", "sums or layers"]
+        command = [*sanitizer, *gpu_tests, "tests/gpu/test_peer_kernels.py", "-k", "sums or layers"]
         yield Step(f"compute-sanitizer {tool}", command, missing("compute-sanitizer"), 3600, pytest_counts, SHARED)
     yield Step("tuning", [*torchrun, "-m", "tpkernels", "tune"], NO_GPU)
     pedantic = [python, "-m", "pytest", "-q", "benchmarks", "--benchmark-only", f"--benchmark-json={bench}"]
