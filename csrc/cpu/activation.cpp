@@ -1,11 +1,21 @@
 // Bias + activation on CPUs.
 #include <torch/library.h>
 
+#include "../fused/eager.h"
 #include "fused.h"
 
 namespace tpkernels {
 
 namespace {
+
+// Where torch's own kernels, which call SLEEF, are faster than at::vec's functions (benchmarks/bench_fused.py): erf without
+// AVX-512, every exponential without AVX2.
+bool eager_wins(std::string_view name) {
+  static const auto capability = at::get_cpu_capability();
+  const auto function = parse_activation(name).function;
+  if (function == Activation::gelu) return capability != "AVX512";
+  return function == Activation::silu && capability != "AVX512" && capability != "AVX2";
+}
 
 // Both halves, and the buffers and views that keep them alive.
 struct Inputs {
@@ -67,6 +77,7 @@ at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& 
 
 at::Tensor bias_act(const at::Tensor& input, const OptionalTensor& bias, std::string_view name) {
   BelowAutograd guard;
+  if (eager_wins(name)) return eager::bias_act(input, bias, name);
   const auto [activation, gated] = parse_activation(name);
   return forward(packed(input, bias, gated), input.sizes().slice(0, input.dim() - 1), activation);
 }
@@ -74,12 +85,14 @@ at::Tensor bias_act(const at::Tensor& input, const OptionalTensor& bias, std::st
 at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
                      std::string_view name) {
   BelowAutograd guard;
+  if (eager_wins(name)) return eager::gated_act(gate, up, gate_bias, up_bias, name);
   return forward(separate(gate, up, gate_bias, up_bias), gate.sizes().slice(0, gate.dim() - 1), parse_activation(name).function);
 }
 
 std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input, const OptionalTensor& bias,
                                           std::string_view name, bool bias_grad) {
   BelowAutograd guard;
+  if (eager_wins(name)) return eager::bias_act_backward(grad, input, bias, name, bias_grad);
   const auto [activation, gated] = parse_activation(name);
   const auto in = packed(input, bias, gated);
   auto shape = input.sizes().vec();
@@ -98,6 +111,7 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
                                            const OptionalTensor& gate_bias, const OptionalTensor& up_bias, std::string_view name,
                                            bool bias_grad) {
   BelowAutograd guard;
+  if (eager_wins(name)) return eager::gated_act_backward(grad, gate, up, gate_bias, up_bias, name, bias_grad);
   const auto in = separate(gate, up, gate_bias, up_bias);
   const auto dy = matching_rows(grad, gate.sizes(), gate.scalar_type(), "grad");
   const int64_t columns = dy.size(1);

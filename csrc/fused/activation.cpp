@@ -17,12 +17,13 @@
 #include <torch/library.h>
 
 #include "../op.h"
+#include "eager.h"
 
 namespace tpkernels {
 
-namespace {
+namespace eager {
 
-using Bias = std::optional<at::Tensor>;
+namespace {
 
 // input + bias in the arithmetic's dtype
 at::Tensor biased(const at::Tensor& input, const Bias& bias) {
@@ -64,6 +65,15 @@ at::Tensor apply_backward(const at::Tensor& grad, const at::Tensor& x, Activatio
 
 at::Tensor sum_rows(const at::Tensor& t, const at::Tensor& like) { return as_rows(t).sum(0).to(like.scalar_type()); }
 
+// The unrounded gradients of the gate's and the up half's pre-activations.
+std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
+                                         Activation activation) {
+  const auto dy = grad.to(gate.scalar_type());
+  return {apply_backward(dy * up, gate, activation), apply(gate, activation).mul_(dy)};
+}
+
+}  // namespace
+
 at::Tensor bias_act(const at::Tensor& input, const Bias& bias, std::string_view name) {
   BelowAutograd guard;
   const auto [activation, gated] = parse_activation(name);
@@ -77,13 +87,6 @@ at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const Bias& g
                      std::string_view name) {
   BelowAutograd guard;
   return apply(biased(gate, gate_bias), parse_activation(name).function).mul_(biased(up, up_bias)).to(gate.scalar_type());
-}
-
-// The unrounded gradients of the gate's and the up half's pre-activations.
-std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
-                                         Activation activation) {
-  const auto dy = grad.to(gate.scalar_type());
-  return {apply_backward(dy * up, gate, activation), apply(gate, activation).mul_(dy)};
 }
 
 std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input, const Bias& bias, std::string_view name,
@@ -115,10 +118,14 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
   return grads;
 }
 
-std::tuple<at::Tensor, at::Tensor> column_linear_act(const at::Tensor& input, const at::Tensor& weight, const Bias& bias,
+}  // namespace eager
+
+namespace {
+
+std::tuple<at::Tensor, at::Tensor> column_linear_act(const at::Tensor& input, const at::Tensor& weight, const eager::Bias& bias,
                                                      std::string_view name, bool keep) {
   BelowAutograd guard;
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tpkernels::bias_act", "").typed<decltype(bias_act)>();
+  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tpkernels::bias_act", "").typed<decltype(eager::bias_act)>();
   auto shape = input.sizes().vec();
   shape.back() = weight.size(0);
   const auto linear = at::mm(as_rows(input), weight.t()).view(shape);
@@ -128,10 +135,10 @@ std::tuple<at::Tensor, at::Tensor> column_linear_act(const at::Tensor& input, co
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {
-  m.impl("bias_act", &bias_act);
-  m.impl("bias_act_backward", &bias_act_backward);
-  m.impl("gated_act", &gated_act);
-  m.impl("gated_act_backward", &gated_act_backward);
+  m.impl("bias_act", &eager::bias_act);
+  m.impl("bias_act_backward", &eager::bias_act_backward);
+  m.impl("gated_act", &eager::gated_act);
+  m.impl("gated_act_backward", &eager::gated_act_backward);
   m.impl("column_linear_act", &column_linear_act);
 }
 

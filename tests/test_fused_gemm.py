@@ -1,0 +1,71 @@
+"""The column-parallel GEMM with its activation in the epilogue: when the schedule takes it, and that layers are the same with it."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tpkernels as tpk
+from tpkernels.nn import ColumnParallelLinear, ParallelMLP
+from tpkernels.ops import linear
+from tpkernels.schedule import fuses_activation
+
+
+def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, device="cuda"):
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
+        return fuses_activation(torch.device(device), dtype, rows, features, in_features, keep)
+
+
+def test_where_the_schedule_takes_it():
+    assert not fuses((9, 0), 16, 4096, 512, False, device="cpu")
+    assert not fuses((9, 0), 16, 4096, 512, False, dtype=torch.float32)
+    assert fuses((9, 0), 4, 4096, 8192, True)  # so few rows that the weights' bytes decide: Triton's GEMM is no slower
+    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses((9, 0), 8192, 8192, 8192, True)  # long sums: cuBLAS
+    between = [k for k in range(256, 8192, 256) if fuses((9, 0), 8192, 8192, k, False) and not fuses((9, 0), 8192, 8192, k, True)]
+    assert between  # a pre-activation that need not be stored is worth more
+    assert fuses((12, 0), 8192, 8192, 512, True)  # a chip that is not in the table
+
+
+def layers_with_and_without():
+    group, found = dist.group.WORLD, []
+    for fused in (False, True):
+        calls = []
+        real = torch.ops.tpkernels.column_linear_act
+
+        def op(*args, calls=calls, real=real):
+            calls.append(args[4])
+            return real(*args)
+
+        with (
+            mock.patch.object(linear, "fuses_activation", lambda *args, fused=fused: fused),
+            mock.patch.object(torch.ops.tpkernels, "column_linear_act", op),
+            tpk.log_collectives() as log,
+        ):
+            torch.manual_seed(0)
+            x, results = torch.randn(3, 7, 12, requires_grad=True), []
+            for activation in ("gelu_tanh", "swiglu", "relu"):
+                layer = ParallelMLP(12, 22, activation=activation, group=group)
+                y = layer(x)
+                y.square().sum().backward()
+                results += [y.detach(), x.grad, *tpk.unsharded_gradients(layer).values()]
+                x.grad = None
+                with torch.no_grad():
+                    results.append(layer(x))
+            frozen = ColumnParallelLinear(12, 22, activation="gelu", group=group).requires_grad_(False)
+            frozen(x).sum().backward()
+            results += [x.grad]
+            weight_only = ColumnParallelLinear(12, 22, False, activation="silu", group=group)
+            weight_only(x.detach()).sum().backward()
+            results += [weight_only.weight.grad]
+        assert calls == ([True, False] * 3 + [True, True] if fused else [])  # the pre-activation is stored for a gradient only
+        found.append((results, [(c.tag, c.bytes) for c in log]))
+    (plain, sent), (fused, sent_too) = found
+    assert sent == sent_too
+    for a, b in zip(plain, fused, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_same_layers(pool, ranks):
+    pool.run(ranks, layers_with_and_without)
