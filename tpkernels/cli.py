@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -79,7 +80,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     import torch
     import torch.distributed as dist
 
-    from . import __version__
+    from . import __version__, kernels
 
     facts = {
         "tpkernels": __version__,
@@ -89,6 +90,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
+        "triton": importlib.import_module("triton").__version__ if kernels.available() else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "transports": [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there],
     }
