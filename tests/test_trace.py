@@ -181,6 +181,8 @@ def test_bad_input(tmp_path):
     "name, kind",
     [
         ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collective"),
+        ("void tpkernels::two_shot<__nv_bfloat16, 4, false>(tpkernels::Arguments<__nv_bfloat16>)", "collective"),
+        ("column_linear_act_kernel", "gemm"),
         ("void one_shot_all_reduce_kernel<float, 2>(float**, gemm*)", "collective"),
         ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "gemm"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128_16x5_tn_align4>(cutlass_80_tensorop::Params)", "gemm"),

@@ -23,8 +23,8 @@ from rich.table import Table
 DOMAIN = "tpkernels"  # of csrc/overlap/ranges.h
 PUSH_POP, START_END, DOMAIN_CREATE = 59, 60, 75  # NVTX_EVENTS.eventType
 
-COLLECTIVE = re.compile(r"nccl|all_?reduce|all_?gather|reduce_?scatter", re.I)
-GEMM = re.compile(r"gemm|gemv|nvjet|xmma|matmul|splitk|triton_tem", re.I)
+COLLECTIVE = re.compile(r"nccl|(one|two)_shot|all_?reduce|all_?gather|reduce_?scatter", re.I)
+GEMM = re.compile(r"gemm|column_linear_act|gemv|nvjet|xmma|matmul|splitk|triton_tem", re.I)
 ATTENTION = re.compile(r"flash|fmha|attention|attn", re.I)  # whose template arguments name GEMMs
 
 
