@@ -46,7 +46,7 @@ bench: setup
 # What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the Triton kernels interpreted and
 # compiled for four chips, the CUDA kernels on simulated GPUs, under sanitizers, their mutants and machine code; and what they take, in docs/.
 check-gpu: setup
-	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/test_kernels.py tests/device $(wildcard tests/device/check_*.py)
+	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/test_kernels.py $(wildcard tests/device/test_*.py tests/device/check_*.py)
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

@@ -113,3 +113,11 @@ def test_rank_0_tunes_for_all(pool, tmp_path):
     assert any(now[name] != first[name] for name in now)  # the last of several candidates had the best time
     (file,) = (tmp_path / "tpkernels").iterdir()
     assert json.loads(file.read_text()).keys() == now.keys()
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch):
+    from tpkernels.kernels import tuning
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call it before the capture"):
+        tuning.tune(None, device="cuda")
