@@ -25,7 +25,7 @@ class Spec:
     name: str  # of the configuration, unique
     kernel: str  # "module:function", a triton.jit function
     signature: dict[str, str]  # argument -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out
-    constexprs: dict[str, object]
+    constexprs: dict[str, object]  # a Triton type by its name
     num_warps: int = 4
     num_stages: int = 3
     # "memory": bound by memory, wants wide loads and stores and moves the least bytes; "memory, read again": the same but for the bytes;
@@ -139,16 +139,18 @@ def faults(spec: Spec, made: Resources) -> list[str]:
 def compile(spec: Spec, name: str) -> Resources:
     """Compiles for the chip `name`, in a process that does not interpret Triton."""
     import triton
+    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     chip, (module, function) = CHIPS[name], spec.kernel.split(":")
     kernel = getattr(importlib.import_module(module), function)
+    types = {kind.name: kind for kind in (tl.float32, tl.float64)}
     position = {argument: (index,) for index, argument in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature={argument: spec.signature.get(argument, "constexpr") for argument in kernel.arg_names},
-        constexprs={position[argument]: value for argument, value in spec.constexprs.items()},
+        constexprs={position[argument]: types.get(value, value) for argument, value in spec.constexprs.items()},
         attrs={position[argument]: [["tt.divisibility", 16]] for argument in spec.divisible},
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}

@@ -26,13 +26,15 @@ def load() -> list[Spec]:
 
 def _record() -> list[Spec]:
     import aot_specs
+    import triton.language as tl
 
     return [
         Spec(
             name=found["name"],
             kernel=f"{found['kernel'].fn.__module__}:{found['kernel'].__name__}",
             signature=found["signature"],
-            constexprs=found["constexprs"],
+            # A Triton type by its name: to hand over the object would import Triton into the process that asked.
+            constexprs={name: value.name if isinstance(value, tl.dtype) else value for name, value in found["constexprs"].items()},
             num_warps=found["num_warps"],
             num_stages=found["num_stages"],
             kind=KINDS.get(found["kernel"].__name__, found["kind"]),
