@@ -58,7 +58,8 @@ build-cuda: $(CUDA_VENV)/.installed
 	CUDA_HOME=$(CUDA_HOME) CPATH=$$(echo $$PWD/$(CUDA_VENV)/lib/python3*/site-packages/nvidia/cu13/include) \
 		$(CUDA_VENV)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 	cd $(CUDA_VENV) && bin/python -c "import tpkernels, torch; \
-		assert torch._C._dispatch_has_kernel_for_dispatch_key('tpkernels::add_bias_residual_', 'CUDA'); \
+		ops = ('add_bias_residual_', 'open_peer_memory', 'row_linear', 'norm', 'vocab_ce_stats', 'column_linear_act'); \
+		assert all(torch._C._dispatch_has_kernel_for_dispatch_key('tpkernels::' + op, 'CUDA') for op in ops); \
 		print('built and imported: tpkernels', tpkernels.__version__, 'with CUDA kernels, torch', torch.__version__)"
 
 # On a machine with GPUs, with a CUDA torch in $(PYTHON): everything that waits for one, in gpu-day/gpu-day.md and .json. Elsewhere it
