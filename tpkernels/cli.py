@@ -39,12 +39,13 @@ def trace(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
 ) -> None:
     """How much of a recorded trace's communication ran under computation."""
+    from .files import write_whole
     from .profiling.trace import print_report, read_trace, report
 
     try:
         result = report(*read_trace(file))
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=2) + "\n")
+            write_whole(json_file, json.dumps(result, indent=2) + "\n")
     except (OSError, ValueError) as error:
         Console(stderr=True).print(f"tpkernels trace: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None

@@ -25,6 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.distributed.tensor import DTensor
 
+from .files import write_whole
+
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "The White Rabbit looked at its watch and said"
 BATCH, TOKENS, NEW_TOKENS, LEARNING_RATE = 2, 64, 20, 5e-5
@@ -74,7 +76,7 @@ def run_demo(tp: int, steps: int, path: Path | None) -> dict[str, Any]:
     }
     _report(result, [rank["heads"] for rank in ranks])
     if path is not None:
-        _write(path, result)
+        write_whole(path, json.dumps(result, indent=2) + "\n")
     return result
 
 
@@ -371,10 +373,3 @@ def _report(result: dict[str, Any], heads: list[tuple[int, int]]) -> None:
     dtensor = result["dtensor_seconds_per_step"]
     table.add_row(f"torch DTensor, {tp} rank{'s' * (tp > 1)}", f"{dtensor:.2f}" if dtensor is not None else result["dtensor_note"])
     console.print(table)
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    """Beside, then renamed: no file is left half-written."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(result, indent=2) + "\n")
-    beside.replace(path)

@@ -101,8 +101,9 @@ def init_mesh(
 
     Starts the default process group from torchrun's variables if there is none, and leaves one that exists as it is. The mesh's
     own groups are new: NCCL on GPUs (with, for chunked schedules, a second one of high stream priority and few CTAs, and for small
-    all-reduces the GPUs' peer memory where they have access to it; where not, a warning says why), gloo on CPUs, unless `backend` names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel
-    configurations that `kernels.tuning.tune` saved on their first rank's machine, if it did.
+    all-reduces the GPUs' peer memory where they have access to it; where not, a warning says why), gloo on CPUs, unless `backend`
+    names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel configurations that
+    `kernels.tuning.tune` saved on their first rank's machine, if it did.
 
     Args:
         tp, dp: sizes; tp * dp must be the number of ranks.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from ..files import write_whole
 from . import FAMILIES
 from .common import Config, Tunable, power_of_two
 
@@ -67,7 +67,9 @@ def tune(
             for dtype in dtypes:
                 for size in sorted({power_of_two(n) for n in features}):
                     best[f"{size},{dtype.itemsize}"] = _fastest(tunable, size, dtype, device, measure)
-        _save(table, table_path(device))
+        path = table_path(device)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(table, indent=1))
     return install(table, group)
 
 
@@ -118,12 +120,3 @@ def _tunables() -> dict[str, Tunable]:
     for family in FAMILIES:
         importlib.import_module(f"{__package__}.{family}")
     return Tunable.known
-
-
-def _save(table: dict[str, dict[str, Config]], path: Path) -> None:
-    """Written beside and renamed: whoever reads it sees all of it or the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    with os.fdopen(handle, "w") as file:
-        json.dump(table, file, indent=1)
-    os.replace(name, path)
