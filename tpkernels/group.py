@@ -28,12 +28,14 @@ class Group:
         size, rank: of the group and of the caller in it.
         name: by which C++ finds the group (`c10d::resolve_process_group`).
         device_type: "cpu" or "cuda".
+        transport: what carries its collectives: "gloo", "shm" or "nccl".
         peers: what its small all-reduces run on instead of NCCL, if anything.
     """
 
     def __init__(self, pg: ProcessGroup, device_type: str, mesh: DeviceMesh | None = None):
         self.pg, self.device_type, self._mesh = pg, device_type, mesh
         self.size, self.rank, self.name = pg.size(), pg.rank(), pg.group_name
+        self.transport = "nccl" if device_type == "cuda" else "shm" if "shm" in dist.get_backend(pg) else "gloo"
         self.peers = peer_memory(pg)
         chunked = _chunked_groups.get(pg.group_name)
         chunked = chunked if _alive(chunked) else None

@@ -33,27 +33,26 @@ def check_overlap(overlap) -> None:
 def choose(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
     """The schedule for `rows` rows of `row_bytes` bytes: a function of what all ranks share, so that they never disagree."""
     nbytes, peers = rows * row_bytes, group.peers
-    backend = "gloo" if group.device_type == "cpu" else "nccl"
     small = 0 < nbytes <= peers.max_bytes
     # A forced number of chunks above one means the pipeline, which the peer kernels, being part of the stream, have no use for.
-    carrier = "symm" if small and overlap in ("auto", False, 1) else backend
+    carrier = "symm" if small and overlap in ("auto", False, 1) else group.transport
     if group.size == 1:
-        return Schedule(1, backend, "one rank: nothing to reduce")
+        return Schedule(1, group.transport, "one rank: nothing to reduce")
     if overlap is False:
         return Schedule(1, carrier, "overlap=False: one chunk")
     if overlap != "auto":
         return Schedule(overlap, carrier, f"overlap={overlap} was asked for")
     if group.device_type == "cpu":
         reason = "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback"
-        return Schedule(1, backend, reason)
+        return Schedule(1, group.transport, reason)
     if small:
         kind = "one-shot" if nbytes <= peers.one_shot_bytes else "two-shot"
         return Schedule(1, "symm", f"{nbytes:,} bytes <= {peers.max_bytes:,}: {kind} over peer memory (published, not measured)")
     if rows < GPU_MIN_ROWS:
         reason = f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)"
-        return Schedule(1, backend, reason)
+        return Schedule(1, group.transport, reason)
     reason = f"{rows} rows >= {GPU_MIN_ROWS}: {GPU_CHUNKS} chunks hide half of the all-reduce (published, not measured)"
-    return Schedule(GPU_CHUNKS, backend, reason)
+    return Schedule(GPU_CHUNKS, group.transport, reason)
 
 
 # Dense bf16 FLOP/s and memory bytes/s by compute capability, of the SXM parts (NVIDIA's data sheets of A100, H100 and B200).
