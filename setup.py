@@ -42,7 +42,7 @@ class BuildKernels(BuildExtension):
         super().build_extension(extension)
 
 
-sources = sorted(path for folder in (".", "overlap", "fused", "cpu") for path in glob.glob(f"csrc/{folder}/*.cpp"))
+sources = sorted(path for folder in (".", "overlap", "fused", "cpu", "shm") for path in glob.glob(f"csrc/{folder}/*.cpp"))
 if use_cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cu"))
 Extension = CUDAExtension if use_cuda else CppExtension

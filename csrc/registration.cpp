@@ -8,6 +8,8 @@
 #include "overlap/linear.h"
 #include "overlap/loss.h"
 #include "overlap/ranges.h"
+#include "shm/backend.h"
+#include "shm/segments.h"
 
 // Tensor.to(dtype) that shares autocast's cache of weight casts, as nn.Linear does under autocast.
 static at::Tensor autocast_to(const at::Tensor& self, at::ScalarType dtype) {
@@ -94,6 +96,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("range_pop", &tpkernels::range_pop);
   m.def("peer_buffer_bytes", [](int64_t half_bytes) { return tpkernels::peer_buffer_bytes(half_bytes); });
   m.def("close_peer_memory", [](const std::string& group) { tpkernels::set_peer_memory(group, nullptr); });
+  // What the op does, without the dispatcher's part of the time, which is most of a small message's.
+  m.def(
+      "all_reduce_",
+      [](at::Tensor tensor, const std::string& group) { tpkernels::all_reduce_(tensor, group, "sum", "all_reduce"); },
+      pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("shm_backend", &tpkernels::shm_backend, pybind11::call_guard<pybind11::gil_scoped_release>());
+  m.def("shm_host", &tpkernels::shm_host);
+  m.def("shm_free_bytes", &tpkernels::shm_free_bytes);
+  m.def("shm_least_bytes", &tpkernels::shm_least_bytes);
   m.def("log_start", &tpkernels::log_start);
   m.def("log_enabled", &tpkernels::log_enabled);
   m.def("log_write", [](std::string op, std::string tag, std::string group, int64_t bytes, int64_t chunk, int64_t chunks) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -13,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from . import kernels
 from .peer_memory import open_peer_memory, peer_memory
+from .shm import forced_transport, shm_obstacles
 
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # what init_mesh made, with its tp group, for group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
@@ -103,8 +105,8 @@ def init_mesh(
 
     Starts the default process group from torchrun's variables if there is none, and leaves one that exists as it is. The mesh's
     own groups are new: NCCL on GPUs (with, for chunked schedules, a second one of high stream priority and few CTAs, and for small
-    all-reduces the GPUs' peer memory where they have access to it; where not, a warning says why), gloo on CPUs, unless `backend`
-    names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel configurations that
+    all-reduces the GPUs' peer memory where they have access to it; where not, a warning says why); on CPUs shared memory for ranks of
+    one host, gloo for others; unless `backend` names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel configurations that
     `kernels.tuning.tune` saved on their first rank's machine, if it did.
 
     Args:
@@ -135,15 +137,15 @@ def init_mesh(
     if tp * dp != dist.get_world_size():
         raise ValueError(f"tp={tp} * dp={dp} is {tp * dp} ranks, but this job has {dist.get_world_size()}")
 
-    backend = backend or ("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     ranks = torch.arange(tp * dp).view(dp, tp)
 
-    def new_groups(rows: torch.Tensor, options: Callable | None = None) -> ProcessGroup:
+    def new_groups(rows: torch.Tensor, backend: str, options: Callable | None = None) -> ProcessGroup:
         return dist.new_subgroups_by_enumeration(rows.tolist(), timeout, backend, options and options())[0]
 
-    tp_group, dp_group = new_groups(ranks), new_groups(ranks.t())
-    if device == "cuda" and "nccl" in backend and tp > 1:
-        _chunked_groups[tp_group.group_name] = new_groups(ranks, _chunked_nccl_options)
+    backends = [backend] * 2 if backend else ["cpu:gloo,cuda:nccl"] * 2 if device == "cuda" else _cpu_backends(ranks, ranks.t())
+    tp_group, dp_group = new_groups(ranks, backends[0]), new_groups(ranks.t(), backends[1])
+    if device == "cuda" and "nccl" in backends[0] and tp > 1:
+        _chunked_groups[tp_group.group_name] = new_groups(ranks, backends[0], _chunked_nccl_options)
         open_peer_memory(tp_group, torch.device("cuda", torch.cuda.current_device()))
     mesh = DeviceMesh.from_group([dp_group, tp_group], device, ranks, mesh_dim_names=("dp", "tp"))
     if device == "cuda" and kernels.available():
@@ -152,6 +154,23 @@ def init_mesh(
         tuning.load(tp_group)
     _meshes[:] = [made for made in _meshes if _alive(made[1])] + [(mesh, tp_group)]
     return mesh
+
+
+def _cpu_backends(*groups: torch.Tensor) -> list[str]:
+    """shm where the ranks of each of the `groups` [n, size] share a host, else gloo; the same answer on every rank."""
+    forced = forced_transport()
+    if forced == "gloo":
+        return ["gloo"] * len(groups)
+    backends = []
+    for rows, obstacle in zip(groups, shm_obstacles(*groups), strict=True):
+        size = rows.shape[1]
+        if obstacle is not None and size > 1:
+            if forced == "shm":
+                raise RuntimeError(f"TPKERNELS_TRANSPORT=shm, but {obstacle}: unset it to take gloo there")
+            if dist.get_rank() == 0:
+                warnings.warn(f"groups of {size} ranks run on gloo, not on shared memory: {obstacle}", stacklevel=3)
+        backends.append("shm" if obstacle is None and size > 1 else "gloo")
+    return backends
 
 
 def _chunked_nccl_options():

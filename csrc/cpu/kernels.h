@@ -75,6 +75,20 @@ struct RotaryArgs {
   int64_t table_batch_stride;
 };
 
+enum class Reduction : uint8_t { sum, mean, min, max };
+
+// Parts of the same shape, summed (or another reduction) in their order, in the wide dtype, and rounded once.
+struct ReduceArgs {
+  c10::ScalarType dtype;
+  Reduction reduction;
+  int parts;
+  const char* const* part;  // contiguous, as is `out`, which may be one of them
+  void* out;
+  int64_t columns;   // of sum_rows, which adds what there is of these:
+  const void* bias;  // [columns]
+  Rows residual;
+};
+
 #define TPKERNELS_KERNELS                                                                                               \
   void activation_forward(const ActivationArgs&, int64_t row, int64_t last);                                            \
   /* adds the gradients of the rows to bias_grad, wide [columns of the gate, then of the up half], where it is given */ \
@@ -89,6 +103,9 @@ struct RotaryArgs {
   void dropout(const DropoutArgs&, int64_t row, int64_t last);                                                          \
   /* steps of the batches: batch * steps + step */                                                                      \
   void rotary(const RotaryArgs&, int64_t step, int64_t last);                                                           \
+  /* of elements [begin, end); also of integers, but for their mean */                                                  \
+  void reduce_parts(const ReduceArgs&, int64_t begin, int64_t end);                                                     \
+  void sum_rows(const ReduceArgs&, int64_t row, int64_t last);                                                          \
   void add_bias_residual(c10::ScalarType, int64_t columns, Rows self, const void* bias, Rows residual, int64_t row, int64_t last);
 
 #ifdef CPU_CAPABILITY

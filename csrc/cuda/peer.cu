@@ -68,12 +68,19 @@ class SymmetricMemory : public PeerMemory {
         one_shot_bytes_(one_shot_bytes),
         stream_(at::cuda::getCurrentCUDAStream(buffer_.device().index())) {}
 
+  // Python closes it before another group takes its name.
+  bool serves(c10d::ProcessGroup&) const override { return true; }
+
   bool takes(const at::Tensor& buffer) const override {
     const auto dtype = buffer.scalar_type();
-    return (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) && bytes_of(buffer) <= half_bytes_;
+    return buffer.is_cuda() && (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) &&
+           bytes_of(buffer) <= half_bytes_;
   }
 
-  void all_reduce_(const at::Tensor& buffer, const Epilogue& epilogue) override {
+  bool norms() const override { return true; }
+
+  void all_reduce(Staged staged, const at::Tensor& /*out: in place*/, const Epilogue& epilogue) override {
+    const auto& buffer = staged.part;
     const c10::cuda::CUDAGuard guard(buffer.device());
     const auto stream = at::cuda::getCurrentCUDAStream();
     // Launches follow one another, whatever streams they are on. A graph's capture begins after all earlier work, by torch's own

@@ -69,7 +69,9 @@ Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks
       tag(std::move(tag_)),
       chunks(chunks_),
       pipeline(pipeline_),
-      peers(find_peer_memory(group_name)) {}
+      peers(find_peer_memory(group_name)) {
+  if (peers && !peers->serves(*group)) peers = nullptr;
+}
 
 std::string Channel::wait_name(int64_t chunk) const {
   return ranges_enabled() ? range_name(range_of(), "wait", chunk, pipeline ? chunks : 0) : std::string();
@@ -98,17 +100,18 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
   TORCH_CHECK(same, "the ranks of group ", name, " are about to run different collectives:", report.str());
 }
 
-void Channel::all_reduce_now(const at::Tensor& buffer, const Epilogue& epilogue) const {
-  check_agreement("all_reduce", buffer, 0);
-  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), 0, 1});
+void Channel::all_reduce_now(Staged staged, const at::Tensor& out, const Epilogue& epilogue) const {
+  check_agreement("all_reduce", out, 0);
+  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});
   const auto launch = range("all_reduce");
-  peers->all_reduce_(buffer, epilogue);
+  peers->all_reduce(std::move(staged), out, epilogue);
 }
 
 Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
   if (size() == 1) return {};
   if (op == c10d::ReduceOp::SUM && fits_peers(buffer.view({1, -1}))) {
-    all_reduce_now(buffer.view({1, -1}), {});
+    const auto flat = buffer.view({1, -1});
+    all_reduce_now({flat, nullptr}, flat, {});
     return {};
   }
   check_agreement("all_reduce", buffer, chunk);
@@ -116,7 +119,9 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
   if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
   c10d::AllreduceOptions options;
   options.reduceOp = std::move(op);
-  options.asyncOp = true;  // NCCL runs a synchronous one on the compute stream, where nothing can overlap it
+  // NCCL runs a synchronous one on the compute stream, where nothing can overlap it. On the shm transport a single chunk's caller
+  // waits for it at once: no other thread need carry it.
+  options.asyncOp = !(synchronous() && chunks == 1);
   std::vector<at::Tensor> tensors{buffer};
   const auto launch = range("all_reduce", chunk);
   auto work = group->allreduce(tensors, options);
@@ -128,7 +133,7 @@ Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) cons
   if (out.numel() == 0) return {};
   if (log_enabled()) log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
   c10d::AllgatherOptions options;
-  options.asyncOp = true;
+  options.asyncOp = !synchronous();
   auto flat_out = out.view({-1}), flat_shard = shard.view({-1});
   const auto launch = range("all_gather");
   auto work = group->_allgather_base(flat_out, flat_shard, options);

@@ -71,14 +71,16 @@ struct Channel {
   Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0, c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
   // Whether all_reduce_now takes `buffer` [M, N].
   bool fits_peers(const at::Tensor& buffer) const { return peers && chunks == 1 && buffer.numel() && peers->takes(buffer); }
-  // The same sum through the group's peer memory, with what follows it in the same kernel; nothing is in flight afterwards.
-  void all_reduce_now(const at::Tensor& buffer, const Epilogue& epilogue) const;
+  // The same sum through the group's peer memory, with what follows it in the same pass; nothing is in flight afterwards.
+  void all_reduce_now(Staged staged, const at::Tensor& out, const Epilogue& epilogue) const;
   // Concatenates every rank's `shard` into `out` [size, *shard.shape].
   Pending all_gather(const at::Tensor& out, const at::Tensor& shard) const;
   // A profiler's range around a step of chunk `chunk`, such as its GEMM.
   Range range(const char* step, int64_t chunk = 0) const { return {range_of(), step, chunk, pipeline ? chunks : 0}; }
 
  private:
+  // Whether its collectives are the calling core's own work.
+  bool synchronous() const { return peers && peers->synchronous(); }
   std::string_view range_of() const { return pipeline ? std::string_view(pipeline) : std::string_view(tag); }
   std::string wait_name(int64_t chunk) const;
   // With TPKERNELS_DEBUG=1 the ranks tell each other what they are about to do, and all raise where they differ.

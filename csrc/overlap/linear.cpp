@@ -45,10 +45,26 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
   const auto bounds = chunk_bounds(x.size(0), chunks, weight.size(0) * input.element_size());
   const size_t count = bounds.size() - 1;
   const Channel channel(group, tag, count, "row");
+  if (channel.fits_peers(out)) {  // its parts summed with the epilogue in one pass
+    if (bias) epilogue.bias = bias->contiguous();
+    const auto rest = residual ? residual->expand(shape).reshape(out.sizes()).contiguous() : at::Tensor();
+    if (epilogue.weight.defined() && channel.peers->norms()) epilogue.normed = at::empty_like(out);
+    const int64_t rows = out.size(0), block = channel.peers->rows_at_once(out);
+    for (int64_t begin = 0; begin < rows; begin += block) {
+      const int64_t n = std::min(block, rows - begin);
+      const auto slice = out.narrow(0, begin, n);
+      if (residual) epilogue.residual = rest.narrow(0, begin, n);
+      auto staged = channel.peers->stage(slice);
+      {
+        const auto range = channel.range("gemm");
+        at::mm_out(staged.part, x.narrow(0, begin, n), weight_t);
+      }
+      channel.all_reduce_now(std::move(staged), slice, epilogue);
+    }
+    return out.view(shape);
+  }
   // Without a residual pass to ride on, the bias enters the sum through the first rank's GEMM.
-  const bool small = channel.fits_peers(out);
-  const bool gemm_adds_bias = bias && !residual && !small && channel.rank() == 0;
-
+  const bool gemm_adds_bias = bias && !residual && channel.rank() == 0;
   std::vector<Pending> pending;
   pending.reserve(count);
   for (size_t i = 0; i < count; i++) {
@@ -60,13 +76,6 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
       } else {
         at::mm_out(slice, x_i, weight_t);
       }
-    }
-    if (small) {  // one chunk, summed with its epilogue in one kernel
-      if (bias) epilogue.bias = bias->contiguous();
-      if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();
-      if (epilogue.weight.defined()) epilogue.normed = at::empty_like(out);
-      channel.all_reduce_now(slice, epilogue);
-      return out.view(shape);
     }
     pending.push_back(channel.all_reduce(slice, i));
   }

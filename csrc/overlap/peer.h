@@ -1,5 +1,5 @@
-// All-reduces of small messages that a device's own kernel does over its peers' memory, in the stream, instead of the group's
-// backend.
+// All-reduces over memory that the ranks share, with what follows them in the same pass, instead of the group's backend: a GPU's
+// own kernel over its peers' memory, for small messages, or on CPUs the shm transport.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace tpkernels {
 
@@ -18,16 +19,33 @@ struct Epilogue {
   double eps = 0;
 };
 
+// Where a GEMM writes this rank's part of a sum. The memory is this call's while `turn` is held.
+struct Staged {
+  at::Tensor part;
+  std::shared_ptr<void> turn;
+};
+
 class PeerMemory {
  public:
   virtual ~PeerMemory() = default;
+  // Whether it is of `group`, and not of one that is gone and had the same name.
+  virtual bool serves(c10d::ProcessGroup& group) const = 0;
   // Whether a contiguous `buffer` [M, N] goes this way: a function of its shape and dtype, so that the ranks agree.
   virtual bool takes(const at::Tensor& buffer) const = 0;
-  // buffer = sum over ranks of buffer, + bias + residual, ordered in the current stream; the same bits on every rank.
-  virtual void all_reduce_(const at::Tensor& buffer, const Epilogue& epilogue) = 0;
+  // The rows of `out` that one stage() takes.
+  virtual int64_t rows_at_once(const at::Tensor& out) const { return out.size(0); }
+  // Memory of the shape of `out`: `out` itself, unless the sum can be spared a copy.
+  virtual Staged stage(const at::Tensor& out) { return {out, nullptr}; }
+  // out = sum over ranks of staged.part, + bias + residual, ordered in the current stream; the same bits on every rank. A `staged`
+  // that stage() did not make is `out` itself, and there is no epilogue.
+  virtual void all_reduce(Staged staged, const at::Tensor& out, const Epilogue& epilogue) = 0;
+  // Whether all_reduce writes the epilogue's `normed`.
+  virtual bool norms() const { return false; }
+  // Whether the group's collectives are the calling core's own work, so that the backend's other thread could only be in its way.
+  virtual bool synchronous() const { return false; }
 };
 
-// The peer memory of a group, if it has any. Opened and closed from Python, while no op of the group runs.
+// The peer memory under a group's name, if there is any. Opened and closed while no op of the group runs.
 std::shared_ptr<PeerMemory> find_peer_memory(const std::string& group);
 void set_peer_memory(const std::string& group, std::shared_ptr<PeerMemory> memory);
 

@@ -1,0 +1,162 @@
+#include "collectives.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../cpu/fused.h"
+
+namespace tpkernels {
+
+namespace {
+
+enum Kind { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kAllToAll, kBarrier, kRowLinear };
+constexpr const char* NAMES[] = {"all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all", "barrier", "row_linear"};
+constexpr const char* REDUCTIONS[] = {"sum", "mean", "min", "max"};
+constexpr int64_t LINE = 64;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+void copy(char* to, const char* from, int64_t bytes) {
+  at::parallel_for(0, bytes, GRAIN * 4, [&](int64_t i, int64_t last) { std::memcpy(to + i, from + i, last - i); });
+}
+
+void reduce(c10::ScalarType dtype, Reduction reduction, const std::vector<const char*>& parts, char* out, int64_t count) {
+  static auto* const kernel = TPKERNELS_KERNEL(reduce_parts);
+  const ReduceArgs args{dtype, reduction, static_cast<int>(parts.size()), parts.data(), out, 0, nullptr, {}};
+  at::parallel_for(0, count, GRAIN, [&](int64_t i, int64_t last) { kernel(args, i, last); });
+}
+
+}  // namespace
+
+std::string Collectives::describe(uint64_t deed) {
+  const auto kind = deed >> 60, detail = deed >> 44 & 1023;
+  const auto dtype = static_cast<c10::ScalarType>(deed >> 54 & 63);
+  const auto bytes = std::to_string(deed & ((uint64_t(1) << 44) - 1)) + " bytes";
+  if (kind > kRowLinear) return "something unknown";
+  std::string text = NAMES[kind];
+  if (kind == kBarrier) return text;
+  if (kind == kAllReduce || kind == kReduceScatter) text += std::string(" (") + REDUCTIONS[detail & 3] + ")";
+  text += " of " + bytes;
+  if (kind == kBroadcast) text += " from rank " + std::to_string(detail);
+  if (kind == kAllReduce || kind == kReduceScatter || kind == kRowLinear) text += std::string(" of ") + c10::toString(dtype);
+  return text;
+}
+
+std::vector<const char*> Collectives::parts(int64_t offset) const {
+  std::vector<const char*> all(ring_.size());
+  for (int r = 0; r < ring_.size(); r++) all[r] = ring_.part(r) + offset;
+  return all;
+}
+
+void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction) {
+  const int64_t size = c10::elementSize(dtype), bytes = count * size, piece = piece_bytes_ / size, ranks = ring_.size();
+  const int detail = static_cast<int>(reduction);
+  const bool one_shot = ranks == 2 || bytes < TWO_SHOT_BYTES;
+  for (int64_t begin = 0; begin < count; begin += piece) {
+    const int64_t n = std::min(piece, count - begin);
+    char* const here = data + begin * size;
+    if (one_shot) {
+      copy(ring_.mine(), here, n * size);
+      exchange(kAllReduce, dtype, detail, bytes);
+      reduce(dtype, reduction, parts(0), here, n);
+      continue;
+    }
+    // Each rank reduces a share, of whole cache lines, and the others copy it.
+    const int64_t share = round_up((n + ranks - 1) / ranks, LINE / size);
+    const auto first = [&](int64_t r) { return std::min(n, r * share); };
+    const int64_t own = first(ring_.rank()), own_count = first(ring_.rank() + 1) - own;
+    copy(ring_.mine(), here, n * size);
+    exchange(kAllReduce, dtype, detail, bytes);
+    reduce(dtype, reduction, parts(own * size), ring_.mine() + own * size, own_count);
+    exchange(kAllReduce, dtype, detail, bytes);
+    for (int r = 0; r < ranks; r++) copy(here + first(r) * size, ring_.part(r) + first(r) * size, (first(r + 1) - first(r)) * size);
+  }
+}
+
+void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count, c10::ScalarType dtype,
+                                 Reduction reduction) {
+  const int64_t size = c10::elementSize(dtype), ranks = ring_.size();
+  const int64_t piece = std::max<int64_t>(1, piece_bytes_ / ranks / LINE) * LINE / size;
+  for (int64_t begin = 0; begin < count; begin += piece) {
+    const int64_t n = std::min(piece, count - begin);
+    for (int r = 0; r < ranks; r++) copy(ring_.mine() + r * piece * size, inputs[r] + begin * size, n * size);
+    exchange(kReduceScatter, dtype, static_cast<int>(reduction), count * size * ranks);
+    reduce(dtype, reduction, parts(ring_.rank() * piece * size), out + begin * size, n);
+  }
+}
+
+void Collectives::all_gather(const std::vector<char*>& outs, const char* input, int64_t bytes) {
+  for (int64_t begin = 0; begin < bytes; begin += piece_bytes_) {
+    const int64_t n = std::min(piece_bytes_, bytes - begin);
+    copy(ring_.mine(), input + begin, n);
+    exchange(kAllGather, c10::ScalarType::Byte, 0, bytes);
+    for (int r = 0; r < ring_.size(); r++) {
+      if (outs[r] + begin != input + begin) copy(outs[r] + begin, ring_.part(r), n);
+    }
+  }
+}
+
+void Collectives::broadcast(char* data, int64_t bytes, int root) {
+  for (int64_t begin = 0; begin < bytes; begin += piece_bytes_) {
+    const int64_t n = std::min(piece_bytes_, bytes - begin);
+    if (ring_.rank() == root) copy(ring_.mine(), data + begin, n);
+    exchange(kBroadcast, c10::ScalarType::Byte, root, bytes);
+    if (ring_.rank() != root) copy(data + begin, ring_.part(root), n);
+  }
+}
+
+void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes,
+                             const std::vector<const char*>& inputs, const std::vector<int64_t>& input_bytes) {
+  const int ranks = ring_.size(), rank = ring_.rank();
+  // First what each has for each, so that all agree on the number of steps, and on whether it fits.
+  const int64_t table = ranks * static_cast<int64_t>(sizeof(int64_t));
+  auto* const said = ring_.mine();
+  std::memcpy(said, input_bytes.data(), table);
+  std::memcpy(said + table, out_bytes.data(), table);
+  exchange(kAllToAll, c10::ScalarType::Byte, 0, 0);
+  const auto sent = [&](int from, int to) { return reinterpret_cast<const int64_t*>(ring_.part(from))[to]; };
+  const auto wanted = [&](int by, int from) { return reinterpret_cast<const int64_t*>(ring_.part(by) + table)[from]; };
+  int64_t most = 0;
+  for (int r = 0; r < ranks; r++) {
+    for (int to = 0; to < ranks; to++) {
+      TORCH_CHECK_VALUE(sent(r, to) == wanted(to, r), "all_to_all: rank ", r, " sends ", sent(r, to), " bytes to rank ", to,
+                        ", which expects ", wanted(to, r), ": input and output split sizes must match");
+      most = std::max(most, sent(r, to));
+    }
+  }
+  const int64_t piece = std::max<int64_t>(1, piece_bytes_ / ranks / LINE) * LINE;
+  const auto left = [&](int64_t bytes, int64_t begin) { return std::clamp<int64_t>(bytes - begin, 0, piece); };
+  for (int64_t begin = 0; begin < most; begin += piece) {
+    for (int r = 0; r < ranks; r++) copy(ring_.mine() + r * piece, inputs[r] + begin, left(input_bytes[r], begin));
+    exchange(kAllToAll, c10::ScalarType::Byte, 0, most);
+    for (int r = 0; r < ranks; r++) copy(outs[r] + begin, ring_.part(r) + rank * piece, left(out_bytes[r], begin));
+  }
+}
+
+void Collectives::barrier() { exchange(kBarrier, c10::ScalarType::Byte, 0, 0); }
+
+void Collectives::sum_rows(ReduceArgs args, int64_t rows) {
+  static auto* const kernel = TPKERNELS_KERNEL(sum_rows);
+  const int64_t row_bytes = args.columns * c10::elementSize(args.dtype), bytes = rows * row_bytes, ranks = ring_.size();
+  exchange(kRowLinear, args.dtype, 0, bytes);
+  const auto all = parts(0);
+  args.parts = static_cast<int>(ranks);
+  args.part = all.data();
+  if (ranks == 2 || bytes < TWO_SHOT_BYTES) {
+    for_rows(rows, args.columns, [&](int64_t row, int64_t last) { kernel(args, row, last); });
+    return;
+  }
+  char* const out = static_cast<char*>(args.out);
+  const int64_t share = (rows + ranks - 1) / ranks;
+  const auto first = [&](int64_t r) { return std::min(rows, r * share); };
+  args.out = ring_.mine();
+  const int64_t own = first(ring_.rank());
+  for_rows(first(ring_.rank() + 1) - own, args.columns, [&](int64_t row, int64_t last) { kernel(args, own + row, own + last); });
+  exchange(kRowLinear, args.dtype, 0, bytes);
+  for (int r = 0; r < ranks; r++)
+    copy(out + first(r) * row_bytes, ring_.part(r) + first(r) * row_bytes, (first(r + 1) - first(r)) * row_bytes);
+}
+
+}  // namespace tpkernels
