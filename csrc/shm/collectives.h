@@ -42,7 +42,7 @@ class Collectives {
   void exchange(int kind, c10::ScalarType dtype, int detail, int64_t bytes) {
     ring_.exchange({static_cast<uint8_t>(kind), static_cast<uint8_t>(dtype), static_cast<uint16_t>(detail), bytes}, timeout);
   }
-  std::vector<const char*> parts(int64_t offset) const;
+  std::vector<const char*> parts(int64_t offset, const char* own) const;
 
   Ring& ring_;
   const int64_t piece_bytes_;
