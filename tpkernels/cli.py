@@ -81,7 +81,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     import torch
     import torch.distributed as dist
 
-    from . import __version__, kernels
+    from . import _C, __version__, kernels
 
     facts = {
         "tpkernels": __version__,
@@ -93,7 +93,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "cuda": torch.version.cuda,
         "triton": importlib.import_module("triton").__version__ if kernels.available() else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "transports": [name for name, there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if there],
+        "transports": ["gloo", "shm", *["nccl"] * dist.is_nccl_available()],
+        "dev_shm_free_bytes": _C.shm_free_bytes(),
     }
     if as_json:
         print(json.dumps(facts, indent=2))

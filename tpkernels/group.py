@@ -95,7 +95,15 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
         )
     if not isinstance(group, ProcessGroup):
         raise TypeError(f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
-    return Group(group, "cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    found = Group(group, "cuda" if "nccl" in dist.get_backend(group) else "cpu")
+    forced = forced_transport()
+    if found.device_type == "cpu" and found.size > 1 and forced in ("gloo", "shm") and forced != found.transport:
+        warnings.warn(
+            f"TPKERNELS_TRANSPORT={forced}, but a group that was passed keeps its own transport, {found.transport}: pass a mesh of "
+            f"tpk.init_mesh, or make the group with backend={forced!r}",
+            stacklevel=3,
+        )
+    return found
 
 
 def init_mesh(

@@ -138,6 +138,7 @@ class ShmGroup : public PeerMemory {
     return {at::from_blob(ring_.mine(), out.sizes(), out.options()), std::move(turn)};
   }
   void all_reduce(Staged staged, const at::Tensor& out, const Epilogue& epilogue) override {
+    RECORD_FUNCTION("shm:all_reduce", std::vector<c10::IValue>());
     translate([&] {
       const auto dtype = out.scalar_type();
       if (!staged.turn) {
