@@ -53,25 +53,37 @@ def trace(
 
 
 @app.command()
-def tune() -> None:
-    """Measure the GPU kernels' configurations and save the best: under torchrun, a rank for each GPU; rank 0 decides for all."""
+def tune(
+    shape: Annotated[
+        list[str] | None, typer.Option(help="ROWS,IN,OUT of a layer (IN: a rank's share) whose real times are measured too.")
+    ] = None,
+) -> None:
+    """Measure GEMMs and the link between the ranks, on GPUs the kernels' configurations too, and save that for `init_mesh`: under torchrun,
+    with as many ranks as the tensor-parallel group will have; rank 0 decides for all."""
     import torch
     import torch.distributed as dist
 
-    from . import kernels
-    from .group import init_mesh, resolve_group
+    import tpkernels as tpk
 
-    if not torch.cuda.is_available() or not kernels.available():
-        Console(stderr=True).print(
-            "tpkernels tune: it tunes the Triton kernels, which need a GPU and Triton: neither is used here", style="red"
-        )
-        raise typer.Exit(1)
-    from .kernels import tuning
+    from .schedule.table import Place
 
-    mesh = init_mesh(int(os.environ.get("WORLD_SIZE", 1)))
-    table = tuning.tune(resolve_group(mesh["tp"]).pg)
-    if dist.get_rank() == 0:
-        print(f"{sum(map(len, table.values()))} choices for {len(table)} kernels, in {tuning.table_path(torch.device('cuda'))}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        if world == 1 and not torch.cuda.is_available():
+            raise ValueError(
+                "one process on CPUs has no link to measure: start it with `torchrun --nproc-per-node N --no-python tpkernels tune`"
+            )
+        shapes = [tuple(int(size) for size in text.split(",")) for text in shape or ()]
+        mesh = tpk.init_mesh(world)
+        group = tpk.group.resolve_group(mesh["tp"])
+        table, place = tpk.tune(group, shapes), Place.of(group)
+    except ValueError as error:
+        Console(stderr=True).print(f"tpkernels tune: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    if group.rank == 0:
+        for dtype, timings in table.dtypes.items():
+            print(f"{str(dtype)[6:]}: {timings.summary}")
+        print(f"measured on {table.place}, saved in {place.path}")
     dist.destroy_process_group()
 
 

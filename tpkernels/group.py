@@ -160,6 +160,10 @@ def init_mesh(
         from .kernels import tuning  # imports Triton
 
         tuning.load(tp_group)
+    if tp > 1:
+        from .schedule import table  # imports this module
+
+        table.load(resolve_group(mesh["tp"]))
     _meshes[:] = [made for made in _meshes if _alive(made[1])] + [(mesh, tp_group)]
     return mesh
 

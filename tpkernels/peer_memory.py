@@ -95,7 +95,7 @@ def _obstacle(pg: ProcessGroup, device: torch.device, mine: str | None) -> str |
     if mine is None and not torch._C._dispatch_has_kernel_for_dispatch_key("tpkernels::open_peer_memory", "CUDA"):
         mine = "tpkernels was built without CUDA kernels"
     uuid = str(torch.cuda.get_device_properties(device).uuid)
-    places = _gather(pg, (mine, socket.gethostname(), uuid))
+    places = gather_objects(pg, (mine, socket.gethostname(), uuid))
     for rank, (obstacle, _, _) in enumerate(places):
         if obstacle is not None:
             return f"rank {rank}: {obstacle}"
@@ -108,11 +108,11 @@ def _obstacle(pg: ProcessGroup, device: torch.device, mine: str | None) -> str |
 
 
 def _first_obstacle(pg: ProcessGroup, mine: str | None) -> str | None:
-    found = [f"rank {rank}: {obstacle}" for rank, obstacle in enumerate(_gather(pg, mine)) if obstacle is not None]
+    found = [f"rank {rank}: {obstacle}" for rank, obstacle in enumerate(gather_objects(pg, mine)) if obstacle is not None]
     return found[0] if found else None
 
 
-def _gather(pg: ProcessGroup, value) -> list:
+def gather_objects(pg: ProcessGroup, value) -> list:
     values: list = [None] * pg.size()
     dist.all_gather_object(values, value, group=pg)
     return values

@@ -146,8 +146,15 @@ std::vector<int64_t> chunk_bounds(int64_t rows, int64_t chunks, int64_t row_byte
   TORCH_CHECK(chunks >= 1, "chunks must be at least 1, got ", chunks);
   const int64_t unit = rows >= 128 * chunks ? 128 : 16 / std::gcd<int64_t>(16, std::max<int64_t>(row_bytes, 1));
   const int64_t units = (rows + unit - 1) / unit, count = std::max<int64_t>(std::min(chunks, units), 1);
-  std::vector<int64_t> bounds(count + 1, 0);
-  for (int64_t i = 1; i <= count; i++) bounds[i] = std::min(rows, (i * (units / count) + std::min(i, units % count)) * unit);
+  std::vector<int64_t> bounds(count + 1, 0), weights(count);
+  for (int64_t i = 0; i < count; i++) weights[i] = std::min(i, count - 1 - i) + 1;
+  const int64_t total = std::accumulate(weights.begin(), weights.end(), int64_t{0});
+  for (int64_t i = 0, weight = 0, end = 0; i < count; i++) {
+    weight += weights[i];
+    const int64_t share = (2 * units * weight + total) / (2 * total);               // rounded
+    end = std::max(std::min(share, units - (count - 1 - i)), end + (units > end));  // a unit at least for this one and each later
+    bounds[i + 1] = std::min(rows, end * unit);
+  }
   return bounds;
 }
 

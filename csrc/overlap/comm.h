@@ -90,7 +90,8 @@ struct Channel {
 // Every buffer that a collective touches is allocated here, so that a registered pool can take this function's place.
 at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Row boundaries [0, ..., rows] of at most `chunks` chunks of nearly equal size, the last one ragged. Boundaries are multiples
+// Row boundaries [0, ..., rows] of at most `chunks` chunks in proportions 1 2 3 ... 3 2 1: the first and the last are the small
+// ones, since the first one's GEMM hides no all-reduce and the last one's all-reduce is hidden by no GEMM. Boundaries are multiples
 // of 128 rows where there are that many (full GEMM tiles), otherwise of as many rows as keep each slice 16-byte aligned.
 std::vector<int64_t> chunk_bounds(int64_t rows, int64_t chunks, int64_t row_bytes);
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import _C
 from ..group import Group, resolve_group
 from ..ops.activation import GATED, bias_act, check_activation
 from ..ops.comm import gather
 from ..ops.linear import column_linear_act, column_linears, row_parallel_linear
-from ..schedule import check_overlap, choose
+from ..schedule import check_overlap
+from ..schedule.explain import explain
 from ..shard import Split
 from .norm import RMSNorm
 from .sharded import Sharded
 
 
 class _ParallelLinear(Sharded, nn.Module):
-    """What the two layers share. `transposed`: the weight is stored [in, out], as transformers' Conv1D stores it."""
+    """What the two layers share.
+
+    `transposed`: the weight is stored [in, out], as transformers' Conv1D stores it. `share`: of the split features, the largest rank's.
+    """
 
     def _init_linear(self, in_features: int, out_features: int, group: Group, overlap) -> None:
         nn.Module.__init__(self)
@@ -53,22 +56,11 @@ class _ParallelLinear(Sharded, nn.Module):
         if self.bias is not None:
             self.fill("bias", stock.bias)
 
-    def _explain(self, rows: int, features: int, when: str) -> str:
-        row_bytes = features * self.weight.element_size()
-        schedule = choose(self.overlap, rows, row_bytes, self.group)
-        bounds = _C.chunk_bounds(rows, schedule.chunks, row_bytes)
-        sizes = [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
-        lines = [
-            f"{self}",
-            f"{when}: one all-reduce of [{rows}, {features}] {self.weight.dtype}, {rows * row_bytes:,} bytes, over {self.group.size} ranks",
-            f"schedule: {len(sizes)} chunk{'s' if len(sizes) > 1 else ''} of {', '.join(map(str, sizes))} rows, over {schedule.transport}",
-            f"why: {schedule.reason}",
-        ]
-        if self.group.device_type == "cuda" and not self.group.has_chunked_group:
-            lines.append(
-                "group: it has no communicator of high stream priority for chunks, as one made by tpk.init_mesh has; theirs may queue behind GEMMs"
-            )
-        return "\n".join(lines)
+    def _explain(self, rows: int, features: int, when: str, weight_grad: bool = False) -> str:
+        together = [self] if self.region is None or self not in self.region.siblings else self.region.siblings
+        share = sum(layer.share for layer in together)
+        text = explain(self.overlap, rows, features, self.group, share, self.weight.dtype, weight_grad)
+        return f"{self}\n{when}: {text}"
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rank {self.group.rank} of {self.group.size}, overlap={self.overlap!r}"
@@ -123,6 +115,7 @@ class ColumnParallelLinear(_ParallelLinear):
             raise ValueError(f"out_features={out_features} must be even for {activation}: it counts both halves, [gate; up]")
         self.activation, self.gather_output, self.tag = activation, gather_output, "column_backward"
         self.out_split = out_split if out_split is not None else Split.chunks(out_features, group.size, blocks=halves)
+        self.share = max(self.out_split.sizes)
         # The layout of the output's last dimension, after the activation.
         self.output_split = Split.chunks(out_features // 2, group.size, dim=-1) if halves == 2 else _last_dim(self.out_split)
 
@@ -151,19 +144,19 @@ class ColumnParallelLinear(_ParallelLinear):
     def linear(self, input: Tensor) -> Tensor:
         """x A^T + b without the siblings."""
         weight, bias = self.weight_and_bias()
-        return column_linears(input, [weight], [bias], self.group, self.overlap, self.tag)[0]
+        return column_linears(input, [weight], [bias], self.group, self.overlap, self.tag, self.share)[0]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.activation is not None and self.region is None:
-            y = column_linear_act(input, *self.weight_and_bias(), self.activation, self.group, self.overlap, self.tag)
+            y = column_linear_act(input, *self.weight_and_bias(), self.activation, self.group, self.overlap, self.tag, self.share)
         else:
             y = self.linear(input) if self.region is None else self.region.column(self, input)
             y = bias_act(y, None, self.activation)
         return gather(y, self.output_split, self.group, "gather_output") if self.gather_output else y
 
     def explain(self, rows: int) -> str:
-        """The schedule of the backward all-reduce for an input of `rows` rows (tokens), and why."""
-        return self._explain(rows, self.in_features, "backward")
+        """The schedule of the backward all-reduce for an input of `rows` rows (tokens), its alternatives, and why."""
+        return self._explain(rows, self.in_features, "backward", self.weight.requires_grad)
 
 
 class RowParallelLinear(_ParallelLinear):
@@ -210,7 +203,7 @@ class RowParallelLinear(_ParallelLinear):
         self._init_linear(in_features, out_features, group, overlap)
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
         self.in_split = in_split if in_split is not None else Split.chunks(in_features, group.size, dim=1)
-        self.input_split = _last_dim(self.in_split)
+        self.input_split, self.share = _last_dim(self.in_split), max(self.in_split.sizes)
 
     @classmethod
     def from_linear(
@@ -259,7 +252,7 @@ class RowParallelLinear(_ParallelLinear):
         return (output, bias) if self.skip_bias_add else output
 
     def explain(self, rows: int) -> str:
-        """The schedule of the forward all-reduce for an input of `rows` rows (tokens), and why."""
+        """The schedule of the forward all-reduce for an input of `rows` rows (tokens), its alternatives, and why."""
         return self._explain(rows, self.out_features, "forward")
 
 

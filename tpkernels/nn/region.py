@@ -66,7 +66,8 @@ class SplitRegion:
         if self.input is None and not any(s._forward_pre_hooks for s in self.siblings):
             parameters = [s.weight_and_bias() for s in self.siblings]
             weights, biases = zip(*parameters, strict=True)
-            outputs = column_linears(input, weights, biases, self.group, layer.overlap, layer.tag)
+            share = sum(s.share for s in self.siblings)
+            outputs = column_linears(input, weights, biases, self.group, layer.overlap, layer.tag, share)
             self.input, self.outputs = input, dict(zip(self.siblings, outputs, strict=True))
         if input is self.input and layer in self.outputs:
             return self.outputs.pop(layer)

@@ -195,15 +195,24 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _chunks(overlap, input: Tensor, features: int, group: Group) -> int:
-    """Row chunks of an all-reduce of [rows of input, features]."""
-    return choose(overlap, _rows(input), features * input.itemsize, group).chunks
+def _chunks(overlap, input: Tensor, features: int, group: Group, inner: int | None, weight_grad: bool = False) -> int:
+    """Row chunks of an all-reduce of [rows of input, features]; `inner` and `weight_grad` as `choose` takes them."""
+    return choose(overlap, _rows(input), features * input.itemsize, group, inner, input.dtype, weight_grad).chunks
 
 
 def column_linears(
-    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], group: Group, overlap="auto", tag: str = "column_backward"
+    input: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    group: Group,
+    overlap="auto",
+    tag: str = "column_backward",
+    share: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Column-parallel layers that read one input [..., K]; weights [N_i / R, K]: one backward all-reduce for all of them."""
+    """Column-parallel layers that read one input [..., K]; weights [N_i / R, K]: one backward all-reduce for all of them.
+
+    `share`: output features of all of them on the largest rank; None where the caller does not know that.
+    """
     device_type = input.device.type
     x = autocast(input, device_type)
     weights = [autocast(w, device_type) for w in weights]
@@ -212,24 +221,34 @@ def column_linears(
         _check(x, w, b, group, "column")
     if not torch.is_grad_enabled():
         return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
-    return _ColumnLinear.apply(x, group, _chunks(overlap, x, x.shape[-1], group), tag, *weights, *biases)
+    chunks = _chunks(overlap, x, x.shape[-1], group, share, any(w.requires_grad for w in weights))
+    return _ColumnLinear.apply(x, group, chunks, tag, *weights, *biases)
 
 
 def column_linear_act(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, group: Group, overlap="auto", tag: str = "column_backward"
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    group: Group,
+    overlap="auto",
+    tag: str = "column_backward",
+    share: int | None = None,
 ) -> Tensor:
     """act(input @ weight^T + bias): the activation in the GEMM's epilogue where that is expected to win, else in a pass of its own.
 
     Either way the bias goes with the activation, not with the GEMM: its gradient then comes out of the activation's backward pass.
+    `share` as in `column_linears`.
     """
     x, weight, bias = (autocast(t, input.device.type) for t in (input, weight, bias))
     _check(x, weight, bias, group, "column")
     record = _wants_grad(x, weight, bias)
     if not fuses_activation(x.device, x.dtype, _rows(x), *weight.shape, record):
-        return bias_act(*column_linears(x, [weight], [None], group, overlap, tag), bias, activation)
+        return bias_act(*column_linears(x, [weight], [None], group, overlap, tag, share), bias, activation)
     if not record:
         return _ops.column_linear_act(x, weight, bias, activation, False)[0]
-    return _ColumnLinearAct.apply(x, weight, bias, activation, group, _chunks(overlap, x, x.shape[-1], group), tag)
+    chunks = _chunks(overlap, x, x.shape[-1], group, share, weight.requires_grad)
+    return _ColumnLinearAct.apply(x, weight, bias, activation, group, chunks, tag)
 
 
 def column_parallel_linear(
@@ -252,7 +271,8 @@ def column_parallel_linear(
         activation: None, "relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu".
         gather_output: return [..., N], whole on every rank. Needs `out_split` where the ranks do not divide N.
         out_split: which output features each rank has; None for an even split.
-        overlap: "auto", False (one chunk) or the number of row chunks of the backward all-reduce.
+        overlap: "auto", False (one chunk) or the number of row chunks of the backward all-reduce. What `tpk.tune` measured counts only
+            with `out_split`: without it the ranks' shares may differ, and with them what the ranks would choose.
 
     Raises:
         TypeError, ValueError: dtypes or sizes that do not fit, an unknown activation or overlap; before any communication.
@@ -260,10 +280,11 @@ def column_parallel_linear(
     check_overlap(overlap)
     check_activation(activation)
     group = resolve_group(group)
+    share = None if out_split is None else max(out_split.sizes) * (2 if activation in GATED else 1)
     if activation is None:
-        (y,) = column_linears(input, [weight], [bias], group, overlap, tag)
+        (y,) = column_linears(input, [weight], [bias], group, overlap, tag, share)
     else:
-        y = column_linear_act(input, weight, bias, activation, group, overlap, tag)
+        y = column_linear_act(input, weight, bias, activation, group, overlap, tag, share)
     if gather_output:
         if out_split is None:
             out_split = Split.chunks(y.shape[-1] * group.size, group.size, dim=-1)
@@ -294,7 +315,8 @@ def row_parallel_linear(
         in_split: which input features each rank has; None for an even split.
         norm: the weight [N], or None, and eps of an RMSNorm: returns (norm of the result, result). Where no gradient is wanted and the
             all-reduce is small enough for the GPUs' peer memory, all of it is one kernel.
-        overlap: "auto", False (one chunk) or the number of row chunks.
+        overlap: "auto", False (one chunk) or the number of row chunks. What `tpk.tune` measured counts only with `in_split`: without it
+            the ranks' shares may differ, and with them what the ranks would choose.
 
     Raises:
         TypeError, ValueError: dtypes or sizes that do not fit, an unknown overlap; before any communication.
@@ -314,7 +336,7 @@ def row_parallel_linear(
     _check(x, weight, bias, group, "row")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
-    chunks = _chunks(overlap, x, weight.shape[0], group)
+    chunks = _chunks(overlap, x, weight.shape[0], group, None if in_split is None else max(in_split.sizes))
     if norm is not None and norm[0] is not None and norm[0].shape != weight.shape[:1]:
         raise ValueError(f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features")
     mixed = residual is not None and residual.dtype != x.dtype

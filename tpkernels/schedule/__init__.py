@@ -7,11 +7,16 @@ from dataclasses import dataclass
 import torch
 
 from ..group import Group
+from .model import Shape
+from .table import Table, installed
 
 # Below this many rows a chunked GEMM loses more than its all-reduce hides: kraken#19, pytorch#179770 and flux#79 report
 # losses up to ~1k rows; twice that leaves each of two chunks 1k rows. Published figures, not measured here.
 GPU_MIN_ROWS = 2048
 GPU_CHUNKS = 2  # two beat four at 8192 x 8192 bf16 on an H100 (nvFuser#5751)
+
+
+REMEMBERED = 4096  # choices of a table: a server's batches have many sizes
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,45 @@ def check_overlap(overlap) -> None:
     raise ValueError(f"overlap must be 'auto', False (one chunk) or a number of row chunks >= 1, got {overlap!r}")
 
 
-def choose(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
-    """The schedule for `rows` rows of `row_bytes` bytes: a function of what all ranks share, so that they never disagree."""
+def choose(
+    overlap, rows: int, row_bytes: int, group: Group, inner: int | None = None, dtype: torch.dtype | None = None, weight_grad: bool = False
+) -> Schedule:
+    """The schedule for `rows` rows of `row_bytes` bytes: a function of what all ranks share, so that they never disagree.
+
+    Args:
+        inner: the GEMM's inner size, the largest rank's; None where the caller does not know that the ranks' are equal.
+        dtype: of the GEMM. Without it nothing measured applies.
+        weight_grad: a weight's gradient follows the GEMM.
+    """
+    if overlap == "auto" and group.size > 1 and (table := installed(group)) is not None:
+        key = (rows, row_bytes, inner, dtype, weight_grad)
+        schedule = table.chosen.get(key)
+        if schedule is None:
+            if len(table.chosen) >= REMEMBERED:
+                table.chosen.clear()
+            schedule = table.chosen[key] = _measured(table, group, *key) or _published(overlap, rows, row_bytes, group)
+        return schedule
+    return _published(overlap, rows, row_bytes, group)
+
+
+def _measured(table: Table, group: Group, rows: int, row_bytes: int, inner, dtype, weight_grad: bool) -> Schedule | None:
+    """The table's choice; None where it has none for this dtype."""
+    timings = table.dtypes.get(dtype)
+    if timings is None:
+        return None
+    if group.transport == "shm":
+        return Schedule(1, "shm", "the GEMM writes into the ranks' shared memory: one chunk, nothing to hide")
+    if 0 < rows * row_bytes <= group.peers.max_bytes:
+        return None
+    if inner is None:
+        return Schedule(1, group.transport, "the ranks' shares may differ (no split was passed): one chunk, which needs no agreement")
+    if rows == 0:
+        return Schedule(1, group.transport, "no rows")
+    chunks, reason = timings.decide(Shape(rows, inner, row_bytes // timings.itemsize, weight_grad))
+    return Schedule(chunks, group.transport, reason)
+
+
+def _published(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
     nbytes, peers = rows * row_bytes, group.peers
     small = 0 < nbytes <= peers.max_bytes
     # A forced number of chunks above one means the pipeline, which the peer kernels, being part of the stream, have no use for.
@@ -43,7 +85,10 @@ def choose(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
     if overlap != "auto":
         return Schedule(overlap, carrier, f"overlap={overlap} was asked for")
     if group.device_type == "cpu":
-        reason = "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk is the fastest on loopback"
+        reason = (
+            "on CPUs the collective runs on the cores that the next chunk's GEMM needs: one chunk, until tpk.tune(group) has measured "
+            "this link (it has not been run)"
+        )
         return Schedule(1, group.transport, reason)
     if small:
         kind = "one-shot" if nbytes <= peers.one_shot_bytes else "two-shot"
