@@ -26,7 +26,7 @@ def _serve(rank: int, pipe, threads: int, backend: str) -> None:
         torch.cuda.set_device(rank)
     while (job := pipe.recv()) is not None:
         module, name, args, size, store = job
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), XDG_CACHE_HOME=os.path.dirname(store))
         try:
             function = getattr(importlib.import_module(module), name)
             dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))

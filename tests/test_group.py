@@ -14,6 +14,7 @@ import tpkernels as tpk
 from tpkernels import group as groups
 from tpkernels.group import Group, resolve_group
 from tpkernels.kernels import tuning
+from tpkernels.schedule import table
 
 
 def mesh_of_four():
@@ -108,10 +109,12 @@ def test_init_mesh_on_gpus(monkeypatch):
     opened, loaded = [], []
     monkeypatch.setattr(groups, "open_peer_memory", lambda pg, device: opened.append((pg.group_name, device)))
     monkeypatch.setattr(tuning, "load", lambda pg: loaded.append(pg.group_name))
+    monkeypatch.setattr(groups, "Group", lambda pg, device: (pg.group_name, device))
+    monkeypatch.setattr(table, "load", loaded.append)
     assert tpk.init_mesh(tp=2, dp=2, device="cuda") is mesh
     assert devices == [3] and started == ["cpu:gloo,cuda:nccl"]
     (tp, plain, no_options), (dp, _, _), (again, backend, options) = seen
     assert tp == again == [[0, 1], [2, 3]] and dp == [[0, 2], [1, 3]] and plain == backend == "cpu:gloo,cuda:nccl"
     assert no_options is None and options.is_high_priority_stream and 0 < options.config.max_ctas <= 32
     assert groups._chunked_groups["group1"].group_name == "group3"
-    assert opened == [("group1", torch.device("cuda", 3))] and loaded == ["group1"]
+    assert opened == [("group1", torch.device("cuda", 3))] and loaded == ["group1", ("group1", "cuda")]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -214,7 +215,8 @@ def test_a_pair_traced_on_rank_0_of_512(rank_0_of_512):
     formula = []
     for tag, chunks in (("row_forward", 3), ("column_backward", 4)):
         tiles = math.ceil(rows / 128)  # the last one ragged
-        ends = list(itertools.accumulate(128 * (tiles // chunks + (i < tiles % chunks)) for i in range(chunks)))
+        weights = {3: (1, 2, 1), 4: (1, 2, 2, 1)}[chunks]
+        ends = [128 * math.floor(Fraction(tiles * weight, sum(weights)) + Fraction(1, 2)) for weight in itertools.accumulate(weights)]
         sizes = [b - a for a, b in zip([0, *ends], [*ends[:-1], rows], strict=False)]
         formula += [("all_reduce", tag, size * hidden * itemsize, i, chunks) for i, size in enumerate(sizes)]
     assert [(c.op, c.tag, c.bytes, c.chunk, c.chunks) for c in log] == formula

@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and where the user's cache is."""
 
 from __future__ import annotations
 
@@ -14,3 +14,8 @@ def write_whole(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where what was measured on this machine is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpkernels"

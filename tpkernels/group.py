@@ -114,8 +114,8 @@ def init_mesh(
     Starts the default process group from torchrun's variables if there is none, and leaves one that exists as it is. The mesh's
     own groups are new: NCCL on GPUs (with, for chunked schedules, a second one of high stream priority and few CTAs, and for small
     all-reduces the GPUs' peer memory where they have access to it; where not, a warning says why); on CPUs shared memory for ranks of
-    one host, gloo for others; unless `backend` names another. On GPUs the current device is set from LOCAL_RANK, and the TP ranks take the kernel configurations that
-    `kernels.tuning.tune` saved on their first rank's machine, if it did.
+    one host, gloo for others; unless `backend` names another. On GPUs the current device is set from LOCAL_RANK. The TP ranks take what
+    `tpk.tune` saved on their first rank's machine for such a group, if it did; if not and they are on several hosts, a warning says so.
 
     Args:
         tp, dp: sizes; tp * dp must be the number of ranks.
@@ -163,7 +163,7 @@ def init_mesh(
     if tp > 1:
         from .schedule import table  # imports this module
 
-        table.load(resolve_group(mesh["tp"]))
+        table.load(Group(tp_group, device))
     _meshes[:] = [made for made in _meshes if _alive(made[1])] + [(mesh, tp_group)]
     return mesh
 

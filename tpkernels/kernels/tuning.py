@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ..files import write_whole
+from ..files import cache_folder, write_whole
 from . import FAMILIES
 from .common import Config, Tunable, power_of_two
 
@@ -27,9 +26,8 @@ def table_path(device: torch.device) -> Path:
     """Where the table of a kind of device is kept, in the user's cache folder."""
     import triton
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return cache / "tpkernels" / f"kernels-{name.replace(' ', '-')}-triton-{triton.__version__}.json"
+    return cache_folder() / f"kernels-{name.replace(' ', '-')}-triton-{triton.__version__}.json"
 
 
 def tune(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ..files import write_whole
+from ..files import cache_folder, write_whole
 from ..group import Group
 from ..peer_memory import gather_objects
 from .model import Curve, Shape, Timings
@@ -43,9 +43,8 @@ class Place:
     @property
     def path(self) -> Path:
         """Where the table is kept, in the user's cache folder."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = re.sub(r"[^\w.]+", "-", f"schedules {self.device} {self.link} {self.ranks} ranks")
-        return cache / "tpkernels" / f"{name}.json"
+        return cache_folder() / f"{name}.json"
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ class Table:
         found, dtypes = json.loads(text), {}
         for name, t in found["dtypes"].items():
             dtype = getattr(torch, name)
+            if not isinstance(dtype, torch.dtype):
+                raise ValueError(f"{name} is no dtype")
             gemms = {(int(inner), int(features)): _curve(points) for inner, features, points in t["gemms"]}
             measured = {
                 Shape(int(rows), int(inner), int(features), bool(wgrad)): {int(chunks): float(seconds) for chunks, seconds in times}

@@ -129,7 +129,8 @@ def _steal(dtype: torch.dtype, group: Group, device: torch.device, message: floa
 def _ops(shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, device: torch.device) -> dict[int, float]:
     predicted = timings.predict(shape)
     chunked = sorted((n for n in predicted if n > 1), key=predicted.get)[:TRIED]
-    candidates = gather_objects(group.pg, [1, *sorted(chunked)])[0]
+    rounds = 3 if predicted[1] > 0.5 else ROUNDS
+    candidates, rounds = gather_objects(group.pg, ([1, *sorted(chunked)], rounds))[0]
     rows, inner, features, backward = shape
     a = torch.randn(rows, inner, dtype=dtype, device=device)
     weight = (
@@ -144,13 +145,15 @@ def _ops(shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, devic
         else:
             OPS.row_linear(a, weight, None, None, name, chunks, "tune")
 
-    return _medians({chunks: lambda chunks=chunks: call(chunks) for chunks in candidates}, device, group)
+    return _medians({chunks: lambda chunks=chunks: call(chunks) for chunks in candidates}, device, group, rounds)
 
 
-def _medians(calls: dict[int, Callable[[], object]], device: torch.device, group: Group | None = None) -> dict[int, float]:
+def _medians(
+    calls: dict[int, Callable[[], object]], device: torch.device, group: Group | None = None, rounds: int = ROUNDS
+) -> dict[int, float]:
     """Seconds of each call, the median of rounds in which they take turns, after one that does not count. With `group` they start together."""
     times: dict[int, list[float]] = {key: [] for key in calls}
-    for _ in range(ROUNDS + 1):
+    for _ in range(rounds + 1):
         for key, call in calls.items():
             if group is not None:
                 dist.barrier(group.pg)
