@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -29,13 +29,18 @@ class Split:
     """How the ranks divide dimension `dim` (of `size`) of a parameter in its stock layout.
 
     `ranges[r]` are the [start, stop) intervals that rank r's module reads, in the order in which its shard holds them; they may
-    overlap (a KV head read by several ranks). With `replicated` every rank stores the whole parameter all the same.
+    overlap (a KV head read by several ranks). With `replicated` every rank stores the whole parameter all the same. `largest` is the
+    number of rows that the largest rank's module reads.
     """
 
     dim: int
     size: int
     ranges: tuple[Ranges, ...]
     replicated: bool = False
+    largest: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "largest", max(self.sizes))
 
     @staticmethod
     def chunks(size: int, n: int, dim: int = 0, blocks: int = 1) -> Split:
@@ -89,7 +94,7 @@ class Split:
     @property
     def stored_size(self) -> int:
         """Rows that a rank's DTensor holds where its own count would not do: the largest rank's, the rest padding."""
-        return self.size if self.replicated else max(self.sizes)
+        return self.size if self.replicated else self.largest
 
     def shard(self, full: Tensor, rank: int) -> Tensor:
         """The part of `full` that `rank` reads; a view where it is one interval."""

@@ -115,7 +115,7 @@ class ColumnParallelLinear(_ParallelLinear):
             raise ValueError(f"out_features={out_features} must be even for {activation}: it counts both halves, [gate; up]")
         self.activation, self.gather_output, self.tag = activation, gather_output, "column_backward"
         self.out_split = out_split if out_split is not None else Split.chunks(out_features, group.size, blocks=halves)
-        self.share = max(self.out_split.sizes)
+        self.share = self.out_split.largest
         # The layout of the output's last dimension, after the activation.
         self.output_split = Split.chunks(out_features // 2, group.size, dim=-1) if halves == 2 else _last_dim(self.out_split)
 
@@ -203,7 +203,7 @@ class RowParallelLinear(_ParallelLinear):
         self._init_linear(in_features, out_features, group, overlap)
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
         self.in_split = in_split if in_split is not None else Split.chunks(in_features, group.size, dim=1)
-        self.input_split, self.share = _last_dim(self.in_split), max(self.in_split.sizes)
+        self.input_split, self.share = _last_dim(self.in_split), self.in_split.largest
 
     @classmethod
     def from_linear(

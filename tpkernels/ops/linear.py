@@ -280,7 +280,7 @@ def column_parallel_linear(
     check_overlap(overlap)
     check_activation(activation)
     group = resolve_group(group)
-    share = None if out_split is None else max(out_split.sizes) * (2 if activation in GATED else 1)
+    share = None if out_split is None else out_split.largest * (2 if activation in GATED else 1)
     if activation is None:
         (y,) = column_linears(input, [weight], [bias], group, overlap, tag, share)
     else:
@@ -336,7 +336,7 @@ def row_parallel_linear(
     _check(x, weight, bias, group, "row")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
         raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
-    chunks = _chunks(overlap, x, weight.shape[0], group, None if in_split is None else max(in_split.sizes))
+    chunks = _chunks(overlap, x, weight.shape[0], group, None if in_split is None else in_split.largest)
     if norm is not None and norm[0] is not None and norm[0].shape != weight.shape[:1]:
         raise ValueError(f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features")
     mixed = residual is not None and residual.dtype != x.dtype

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from ..group import Group
-from .model import Shape
+from .model import MIN_ROWS, Shape
 from .table import Table, installed
 
 # Below this many rows a chunked GEMM loses more than its all-reduce hides: kraken#19, pytorch#179770 and flux#79 report
@@ -45,15 +47,29 @@ def choose(
         dtype: of the GEMM. Without it nothing measured applies.
         weight_grad: a weight's gradient follows the GEMM.
     """
-    if overlap == "auto" and group.size > 1 and (table := installed(group)) is not None:
-        key = (rows, row_bytes, inner, dtype, weight_grad)
-        schedule = table.chosen.get(key)
-        if schedule is None:
-            if len(table.chosen) >= REMEMBERED:
-                table.chosen.clear()
-            schedule = table.chosen[key] = _measured(table, group, *key) or _published(overlap, rows, row_bytes, group)
-        return schedule
+    if overlap == "auto" and group.size > 1 and installed(group) is not None:
+        if torch.compiler.is_compiling():
+            if rows < 2 * MIN_ROWS:  # one graph for all of them
+                return Schedule(1, group.transport, "too few rows for two chunks")
+            return _constant(group.name, group.device_type, guard_scalar(rows), row_bytes, inner, dtype, weight_grad)
+        return _remembered(group, rows, row_bytes, inner, dtype, weight_grad)
     return _published(overlap, rows, row_bytes, group)
+
+
+@torch.compiler.assume_constant_result
+def _constant(name: str, device_type: str, *shape) -> Schedule:
+    """For torch.compile, which cannot trace the model: the choice is fixed in the graph, and the graph holds for these rows only."""
+    return _remembered(Group(dist.distributed_c10d._resolve_process_group(name), device_type), *shape)
+
+
+def _remembered(group: Group, *shape) -> Schedule:
+    table = installed(group)
+    schedule = table.chosen.get(shape)
+    if schedule is None:
+        if len(table.chosen) >= REMEMBERED:
+            table.chosen.clear()
+        schedule = table.chosen[shape] = _measured(table, group, *shape) or _published("auto", *shape[:2], group)
+    return schedule
 
 
 def _measured(table: Table, group: Group, rows: int, row_bytes: int, inner, dtype, weight_grad: bool) -> Schedule | None:

@@ -67,7 +67,7 @@ def tune(
 
 
 def _check_shape(shape) -> tuple[int, int, int]:
-    if len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
         raise ValueError(f"shapes must be (rows, in_features of a rank, out_features), ints of at least 1, got {shape!r}")
     return tuple(shape)
 
