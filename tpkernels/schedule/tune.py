@@ -102,7 +102,10 @@ def _messages(dtype: torch.dtype, group: Group, name: str, device: torch.device)
 
 
 def _steal(dtype: torch.dtype, group: Group, device: torch.device, message: float) -> float:
-    """Seconds by which GEMMs take longer for each byte that is all-reduced beside them; `message`: what that takes alone."""
+    """Seconds by which GEMMs take longer for each byte that is all-reduced beside them; `message`: what that takes alone.
+
+    On CPUs at least the all-reduce's own processor time: that is measured more surely, and counting it where cores are idle costs little.
+    """
     if group.size == 1:
         return 0.0
     size, rows = FEATURES[device.type], 256
@@ -110,7 +113,7 @@ def _steal(dtype: torch.dtype, group: Group, device: torch.device, message: floa
     out, buffer = torch.empty(rows, size, dtype=dtype, device=device), torch.zeros(BESIDE // dtype.itemsize, dtype=dtype, device=device)
     pg = dist.distributed_c10d._resolve_process_group(group.chunked_name)
     once = _medians({0: lambda: torch.mm(x, weight, out=out)}, device)[0]
-    repeats, longer = math.ceil(1.5 * message / once), []
+    repeats, longer, own = math.ceil(1.5 * message / once), [], []
 
     def gemms():
         for _ in range(repeats):
@@ -123,7 +126,11 @@ def _steal(dtype: torch.dtype, group: Group, device: torch.device, message: floa
         work = dist.all_reduce(buffer, group=pg, async_op=True)
         longer.append(_seconds(gemms, device) - alone)
         work.wait()
-    return max(0.0, statistics.median(longer)) / BESIDE
+        dist.barrier(group.pg)
+        start = time.process_time()
+        dist.all_reduce(buffer, group=pg)
+        own.append(time.process_time() - start)
+    return max(0.0, statistics.median(longer), statistics.median(own) if device.type == "cpu" else 0.0) / BESIDE
 
 
 def _ops(shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, device: torch.device) -> dict[int, float]:
