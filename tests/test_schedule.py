@@ -179,7 +179,7 @@ def saved(folder, spoiled):
     group = resolve_group(mesh["tp"])
     assert installed(group) is None
     if spoiled is None:
-        with mock.patch.multiple("tpkernels.schedule.tune", ROWS={"cpu": (16, 64)}, MESSAGES=(64, 256), FEATURES={"cpu": 32}, BESIDE=256):
+        with mock.patch.multiple("tpkernels.schedule.tune", ROWS={"cpu": (16, 64)}, MESSAGES=(64, 256), FEATURES={"cpu": 32}, BESIDE=4096):
             table = tpk.tune(group, [(256, 8, 8)], [torch.float32])
     elif rank == 0:
         path = tables.Place.of(group).path

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from .. import kernels
 from ..group import Group, resolve_group
 from ..peer_memory import gather_objects
-from .model import Curve, Shape, Timings
+from .model import Curve, Shape, Timings, chunk_rows, pipeline
 from .table import Place, Table, install, save
 
 OPS = torch.ops.tpkernels
@@ -23,7 +23,8 @@ ROUNDS = 5
 FEATURES = {"cpu": 2048, "cuda": 4096}  # inner and outer size of the GEMMs
 ROWS = {"cpu": (16, 64, 128, 256, 512, 1024, 2048), "cuda": (128, 256, 512, 1024, 2048, 4096, 8192)}
 MESSAGES = tuple(4096 * 4**i for i in range(7))  # bytes: 4 KB to 16 MB
-BESIDE = 4 << 20  # bytes of the all-reduce that runs beside GEMMs
+BESIDE = 16 << 20  # bytes of the all-reduce that is watched running beside a GEMM
+CALIBRATED = 4  # chunks of that
 TRIED = 3  # chunked schedules that are measured for a shape: those predicted to be the fastest
 
 
@@ -78,7 +79,7 @@ def _measure(dtype: torch.dtype, shapes, group: Group, device: torch.device) -> 
     messages = chunked = _messages(dtype, group, group.name, device)
     if group.has_chunked_group:
         chunked = _messages(dtype, group, group.chunked_name, device)
-    timings = Timings(dtype.itemsize, gemms, messages, chunked, _steal(dtype, group, device, chunked(BESIDE)))
+    timings = Timings(dtype.itemsize, gemms, messages, chunked, _steal(dtype, group, device, gemms[size, size], chunked(BESIDE)))
     measured = {}
     for rows, inner, features in shapes if group.size > 1 else ():
         for shape in (Shape(rows, inner, features, False), Shape(rows, inner, features, True)):
@@ -101,36 +102,37 @@ def _messages(dtype: torch.dtype, group: Group, name: str, device: torch.device)
     return Curve(tuple(_medians(calls, device, group).items()))
 
 
-def _steal(dtype: torch.dtype, group: Group, device: torch.device, message: float) -> float:
-    """Seconds by which GEMMs take longer for each byte that is all-reduced beside them; `message`: what that takes alone.
+def _steal(dtype: torch.dtype, group: Group, device: torch.device, gemm: Curve, message: float) -> float:
+    """Seconds by which GEMMs take longer for each byte that is all-reduced beside them: what the op itself takes in chunks beyond a
+    pipeline that costs nothing, of a GEMM about 1.5 times as long as its all-reduce, so that either is worth hiding.
 
-    On CPUs at least the all-reduce's own processor time: that is measured more surely, and counting it where cores are idle costs little.
+    gemm: of the reference size, by rows; message: the all-reduce of BESIDE bytes, in seconds. The parts are timed again in each round: a
+    machine that is busy with something else slows all of them alike.
     """
     if group.size == 1:
         return 0.0
-    size, rows = FEATURES[device.type], 256
-    x, weight = torch.randn(rows, size, dtype=dtype, device=device), torch.randn(size, size, dtype=dtype, device=device)
-    out, buffer = torch.empty(rows, size, dtype=dtype, device=device), torch.zeros(BESIDE // dtype.itemsize, dtype=dtype, device=device)
-    pg = dist.distributed_c10d._resolve_process_group(group.chunked_name)
-    once = _medians({0: lambda: torch.mm(x, weight, out=out)}, device)[0]
-    repeats, longer, own = math.ceil(1.5 * message / once), [], []
-
-    def gemms():
-        for _ in range(repeats):
-            torch.mm(x, weight, out=out)
-
-    for _ in range(2 * ROUNDS):
-        dist.barrier(group.pg)
-        alone = _seconds(gemms, device)
-        dist.barrier(group.pg)
-        work = dist.all_reduce(buffer, group=pg, async_op=True)
-        longer.append(_seconds(gemms, device) - alone)
-        work.wait()
-        dist.barrier(group.pg)
-        start = time.process_time()
-        dist.all_reduce(buffer, group=pg)
-        own.append(time.process_time() - start)
-    return max(0.0, statistics.median(longer), statistics.median(own) if device.type == "cpu" else 0.0) / BESIDE
+    features = FEATURES[device.type]
+    rows = BESIDE // (features * dtype.itemsize)
+    inner = math.ceil(min(1.0, max(1 / 32, 1.5 * message / gemm(rows))) * features)
+    inner = gather_objects(group.pg, inner)[0]
+    x, weight = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(features, inner, dtype=dtype, device=device)
+    out, buffer = torch.empty(rows, features, dtype=dtype, device=device), torch.zeros(rows, features, dtype=dtype, device=device)
+    name, losses = group.channel(2), []
+    calls = (
+        lambda: torch.mm(x, weight.t(), out=out),
+        lambda: OPS.all_reduce_(buffer, name, "sum", "tune"),
+        lambda: OPS.row_linear(x, weight, None, None, name, CALIBRATED, "tune"),
+    )
+    sizes = chunk_rows(rows, CALIBRATED, features * dtype.itemsize)
+    for _ in range(2 * ROUNDS + 1):
+        times = []
+        for call in calls:
+            dist.barrier(group.pg)
+            times.append(_seconds(call, device))
+        alone, sent, chunked = times
+        free = pipeline(sizes, lambda n: alone * n / rows, lambda n: sent * n / rows, lambda n: 0.0)  # noqa: B023
+        losses.append(chunked - free)
+    return max(0.0, statistics.median(losses[1:])) * rows / (rows - sizes[-1]) / BESIDE
 
 
 def _ops(shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, device: torch.device) -> dict[int, float]:
