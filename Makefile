@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 SOURCES := setup.py $(shell find csrc -type f)
 
+BENCH_VENV := .venv-bench
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= /usr/local/cuda
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
 
-.PHONY: setup demo test lint format bench check-gpu build-cuda gpu-day clean
+.PHONY: setup demo test lint format bench bench-docs check-gpu build-cuda gpu-day clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -40,8 +41,23 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-bench: setup
-	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=min,median,iqr
+# A venv over .venv, whose packages it sees and cannot change.
+$(BENCH_VENV)/.installed: requirements-bench.txt $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(BENCH_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(BENCH_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth
+	for package in $$(grep -v '^#' requirements-bench.txt); do DS_BUILD_OPS=0 $(BENCH_VENV)/bin/pip install --quiet \
+		--disable-pip-version-check --no-build-isolation --no-deps $$package || echo "bench: without $$package"; done
+	touch $@
+
+# About a quarter of an hour; `make bench BENCH="-k 'all_reduce and 2ranks'"` measures a part. Then `make bench-docs` draws the pictures
+# and the tables of docs/performance.md from the newest results.
+bench: setup $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python -m pytest -q -rs benchmarks --benchmark-only --benchmark-autosave --benchmark-group-by=group \
+		--benchmark-columns=min,median,iqr $(BENCH)
+
+bench-docs: $(BENCH_VENV)/.installed
+	$(BENCH_VENV)/bin/python benchmarks/plot.py
 
 # What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the Triton kernels interpreted and
 # compiled for four chips, the CUDA kernels on simulated GPUs, under sanitizers, their mutants and machine code; and what they take, in docs/.
@@ -70,4 +86,4 @@ gpu-day:
 		benchmarks/gpu_day.py
 
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) tpkernels/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) $(BENCH_VENV) tpkernels/*.so *.egg-info

@@ -115,8 +115,8 @@ class Suite:
 
 @pytest.fixture(scope="session")
 def suite(request):
-    effort = measure.Effort(rounds=2) if request.config.getoption("--smoke") else measure.Effort(request.config.getoption("--seconds"))
-    suite = Suite(request.session, effort)
+    option = request.config.getoption
+    suite = Suite(request.session, measure.Effort(option("--seconds"), option("--smoke")))
     yield suite
     suite.close()
 

@@ -10,10 +10,10 @@ import timing
 
 @dataclass(frozen=True)
 class Effort:
-    """About `seconds` of rounds a case, or so many `rounds`."""
+    """About `seconds` of rounds a case; `smoke`: two rounds of one call each, only to see that it runs."""
 
-    seconds: float = 4.0
-    rounds: int | None = None
+    seconds: float = 1.5
+    smoke: bool = False
 
 
 def case(world, module: str, names: list[str], params: dict, effort: Effort) -> dict | None:
@@ -27,7 +27,7 @@ def case(world, module: str, names: list[str], params: dict, effort: Effort) -> 
                 contender.verify()
             except Exception as error:
                 raise RuntimeError(f"{name} in {params}: {error}") from error
-    rounds = timing.paired(contenders, world, effort.seconds, effort.rounds)
+    rounds = timing.paired(contenders, world, effort.seconds, effort.smoke)
     for contender in contenders.values():
         world.barrier()
         if not contender.alone or world.rank == 0:

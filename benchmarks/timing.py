@@ -21,7 +21,7 @@ import torch
 
 BLOCK_SECONDS, MAX_CALLS = 0.02, 30  # of a block; one call at least
 MIN_ROUNDS, MAX_ROUNDS = 5, 31
-LONG_CALL = 0.05  # seconds; of longer calls one is dropped from a block, else three
+LONG_CALL, VERY_LONG_CALL = 0.05, 0.25  # seconds; of calls up to the first three are dropped from a block, up to the second one
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
 # Both make NCCL's collectives wait for, or record events on, the host's side: nothing overlaps any more (pytorch#143890).
@@ -66,13 +66,13 @@ def block(call: Callable, count: int, device: str) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def paired(contenders: dict[str, Contender], world, seconds: float, rounds: int | None = None) -> dict[str, list[list[float]]]:
+def paired(contenders: dict[str, Contender], world, seconds: float, smoke: bool = False) -> dict[str, list[list[float]]]:
     """For each contender its rounds, each the seconds of the calls that count. All ranks call it; rank 0 decides how many.
 
     Args:
         world: has rank, device, barrier() and broadcast(object) -> rank 0's object. Its barrier must not spin.
         seconds: about how long the rounds may take together.
-        rounds: how many, instead.
+        smoke: two rounds of one call instead.
     """
 
     def run(name: str, count: int) -> list[float]:
@@ -83,14 +83,17 @@ def paired(contenders: dict[str, Contender], world, seconds: float, rounds: int 
         with contender.around():
             return block(contender.call, count, world.device)
 
-    estimates = {name: statistics.median(run(name, 3) or [0.0]) for name in contenders}
-    estimates = world.broadcast(estimates)
-    plan = {}
-    for name, estimate in estimates.items():
-        dropped = 1 if estimate > LONG_CALL else 3
-        plan[name] = (dropped, max(1, min(MAX_CALLS, round(BLOCK_SECONDS / max(estimate, 1e-7)))))
-    one_round = sum(estimates[name] * sum(plan[name]) for name in plan)
-    rounds = world.broadcast(rounds or max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-7)))))
+    plan, rounds = dict.fromkeys(contenders, (0, 1)), 2
+    if not smoke:
+        estimates = {}
+        for name in contenders:
+            first = world.broadcast(run(name, 1))
+            estimates[name] = first[0] if first[0] > LONG_CALL else statistics.median(world.broadcast(run(name, 3)))
+        for name, estimate in estimates.items():
+            calls = max(1, min(MAX_CALLS, round(BLOCK_SECONDS / max(estimate, 1e-7))))
+            plan[name] = (0 if estimate > VERY_LONG_CALL else 1 if estimate > LONG_CALL else 3, calls)
+        one_round = sum(estimates[name] * sum(plan[name]) for name in plan)
+        rounds = world.broadcast(max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-7)))))
     results: dict[str, list[list[float]]] = {name: [] for name in contenders}
     order, dice = list(contenders), random.Random(0)
     for _ in range(rounds):

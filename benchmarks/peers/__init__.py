@@ -27,7 +27,7 @@ PACKAGES = {
     "DeepSpeed": "deepspeed",
     "OpenMPI": "mpi4py",
 }
-SLOW_TO_START = {*PACKAGES, "SGLang", "torch.compile"}  # what a smoke run leaves out
+SLOW_TO_START = {*PACKAGES, "SGLang", "torch.compile", "DTensor"}  # what a smoke run leaves out
 
 
 def unavailable(name: str) -> str | None:
