@@ -98,9 +98,9 @@ def contenders(world, names: list[str], what: str, dtype: str, mode: str, tokens
 
     for name in names:
         if name == "all-reduce":
-            buffer, peer, count = torch.zeros(tokens, hidden, **place), world.peers["tpkernels"], ALL_REDUCES[what][training]
-            if count:
-                made[name] = timing.Contender(lambda: [peer.all_reduce(buffer) for _ in range(count)])
+            if count := ALL_REDUCES[what][training]:
+                buffers = [torch.zeros(tokens, hidden, **place)] * count
+                made[name] = timing.Contender(lambda buffers=buffers: [*map(world.peers["tpkernels"].all_reduce, buffers)])
             continue
         if name == "one process":
             if world.device == "cpu":
