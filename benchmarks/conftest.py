@@ -27,7 +27,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    timing.refuse_environment()
+    try:
+        timing.refuse_environment()
+    except RuntimeError as error:
+        raise pytest.UsageError(str(error)) from error
 
 
 def label(params: dict) -> str:

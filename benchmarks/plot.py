@@ -73,7 +73,10 @@ def seconds(value: float) -> str:
 
 
 def times(ratio: dict | None) -> str:
-    return f"{ratio['median']:.2f} ({ratio['p10']:.2f}-{ratio['p90']:.2f})" if ratio else ""
+    if not ratio:
+        return ""
+    median, low, high = (f"{ratio[key]:.2f}" if 0.1 <= ratio[key] < 10 else f"{ratio[key]:.2g}" for key in ("median", "p10", "p90"))
+    return f"{median} ({low}-{high})"
 
 
 def size(count: int) -> str:
@@ -95,7 +98,13 @@ def ratio_table(points, axis: str, words, skip=()) -> list[str]:
     rows = []
     for value, contenders in points:
         ours = contenders["tpkernels"]
-        rows.append([words(value), seconds(ours["median"]), *(times(ours["ratios"].get(name)) for name in others)])
+        rows.append(
+            [
+                words(value),
+                seconds(ours["components"].get("overlapped", ours["median"])),
+                *(times(ours["ratios"].get(name)) for name in others),
+            ]
+        )
     return table([axis, "tpkernels", *others], rows)
 
 
@@ -220,9 +229,8 @@ def draw(found: dict, folder: Path) -> None:
         if not panels:
             return
         columns = min(2, len(panels))
-        figure, axes = plt.subplots(
-            -(-len(panels) // columns), columns, figsize=(4.2 * columns, 2.9 * -(-len(panels) // columns)), squeeze=False
-        )
+        rows = -(-len(panels) // columns)
+        figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, 3.1 * rows), squeeze=False)
         handles: dict = {}
         for panel, (shared, points) in zip(axes.flat, panels.items(), strict=False):
             for line, (xs, ys, style) in lines(points).items():
@@ -234,8 +242,9 @@ def draw(found: dict, folder: Path) -> None:
             panel.grid(alpha=0.3)
         for panel in axes.flat[len(panels) :]:
             panel.remove()
-        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=min(5, len(handles)))
-        figure.tight_layout(rect=(0, 0.06 if len(panels) > 2 else 0.12, 1, 1))
+        legend_rows = -(-len(handles) // (4 * columns))
+        figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=-(-len(handles) // legend_rows))
+        figure.tight_layout(rect=(0, (0.18 * legend_rows + 0.05) / (3.1 * rows), 1, 1))
         figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
 
