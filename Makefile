@@ -53,8 +53,8 @@ $(BENCH_VENV)/.installed: requirements-bench.txt $(VENV)/.installed
 # About a quarter of an hour; `make bench BENCH="-k 'all_reduce and 2ranks'"` measures a part. Then `make bench-docs` draws the pictures
 # and the tables of docs/performance.md from the newest results.
 bench: setup $(BENCH_VENV)/.installed
-	$(BENCH_VENV)/bin/python -m pytest -q -rs benchmarks --benchmark-only --benchmark-autosave --benchmark-group-by=group \
-		--benchmark-columns=min,median,iqr $(BENCH)
+	$(BENCH_VENV)/bin/python -m pytest -q -rs benchmarks --ignore=benchmarks/bench_link.py --benchmark-only --benchmark-autosave \
+		--benchmark-group-by=group --benchmark-columns=min,median,iqr $(BENCH)
 
 bench-docs: $(BENCH_VENV)/.installed
 	$(BENCH_VENV)/bin/python benchmarks/plot.py

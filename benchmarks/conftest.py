@@ -26,6 +26,11 @@ def pytest_addoption(parser):
     group.addoption("--seconds", type=float, default=measure.Effort.seconds, help="about how long the rounds of one case take")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """A smoke run is of the files that `replay`: the others have sizes of their own."""
+    return True if config.getoption("--smoke") and collection_path.name in ("bench_fused.py", "bench_link.py") else None
+
+
 def pytest_configure(config):
     try:
         timing.refuse_environment()

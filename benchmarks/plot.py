@@ -41,8 +41,12 @@ def load(files: list[Path]) -> tuple[dict, list[dict]]:
         data = json.loads(file.read_text())
         heads.append({key: data[key] for key in ("machine_info", "commit_info", "datetime")})
         for record in data["benchmarks"]:
-            info = record.get("extra_info", {})
-            if "params" in info:
+            info = record["extra_info"]
+            if record["name"].startswith("test_link"):
+                case = dict(record["params"])
+                variant = case.pop("variant")
+                found.setdefault(("link", tuple(case.items())), {})[variant] = {**info, "median": record["stats"]["median"]}
+            elif "params" in info:
                 case = found.setdefault((info["name"], tuple(info["params"].items())), {})
                 case[info.get("contender", "tpkernels")] = {**info, "median": record["stats"]["median"]}
     return found, heads
@@ -50,8 +54,8 @@ def load(files: list[Path]) -> tuple[dict, list[dict]]:
 
 def newest() -> list[Path]:
     saved = sorted(ROOT.glob(".benchmarks/*/*.json"), key=lambda path: path.stat().st_mtime)
-    link = [path for path in saved if "link" in path.name]
-    return [*[path for path in saved if path not in link][-1:], *link[-1:]]
+    links = [path for path in saved if '"test_link' in path.read_text()]
+    return [*[path for path in saved if path not in links][-1:], *links[-1:]]
 
 
 def series(found: dict, name: str, axis: str) -> dict[str, list[tuple[int, dict]]]:
@@ -81,6 +85,10 @@ def times(ratio: dict | None) -> str:
 
 def size(count: int) -> str:
     return f"{count >> 20} MB" if count >= 1 << 20 else f"{count >> 10} KB"
+
+
+def tokens(count: int) -> str:
+    return f"{count} token{'s' * (count > 1)}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -119,21 +127,24 @@ def layer(found: dict, name: str) -> list[str]:
     lines, memory = [], {}
     parts = ("GEMM", "all-reduce", "serial", "overlapped", "ideal")
     for shared, points in series(found, name, "tokens").items():
-        lines += [f"**{shared}**", "", *ratio_table(points, "", lambda count: f"{count} tokens", PARTS)]
+        lines += [f"**{shared}**", "", *ratio_table(points, "", tokens, PARTS)]
         rows = []
         for count, contenders in points:
-            of = contenders["tpkernels"]["components"]
+            of, ratios = contenders["tpkernels"]["components"], contenders["tpkernels"]["ratios"]
             share = f"{100 * of['hidden']:.0f}%" if "hidden" in of else ""
-            chunks = contenders.get("tpkernels, 4 chunks")
-            rows.append(
-                [
-                    f"{count} tokens",
-                    *(seconds(of[part]) if part in of else "" for part in parts),
-                    share,
-                    (chunks and seconds(chunks["median"])) or "",
-                ]
-            )
-        head = ["", "GEMM only", "all-reduce only", "serial", "overlapped", "ideal: max", "hidden", "4 chunks forced"]
+            compared = (times(ratios.get(f"tpkernels, {other}")) for other in ("overlap=False", "4 chunks"))
+            rows.append([tokens(count), *(seconds(of[part]) if part in of else "" for part in parts), share, *compared])
+        head = [
+            "",
+            "GEMM only",
+            "all-reduce only",
+            "serial",
+            "overlapped",
+            "ideal: max",
+            "hidden",
+            "serial / overlapped",
+            "4 chunks / overlapped",
+        ]
         lines += table(head, rows) if any(row[-1] for row in rows) else table(head[:-1], [row[:-1] for row in rows])
         memory[shared] = points[-1]
     for shared, (count, contenders) in memory.items():
@@ -168,21 +179,17 @@ def layer_cost(found: dict) -> list[str]:
 
 
 def link(found: dict) -> list[str]:
-    """As bench_link.py names its parts and ratios."""
+    """bench_link.py's cases, whose variants are gemm, all_reduce, serial and auto."""
     rows = []
-    for (name, case), contenders in found.items():
-        if name == "link":
-            for info in contenders.values():
-                rows.append((dict(case), info.get("components", {}), info.get("ratios", {})))
-    parts = list(dict.fromkeys(part for _, of, _ in rows for part in of))
-    others = list(dict.fromkeys(other for _, _, ratios in rows for other in ratios))
-    lines = []
-    for params, of, ratios in rows:
-        cells = [f"{100 * of[part]:.0f}%" if part == "hidden" else seconds(of[part]) if part in of else "" for part in parts]
-        lines.append(
-            [", ".join(f"{key} {value}" for key, value in params.items()), *cells, *(times(ratios.get(other)) for other in others)]
-        )
-    return table(["", *parts, *(f"{other}, ratio" for other in others)], lines)
+    for (name, case), variants in found.items():
+        if name == "link" and variants.keys() >= {"gemm", "all_reduce", "serial", "auto"}:
+            of, info = dict(case), variants["auto"]
+            medians = [seconds(variants[variant]["median"]) for variant in ("gemm", "all_reduce", "serial", "auto")]
+            gain, ideal = info["auto against overlap=False"], info["ideal against overlap=False"]
+            what = f"{of['rate']} Gbit/s, M={of['rows']}, {of['which']}"
+            rows.append([what, *medians, f"{gain:.2f}", f"{ideal:.2f}", f"{100 * info['hidden']:.0f}%"])
+    head = ["", "GEMM only", "all-reduce only", "overlap=False", 'overlap="auto"', "gain", "ideal gain", "hidden"]
+    return table(head, rows)
 
 
 def machine(heads: list[dict]) -> list[str]:
@@ -297,7 +304,7 @@ def main() -> None:
     if not files:
         parser.error("no results in .benchmarks: run `make bench` first, or name its JSON files")
     found, heads = load(files)
-    found = {key: contenders for key, contenders in found.items() if "tpkernels" in contenders}  # what the ratios are to
+    found = {key: contenders for key, contenders in found.items() if key[0] == "link" or "tpkernels" in contenders}  # the ratios' base
     write_whole(options.page, fill(options.page.read_text(), tables(found, heads)))
     if not options.tables_only:
         draw(found, options.page.parent / "images")

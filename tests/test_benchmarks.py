@@ -93,7 +93,6 @@ def test_every_benchmark_runs_and_is_drawn(tmp_path):
         "pytest",
         "-q",
         "--smoke",
-        "--ignore=benchmarks/bench_fused.py",
         f"--benchmark-json={results}",
         "benchmarks",
     ]
