@@ -6,6 +6,7 @@ The pytest process only coordinates. Where OpenMPI is installed, mpirun starts t
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import os
 import shutil
@@ -153,6 +154,8 @@ class World:
 
         self.peers, self.absent = start(self, peers)
         self._kept_for, self._kept = None, {}
+        gc.collect()
+        gc.freeze()  # the packages' objects: else every collection before a memory figure walks them, a tenth of a second
 
     def barrier(self) -> None:
         import torch.distributed as dist
