@@ -6,6 +6,7 @@ The pytest process only coordinates. Where OpenMPI is installed, mpirun starts t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import os
@@ -22,6 +23,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PR_SET_PDEATHSIG = 1
 START_TIMEOUT, CASE_TIMEOUT, GRACE = 120, 300, 10  # seconds
 
 
@@ -178,6 +180,7 @@ class World:
 
 
 def main(folder: str, size: str, peers: str) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however the coordinator, or mpirun, ends
     rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     connection = socket.socket(socket.AF_UNIX)
