@@ -1,9 +1,12 @@
 // The schema of every op, the device-agnostic implementations, and what Python sees of the collective log.
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "cpu/gemm.h"
 #include "overlap/comm.h"
 #include "overlap/linear.h"
 #include "overlap/loss.h"
@@ -20,6 +23,23 @@ static at::Tensor comm_buffer_like(const at::Tensor& like, at::IntArrayRef size)
   return tpkernels::empty_comm_buffer(size, like.options());
 }
 
+// F.linear(input, weight, bias) where no check of ours and no machinery of torch's has a say; else None, and Python takes the long
+// way.
+static PyObject* linear_now(pybind11::handle input, pybind11::handle weight, pybind11::handle bias) {
+  const auto exact = [](pybind11::handle t) { return THPVariable_CheckExact(t.ptr()); };
+  if (exact(input) && exact(weight) && (bias.is_none() || exact(bias)) && !at::impl::torch_function_mode_enabled()) {
+    const auto b = bias.is_none() ? std::nullopt : std::optional(THPVariable_Unpack(bias.ptr()));
+    const auto &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
+    at::Tensor out;
+    {
+      pybind11::gil_scoped_release release;
+      out = tpkernels::linear_now(x, w, b);
+    }
+    if (out.defined()) return THPVariable_Wrap(std::move(out));
+  }
+  Py_RETURN_NONE;
+}
+
 TORCH_LIBRARY(tpkernels, m) {
   m.def("autocast_to(Tensor(a) self, ScalarType dtype) -> Tensor(a)", &autocast_to);
   m.def("add_bias_residual_(Tensor(a!) self, Tensor bias, Tensor residual) -> ()");
@@ -27,7 +47,11 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def("empty_comm_buffer(Tensor like, int[] size) -> Tensor");
   m.def("vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
   m.def("all_gather(Tensor self, str group, str tag) -> Tensor");
-  m.def("row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, str tag) -> Tensor");
+  m.def(
+      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, str tag, bool grad=False) "
+      "-> Tensor");
+  m.def("row_linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool bias_grad) -> Tensor[]");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool grad) -> Tensor");
   m.def(
       "row_linear_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, Tensor norm_weight, float eps, str group, "
       "int chunks, str tag) -> (Tensor, Tensor)");
@@ -82,16 +106,36 @@ static void register_engine(torch::Library& m) {
   m.impl("all_gather", &tpkernels::all_gather);
   m.impl("row_linear", &tpkernels::row_linear);
   m.impl("row_linear_rms_norm", &tpkernels::row_linear_rms_norm);
+  m.impl("row_linear_backward", &tpkernels::row_linear_backward);
   m.impl("column_linear_backward", &tpkernels::column_linear_backward);
   m.impl("vocab_ce", &tpkernels::vocab_ce);
   m.impl("vocab_linear_ce", &tpkernels::vocab_linear_ce);
 }
 
-TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { register_engine(m); }
+TORCH_LIBRARY_IMPL(tpkernels, CPU, m) {
+  register_engine(m);
+  m.impl("linear", &tpkernels::linear);
+}
 TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) { register_engine(m); }
 
 PYBIND11_MODULE(_C, m) {
   m.def("chunk_bounds", &tpkernels::chunk_bounds, pybind11::arg("rows"), pybind11::arg("chunks"), pybind11::arg("row_bytes"));
+  m.def("packed_bytes", &tpkernels::packed_bytes, pybind11::arg("weight") = std::nullopt);
+  pybind11::enum_<tpkernels::Library>(m, "Library")
+      .value("aten", tpkernels::Library::aten)
+      .value("mkl", tpkernels::Library::mkl)
+      .value("onednn", tpkernels::Library::onednn);
+  m.def("choose_gemm", [](const at::Tensor& weight, int64_t rows, bool constant) {
+    const auto gemm = tpkernels::choose_gemm(weight, rows, constant);
+    return std::tuple(gemm.library, gemm.wide, gemm.packed);
+  });
+  m.def("linear_now", [](pybind11::handle input, pybind11::handle weight, pybind11::handle bias) {
+    return pybind11::reinterpret_steal<pybind11::object>(linear_now(input, weight, bias));
+  });
+  m.def("has_library", &tpkernels::has_library);
+  m.def("force_gemm", [](std::optional<std::tuple<tpkernels::Library, bool, bool>> gemm) {
+    tpkernels::force_gemm(gemm ? std::optional(std::make_from_tuple<tpkernels::Gemm>(*gemm)) : std::nullopt);
+  });
   m.def("range_push", &tpkernels::range_push);
   m.def("range_pop", &tpkernels::range_pop);
   m.def("peer_buffer_bytes", [](int64_t half_bytes) { return tpkernels::peer_buffer_bytes(half_bytes); });

@@ -1,5 +1,6 @@
 """Faults planted in the engine, and the source that builds it with each of them, for test_stream_semantics.py."""
 
+import os
 import re
 from pathlib import Path
 
@@ -9,11 +10,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Pending's destructor gives the right values wherever nothing follows it, but loses the collective's error. The order of Pending's
 # members alone is no mutant: the destructor has waited before it frees either.
 ROW_LAUNCH = "    pending.push_back(channel.all_reduce(slice, i));\n  }\n  // Every GEMM"
+ROW_GEMM = "      linear_out(slice, x_i, weight, gemm_adds_bias ? bias : std::nullopt, grad);\n"
 ROW_WAIT = "    pending[i].wait();\n"
 ROW_EPILOGUE = "  for (size_t i = 0; i < count; i++) {\n    pending[i].wait();\n    if (!rest) continue;\n"
 COLUMN_LAUNCH = "      pending.push_back(channel.all_reduce(slice, i));\n    }\n    auto shape"
 COLUMN_WAIT = "  for (auto& p : pending) p.wait();\n  return grads;"
-COLUMN_SIBLINGS = "      for (size_t j = 1; j < dys.size(); j++) slice.addmm_(slice_rows(dys[j], bounds, i), weights[j]);\n"
+COLUMN_GEMMS = "        gradients.input_out(slice, bounds[i]);\n"
 LEAK = "new std::vector<Pending>(std::move(pending));"
 REDUCE = "  Channel(group, tag).all_reduce(buffer, 0, op == "
 REDUCE_WAIT = "c10d::ReduceOp::MAX).wait();\n  if (!self.is_contiguous()) self.copy_(buffer);"
@@ -26,8 +28,9 @@ MAXIMUM = "  channel.all_reduce(peaks, 0, c10d::ReduceOp::MAX).wait();\n"
 SUMS = "  channel.all_reduce(sums).wait();\n"
 SMOOTHED = "  if (smoothing != 0) sums[2].copy_(total - width * peak);\n"
 LOSS_LAUNCH = "      pending.push_back(channel.all_reduce(slice, i));\n    }\n    if (weight_grad)"
+LOSS_GEMM = "      LinearGrads({logits}, x, weight).input_out(slice, 0);\n"
 LOSS_WAIT = "  for (auto& p : pending) p.wait();\n  std::vector<at::Tensor> results"
-LOSS_WEIGHT = "    if (weight_grad) add_product_(d_weight, logits.t(), x);\n"
+LOSS_WEIGHT = "    if (weight_grad) add_weight_grad_(d_weight, logits, x);\n"
 LOSS_BIAS = "    if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));\n"
 LOSS_GRADIENT = "    to_gradient_(logits, t, log_norm, scale->narrow(0, begin, size), first, 1 - smoothing, smoothing / num_classes);\n"
 NOW = "      channel.all_reduce_now(slice, epilogue);\n      return out.view(shape);\n    }"
@@ -47,8 +50,8 @@ MUTANTS: list[tuple[str, ...]] = [
     ("row_linear: waits one chunk behind", ROW_LAUNCH, ROW_LAUNCH.replace("\n  }", "\n    if (i > 0) pending[i - 1].wait();\n  }", 1)),
     (
         "row_linear: launches before the GEMM",
-        "    if (gemm_adds_bias) {",
-        "    pending.push_back(channel.all_reduce(slice, i));\n    if (gemm_adds_bias) {",
+        ROW_GEMM,
+        "      pending.push_back(channel.all_reduce(slice, i));\n" + ROW_GEMM,
         ROW_LAUNCH,
         "  }\n  // Every GEMM",
     ),
@@ -75,11 +78,11 @@ MUTANTS: list[tuple[str, ...]] = [
         COLUMN_LAUNCH.replace("    }\n", "    }\n    for (auto& p : pending) p.wait();\n"),
     ),
     (
-        "column_linear_backward: launches before the other layers' GEMMs",
-        COLUMN_SIBLINGS,
+        "column_linear_backward: launches before the GEMMs",
+        COLUMN_GEMMS,
         "",
         COLUMN_LAUNCH,
-        COLUMN_LAUNCH.replace("\n    }", f"\n{COLUMN_SIBLINGS}    }}", 1),
+        COLUMN_LAUNCH.replace("\n    }", f"\n{COLUMN_GEMMS}    }}", 1),
     ),
     ("all_reduce_: wait left to the destructor", REDUCE_WAIT, REDUCE_WAIT.replace(".wait()", "")),
     (
@@ -181,8 +184,8 @@ MUTANTS: list[tuple[str, ...]] = [
     ("vocab_linear_ce: waits one chunk behind", LOSS_BIAS, LOSS_BIAS + "    if (input_grad && i > 0) pending[i - 1].wait();\n"),
     (
         "vocab_linear_ce: launches before the GEMM",
-        "      at::mm_out(slice, logits, weight);\n" + LOSS_LAUNCH,
-        "      pending.push_back(channel.all_reduce(slice, i));\n      at::mm_out(slice, logits, weight);\n    }\n    if (weight_grad)",
+        LOSS_GEMM + LOSS_LAUNCH,
+        f"      pending.push_back(channel.all_reduce(slice, i));\n{LOSS_GEMM}    }}\n    if (weight_grad)",
     ),
     (
         "vocab_linear_ce: launches after the weight's gradient",
@@ -245,7 +248,7 @@ MUTANTS: list[tuple[str, ...]] = [
 ]
 
 # What all ops share, and their files: a mutant of one of these is that file alone, beside the shared part of the engine as it is.
-SHARED, SOURCES = ("../op.h", "comm.cpp"), ("linear.cpp", "loss.cpp")
+SHARED, SOURCES = ("../op.h", "../cpu/packed.cpp", "../cpu/gemm.cpp", "comm.cpp"), ("linear.cpp", "loss.cpp")
 
 # In place of csrc/cuda/peer.cu: the kernel's result, by the group's own all-reduce.
 PEERS = """
@@ -316,10 +319,11 @@ TORCH_LIBRARY_FRAGMENT(tpk_mutant_{i}, m) {{
 def engine_text(name: str, seen: set[str], system: dict[str, None]) -> str:
     """A source with its own headers in their places; other headers, but for those inside an #if, are collected in `system`."""
     seen.add(name)
-    text, conditional = "", False
+    text, conditional, folder = "", False, Path(name).parent
     for line in (ROOT / "csrc/overlap" / name).read_text().splitlines(keepends=True):
         if own := re.match(r'#include "(.+)"', line):
-            text += "" if own[1] in seen else engine_text(own[1], seen, system)
+            header = os.path.normpath(folder / own[1])
+            text += "" if header in seen else engine_text(header, seen, system)
         elif line.startswith("#include") and not conditional:
             system[line] = None
         elif not line.startswith("#pragma once"):

@@ -39,6 +39,16 @@ def samples():
             (rand(5, 4, dtype=torch.bfloat16).t(), rand(6, 5, dtype=torch.bfloat16), None, None, group, 1, "row_forward"),
             (rand(4), rand(6, 4), rand(6), None, group, 2, "row_forward"),
         ],
+        "linear": [
+            (rand(2, 35, 4), rand(6, 4), rand(6), True),
+            (rand(4), rand(6, 4), None, False),
+            (rand(4, 3).t(), rand(6, 4), None, True),
+        ],
+        "row_linear_backward": [
+            (rand(2, 35, 6), rand(2, 35, 4), rand(6, 4), True),
+            (rand(6), rand(4), None, True),
+            (rand(3, 6), None, rand(6, 4), False),
+        ],
         "column_linear_backward": [
             (dys, rand(2, 35, 6), weights, True, yes, yes, group, 3, "column_backward"),
             (dys, rand(2, 35, 6), [], False, yes, no, group, 1, "column_backward"),

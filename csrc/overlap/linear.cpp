@@ -1,12 +1,11 @@
 #include "linear.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/index_select.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/sum.h>
 
+#include "../cpu/gemm.h"
 #include "../op.h"
 #include "comm.h"
 
@@ -34,33 +33,44 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
   return std::get<0>(op.call(input, std::nullopt, weight, std::nullopt, eps, true));
 }
 
+// out = the sum over ranks of what gemm(part, first row) writes, and the epilogue in the same pass; by blocks of rows where the
+// memory that the ranks share is smaller.
+template <typename F>
+void sum_over_peers(const Channel& channel, const at::Tensor& out, const Epilogue& epilogue, const F& gemm) {
+  const int64_t rows = out.size(0), block = channel.peers->rows_at_once(out);
+  for (int64_t begin = 0; begin < rows; begin += block) {
+    const int64_t n = std::min(block, rows - begin);
+    const auto slice = out.narrow(0, begin, n);
+    auto here = epilogue;
+    if (here.residual.defined()) here.residual = here.residual.narrow(0, begin, n);
+    if (here.normed.defined()) here.normed = here.normed.narrow(0, begin, n);
+    auto staged = channel.peers->stage(slice);
+    {
+      const auto range = channel.range("gemm");
+      gemm(staged.part, begin);
+    }
+    channel.all_reduce_now(std::move(staged), slice, here);
+  }
+}
+
 // row_linear; where its all-reduce takes the epilogue along, `normed` of that is written too.
 at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag,
-               Epilogue& epilogue) {
-  auto x = as_rows(input), weight_t = weight.t();
+               bool grad, Epilogue& epilogue) {
+  auto x = as_rows(input);
   auto shape = input.sizes().vec();
   shape.back() = weight.size(0);
   auto out = empty_comm_buffer({x.size(0), weight.size(0)}, input.options());
   const auto bounds = chunk_bounds(x.size(0), chunks, weight.size(0) * input.element_size());
   const size_t count = bounds.size() - 1;
   const Channel channel(group, tag, count, "row");
-  if (channel.fits_peers(out)) {  // its parts summed with the epilogue in one pass
+  if (channel.fits_peers(out)) {
     if (bias) epilogue.bias = bias->contiguous();
-    const auto rest = residual ? residual->expand(shape).reshape(out.sizes()).contiguous() : at::Tensor();
+    if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();
     if (epilogue.weight.defined() && channel.peers->norms()) epilogue.normed = at::empty_like(out);
-    const int64_t rows = out.size(0), block = channel.peers->rows_at_once(out);
-    for (int64_t begin = 0; begin < rows; begin += block) {
-      const int64_t n = std::min(block, rows - begin);
-      const auto slice = out.narrow(0, begin, n);
-      if (residual) epilogue.residual = rest.narrow(0, begin, n);
-      auto staged = channel.peers->stage(slice);
-      {
-        const auto range = channel.range("gemm");
-        at::mm_out(staged.part, x.narrow(0, begin, n), weight_t);
-      }
-      channel.all_reduce_now(std::move(staged), slice, epilogue);
-    }
+    sum_over_peers(channel, out, epilogue, [&](at::Tensor& part, int64_t begin) {
+      linear_out(part, x.narrow(0, begin, part.size(0)), weight, std::nullopt, grad);
+    });
     return out.view(shape);
   }
   // Without a residual pass to ride on, the bias enters the sum through the first rank's GEMM.
@@ -71,11 +81,7 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
     auto slice = slice_rows(out, bounds, i), x_i = slice_rows(x, bounds, i);
     {
       const auto range = channel.range("gemm", i);
-      if (gemm_adds_bias) {
-        at::addmm_out(slice, *bias, x_i, weight_t);
-      } else {
-        at::mm_out(slice, x_i, weight_t);
-      }
+      linear_out(slice, x_i, weight, gemm_adds_bias ? bias : std::nullopt, grad);
     }
     pending.push_back(channel.all_reduce(slice, i));
   }
@@ -98,10 +104,11 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
 }  // namespace
 
 at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag) {
+                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag,
+                      bool grad) {
   BelowAutograd guard;
   Epilogue epilogue;
-  return row(input, weight, bias, residual, group, chunks, tag, epilogue);
+  return row(input, weight, bias, residual, group, chunks, tag, grad, epilogue);
 }
 
 std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input, const at::Tensor& weight,
@@ -113,7 +120,7 @@ std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input, 
   Epilogue epilogue;
   epilogue.weight = norm_weight.to(weight.scalar_type()).contiguous();
   epilogue.eps = eps;
-  auto sum = row(input, weight, bias, residual, group, chunks, tag, epilogue);
+  auto sum = row(input, weight, bias, residual, group, chunks, tag, /*grad=*/false, epilogue);
   if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};
   return {sum, rms_norm(sum, norm_weight, eps)};
 }
@@ -144,6 +151,7 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, cons
   BelowAutograd guard;
   std::vector<at::Tensor> dys, grads;
   for (const auto& dy : grad_outputs) dys.push_back(as_rows(dy));
+  LinearGrads gradients(dys, input ? as_rows(*input) : at::Tensor(), weights);
 
   std::vector<Pending> pending;
   if (input_grad) {
@@ -152,25 +160,27 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, cons
     const auto bounds = chunk_bounds(rows, chunks, features * dx.element_size());
     const size_t count = bounds.size() - 1;
     const Channel channel(group, tag, count, "column");
-    pending.reserve(count);
-    for (size_t i = 0; i < count; i++) {
-      auto slice = slice_rows(dx, bounds, i);
-      {
-        const auto range = channel.range("gemm", i);
-        at::mm_out(slice, slice_rows(dys[0], bounds, i), weights[0]);
-        for (size_t j = 1; j < dys.size(); j++) slice.addmm_(slice_rows(dys[j], bounds, i), weights[j]);
+    if (channel.fits_peers(dx)) {
+      sum_over_peers(channel, dx, {}, [&](at::Tensor& part, int64_t begin) { gradients.input_out(part, begin); });
+    } else {
+      pending.reserve(count);
+      for (size_t i = 0; i < count; i++) {
+        auto slice = slice_rows(dx, bounds, i);
+        {
+          const auto range = channel.range("gemm", i);
+          gradients.input_out(slice, bounds[i]);
+        }
+        pending.push_back(channel.all_reduce(slice, i));
       }
-      pending.push_back(channel.all_reduce(slice, i));
     }
     auto shape = grad_outputs[0].sizes().vec();
     shape.back() = features;
     grads.push_back(dx.view(shape));
   }
-  const auto x = input ? as_rows(*input) : at::Tensor();
   {
     const Range range("column", "wgrad");
     for (size_t j = 0; j < dys.size(); j++)  // under the last chunks' all-reduces
-      if (weight_grad[j]) grads.push_back(at::mm(dys[j].t(), x));
+      if (weight_grad[j]) grads.push_back(gradients.weight(j));
     for (size_t j = 0; j < dys.size(); j++)
       if (bias_grad[j]) grads.push_back(dys[j].sum(0));
   }

@@ -11,9 +11,10 @@
 
 namespace tpkernels {
 
-// sum over ranks of input [..., K/n] @ weight [N, K/n]^T, + bias [N] + residual [..., N]
+// sum over ranks of input [..., K/n] @ weight [N, K/n]^T, + bias [N] + residual [..., N]; `grad`: a gradient will follow
 at::Tensor row_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
-                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag);
+                      const std::optional<at::Tensor>& residual, const std::string& group, int64_t chunks, const std::string& tag,
+                      bool grad);
 
 // row_linear and the RMSNorm of its result: (result, result * rsqrt(mean(result^2) + eps) * norm_weight). No gradient is prepared
 // for.

@@ -1,12 +1,11 @@
 #include "loss.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 
+#include "../cpu/gemm.h"
 #include "../op.h"
 #include "comm.h"
 
@@ -28,15 +27,6 @@ void to_gradient_(const at::Tensor& logits, const at::Tensor& target, const at::
           .findSchemaOrThrow("tpkernels::vocab_ce_grad_", "")
           .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, int64_t, double, double)>();
   op.call(logits, target, log_norm, scale, first, on_target, everywhere);
-}
-
-// Weight gradients of chunks add up in float32 at least; a half-precision chunk is rounded once, by its GEMM.
-void add_product_(at::Tensor& total, const at::Tensor& a, const at::Tensor& b) {
-  if (total.scalar_type() == a.scalar_type()) {
-    total.addmm_(a, b);
-  } else {
-    total.add_(at::mm(a, b));
-  }
 }
 
 }  // namespace
@@ -92,21 +82,17 @@ std::vector<at::Tensor> vocab_linear_ce(const at::Tensor& input, const at::Tenso
     const int64_t begin = i * chunk_rows, size = std::min(chunk_rows, rows - begin);
     const auto x = input.narrow(0, begin, size), t = target.narrow(0, begin, size);
     auto logits = logits_buffer.narrow(0, 0, size);
-    if (bias) {
-      at::addmm_out(logits, *bias, x, weight.t());
-    } else {
-      at::mm_out(logits, x, weight.t());
-    }
+    linear_out(logits, x, weight, bias, scale.has_value());
     const auto [loss_i, log_norm, widths] = vocab_ce(logits, t, first, num_classes, ignore_index, smoothing, group, tag);
     loss.narrow(0, begin, size).copy_(loss_i);
     if (!scale) continue;
     to_gradient_(logits, t, log_norm, scale->narrow(0, begin, size), first, 1 - smoothing, smoothing / num_classes);
     if (input_grad) {  // its all-reduce runs under the weight's gradient and the next chunk's logits
       auto slice = d_input.narrow(0, begin, size);
-      at::mm_out(slice, logits, weight);
+      LinearGrads({logits}, x, weight).input_out(slice, 0);
       pending.push_back(channel.all_reduce(slice, i));
     }
-    if (weight_grad) add_product_(d_weight, logits.t(), x);
+    if (weight_grad) add_weight_grad_(d_weight, logits, x);
     if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));
   }
   for (auto& p : pending) p.wait();

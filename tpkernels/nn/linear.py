@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .. import _C
 from ..group import Group, resolve_group
 from ..ops.activation import GATED, bias_act, check_activation
 from ..ops.comm import gather
-from ..ops.linear import column_linear_act, column_linears, row_parallel_linear
+from ..ops.linear import column_linear_act, column_linears, linear_now, row_parallel_linear
 from ..schedule import check_overlap
 from ..schedule.explain import explain
 from ..shard import Split
@@ -47,6 +48,13 @@ class _ParallelLinear(Sharded, nn.Module):
         weight = self.local("weight", cast=True)
         return weight.t() if self.transposed else weight, self.local("bias", cast=True)
 
+    def _now(self, input: Tensor) -> Tensor | None:
+        """The whole forward where it is a plain product of the parameters as they are, else None; a few microseconds either way."""
+        if self.region is not None or self.transposed or self.splits["weight"].replicated:
+            return None
+        parameters = self._parameters
+        return linear_now(input, parameters["weight"], parameters["bias"])
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation: for one seed the same full weights at any TP size. Draws one full weight at a time."""
@@ -60,7 +68,23 @@ class _ParallelLinear(Sharded, nn.Module):
         together = [self] if self.region is None or self not in self.region.siblings else self.region.siblings
         share = sum(layer.share for layer in together)
         text = explain(self.overlap, rows, features, self.group, share, self.weight.dtype, weight_grad)
-        return f"{self}\n{when}: {text}"
+        return "\n".join([f"{self}", f"{when}: {text}", *[self._explain_gemm(rows)] * (self.weight.device.type == "cpu")])
+
+    def _explain_gemm(self, rows: int) -> str:
+        """How the forward product of `rows` rows is computed, and what a packed copy of the weight takes."""
+        with torch.no_grad():
+            weight, _ = self.weight_and_bias()
+
+        def name(library, wide, packed) -> str:
+            return {"aten": "at::mm", "mkl": "MKL", "onednn": "oneDNN"}[library.name] + " in float32" * wide + " on packed weights" * packed
+
+        constant, training = (_C.choose_gemm(weight, rows, constant) for constant in (True, False))
+        text = f"gemm of {rows} rows: {name(*constant)} without gradient, {name(*training)} with"
+        _, wide, packed = constant
+        size, held = weight.numel() * (4 if wide else weight.element_size()), _C.packed_bytes(weight)
+        if packed:
+            text += f"; the packed copy takes {size:,} bytes from the second call on"
+        return text + (f"; {held:,} bytes are held now" if packed or held else "")
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, rank {self.group.rank} of {self.group.size}, overlap={self.overlap!r}"
@@ -147,6 +171,8 @@ class ColumnParallelLinear(_ParallelLinear):
         return column_linears(input, [weight], [bias], self.group, self.overlap, self.tag, self.share)[0]
 
     def forward(self, input: Tensor) -> Tensor:
+        if self.activation is None and not self.gather_output and (y := self._now(input)) is not None:
+            return y
         if self.activation is not None and self.region is None:
             y = column_linear_act(input, *self.weight_and_bias(), self.activation, self.group, self.overlap, self.tag, self.share)
         else:
@@ -233,6 +259,9 @@ class RowParallelLinear(_ParallelLinear):
         Raises:
             ValueError: norm with skip_bias_add, which leaves nothing to be normed yet; otherwise as `row_parallel_linear`.
         """
+        alone = self.group.size == 1 and residual is None and norm is None and not self.skip_bias_add
+        if alone and (y := self._now(input)) is not None:
+            return y
         if norm is not None and self.skip_bias_add:
             raise ValueError("norm needs the whole output, but skip_bias_add=True leaves its bias to the caller: pass one of them")
         if self.region is not None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _C
 from ..group import Group, resolve_group
 from ..schedule import check_overlap, choose, fuses_activation
 from ..shard import Split
@@ -21,7 +22,7 @@ _ops = torch.ops.tpkernels
 
 
 @torch.library.register_fake("tpkernels::row_linear")
-def _(input, weight, bias, residual, group, chunks, tag):
+def _(input, weight, bias, residual, group, chunks, tag, grad=False):
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
     _log_fake("all_reduce", tag, group, out, chunks)
     return out
@@ -33,6 +34,19 @@ def _(input, weight, bias, residual, norm_weight, eps, group, chunks, tag):
     return out, torch.empty_like(out)
 
 
+@torch.library.register_fake("tpkernels::linear")
+def _(input, weight, bias, grad):
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+@torch.library.register_fake("tpkernels::row_linear_backward")
+def _(grad_output, input, weight, bias_grad):
+    n = grad_output.shape[-1]
+    grads = [grad_output.new_empty(*grad_output.shape[:-1], weight.shape[1])] if weight is not None else []
+    grads += [grad_output.new_empty(n, input.shape[-1])] if input is not None else []
+    return grads + [grad_output.new_empty(n)] * bias_grad
+
+
 @torch.library.register_fake("tpkernels::column_linear_backward")
 def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, chunks, tag):
     grads = []
@@ -42,6 +56,13 @@ def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, c
     grads += [dy.new_empty(dy.shape[-1], input.shape[-1]) for dy, need in zip(grad_outputs, weight_grad, strict=True) if need]
     grads += [dy.new_empty(dy.shape[-1]) for dy, need in zip(grad_outputs, bias_grad, strict=True) if need]
     return grads
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, grad: bool = False) -> Tensor:
+    """F.linear by what multiplies fastest on this CPU; `grad`: the weight is being trained, so no packed copy of it is kept."""
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    return _ops.linear(x, weight, bias, grad)
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -64,7 +85,8 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.save_for_backward(x if any(need_w) else None, *(weights if need_x else ()))
         ctx.set_materialize_grads(False)
         ctx.group, ctx.chunks, ctx.tag = group, chunks, tag
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+        grad = any(ctx.needs_input_grad)
+        return tuple(_linear(x, w, b, grad) for w, b in zip(weights, biases, strict=True))
 
     @staticmethod
     @once_differentiable
@@ -143,23 +165,16 @@ class _RowLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, group, chunks, tag):
         need_x, need_w = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_w else None, weight if need_x else None)
-        return _ops.row_linear(x, weight, bias, residual, group.channel(chunks), chunks, tag)
+        return _ops.row_linear(x, weight, bias, residual, group.channel(chunks), chunks, tag, grad=any(ctx.needs_input_grad))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         need_x, need_w, need_b, need_residual = ctx.needs_input_grad[:4]
-        rows = dy.flatten(0, -2) if dy.dim() > 1 else dy[None]
-        return (
-            dy @ weight if need_x else None,
-            rows.t() @ (x.flatten(0, -2) if x.dim() > 1 else x[None]) if need_w else None,
-            rows.sum(0) if need_b else None,
-            dy if need_residual else None,
-            None,
-            None,
-            None,
-        )
+        grads = iter(_ops.row_linear_backward(dy, x, weight, need_b))
+        dx, dw, db = (next(grads) if need else None for need in (need_x, need_w, need_b))
+        return dx, dw, db, dy if need_residual else None, None, None, None
 
 
 def _check(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, kind: str) -> None:
@@ -185,6 +200,11 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, kin
         raise ValueError(
             f"bias has shape {tuple(bias.shape)} but weight has {weight.shape[0]} output features on rank {group.rank} of {group.size}: pass {hint}"
         )
+
+
+def linear_now(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """F.linear of CPU tensors that fit, where no gradient, autocast, mode or subclass has a say; None: the caller takes the long way."""
+    return None if torch.compiler.is_compiling() else _C.linear_now(input, weight, bias)
 
 
 def _rows(input: Tensor) -> int:
@@ -213,14 +233,16 @@ def column_linears(
 
     `share`: output features of all of them on the largest rank; None where the caller does not know that.
     """
+    if len(weights) == 1 and (y := linear_now(input, weights[0], biases[0])) is not None:
+        return (y,)
     device_type = input.device.type
     x = autocast(input, device_type)
     weights = [autocast(w, device_type) for w in weights]
     biases = [autocast(b, device_type) for b in biases]
     for w, b in zip(weights, biases, strict=True):
         _check(x, w, b, group, "column")
-    if not torch.is_grad_enabled():
-        return tuple(F.linear(x, w, b) for w, b in zip(weights, biases, strict=True))
+    if not _wants_grad(x, *weights, *biases):
+        return tuple(_linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     chunks = _chunks(overlap, x, x.shape[-1], group, share, any(w.requires_grad for w in weights))
     return _ColumnLinear.apply(x, group, chunks, tag, *weights, *biases)
 
@@ -344,7 +366,11 @@ def row_parallel_linear(
     if same and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
         y, normed = _ops.row_linear_rms_norm(x, weight, bias, residual, *norm, group.channel(chunks), chunks, tag)
         return normed, y
-    y = _RowLinear.apply(x, weight, bias, None if mixed else residual, group, chunks, tag)
+    rest = None if mixed else residual
+    if _wants_grad(x, weight, bias, rest):
+        y = _RowLinear.apply(x, weight, bias, rest, group, chunks, tag)
+    else:
+        y = _ops.row_linear(x, weight, bias, rest, group.channel(chunks), chunks, tag)
     if mixed:  # as y + residual promotes: a float32 residual stream under autocast
         y = residual + y
     return y if norm is None else (rms_norm(y, *norm), y)
