@@ -205,7 +205,7 @@ def test_tuned_saved_and_handed_out_by_init_mesh(pool, tmp_path):
     (first, _, files), *others = pool.run(2, saved, str(tmp_path), None)
     assert all(table == first for table, *_ in others)
     (name,) = files  # and nothing half-written beside it
-    assert name.startswith("schedules-") and "gloo-over-lo-on-1-host-2-ranks" in name
+    assert name.startswith("schedules-") and "shm-on-1-host-2-ranks" in name
     assert Table.from_json((tmp_path / "tpkernels" / name).read_text()) == first
 
 

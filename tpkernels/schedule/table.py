@@ -33,7 +33,7 @@ class Place:
     @staticmethod
     def of(group: Group) -> Place:
         """Every rank of the group must call it."""
-        interface = os.environ.get("GLOO_SOCKET_IFNAME" if group.device_type == "cpu" else "NCCL_SOCKET_IFNAME", "")
+        interface = os.environ.get({"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}.get(group.transport, ""), "")
         places = gather_objects(group.pg, (_device_name(group.device_type), interface, socket.gethostname()))
         hosts = len({host for _, _, host in places})
         device, interface, _ = places[0]

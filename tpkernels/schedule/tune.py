@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from .. import kernels
 from ..group import Group, resolve_group
@@ -90,10 +91,14 @@ def _measure(dtype: torch.dtype, shapes, group: Group, device: torch.device) -> 
 def _gemms(inner: int, features: int, dtype: torch.dtype, device: torch.device) -> Curve:
     """On every rank at once, as they run in a forward."""
     rows = ROWS[device.type]
-    x, weight = torch.randn(rows[-1], inner, dtype=dtype, device=device), torch.randn(features, inner, dtype=dtype, device=device).t()
-    out = torch.empty(rows[-1], features, dtype=dtype, device=device)
-    calls = {n: lambda n=n: torch.mm(x[:n], weight, out=out[:n]) for n in rows}
+    x, weight = torch.randn(rows[-1], inner, dtype=dtype, device=device), torch.randn(features, inner, dtype=dtype, device=device)
+    calls = {n: lambda n=n: _linear(x[:n], weight) for n in rows}
     return Curve.never_less_efficient(_medians(calls, device).items())
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """As the layers compute it."""
+    return OPS.linear(x, weight, None, False) if x.device.type == "cpu" else F.linear(x, weight)
 
 
 def _messages(dtype: torch.dtype, group: Group, name: str, device: torch.device) -> Curve:
@@ -116,10 +121,10 @@ def _steal(dtype: torch.dtype, group: Group, device: torch.device, gemm: Curve, 
     inner = math.ceil(min(1.0, max(1 / 32, 1.5 * message / gemm(rows))) * features)
     inner = gather_objects(group.pg, inner)[0]
     x, weight = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(features, inner, dtype=dtype, device=device)
-    out, buffer = torch.empty(rows, features, dtype=dtype, device=device), torch.zeros(rows, features, dtype=dtype, device=device)
+    buffer = torch.zeros(rows, features, dtype=dtype, device=device)
     name, losses = group.channel(2), []
     calls = (
-        lambda: torch.mm(x, weight.t(), out=out),
+        lambda: _linear(x, weight),
         lambda: OPS.all_reduce_(buffer, name, "sum", "tune"),
         lambda: OPS.row_linear(x, weight, None, None, name, CALIBRATED, "tune"),
     )
