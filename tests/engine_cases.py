@@ -311,7 +311,7 @@ def peer_cases(chunks: int, rows: int) -> list[Case]:
             schedule = [event for i in range(count) for event in (("op", "mm"), ("launch", i))]
             schedule += [("op", "mm"), ("op", "sum"), *(("wait", i) for i in range(count))]
         want = [dy @ w, of_rank(dy).t() @ x, of_rank(dy).sum(0)]
-        taken = [f"1x{rows * 13}"] if count == 1 else []
+        taken = [f"{rows}x13"] if count == 1 else []
         result.append(Case(f"column_linear_backward, {pieces} chunks, peers", call, want, schedule=schedule, peers=plenty, taken=taken))
 
     whole = random_integers(rng, world, rows, 6)
@@ -333,6 +333,8 @@ def peer_cases(chunks: int, rows: int) -> list[Case]:
     ids, table = torch.randint(0, 3 * world, (rows,), generator=rng), random_integers(rng, 3 * world, 5)
     embedding = lambda ops, group: [ops.vocab_embedding(ids, of_rank(table, 0), 3 * rank, group, "embedding")]  # noqa: E731
     result.append(Case("vocab_embedding, peers", embedding, [table[ids]], schedule=at_once, peers=plenty, taken=[f"1x{rows * 5}"]))
+    gone = replace(result[-1], name="vocab_embedding, a group's peers that is gone", peers=-plenty, taken=[])
+    result.append(gone)
     loss = next(case for case in loss_cases(chunks, rows) if case.op == "vocab_ce")  # its maximum is not a sum
     result.append(replace(loss, name="vocab_ce, peers", peers=plenty, taken=[f"1x{2 * rows}"]))
     return result

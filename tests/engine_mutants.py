@@ -13,9 +13,9 @@ ROW_LAUNCH = "    pending.push_back(channel.all_reduce(slice, i));\n  }\n  // Ev
 ROW_GEMM = "      linear_out(slice, x_i, weight, gemm_adds_bias ? bias : std::nullopt, grad);\n"
 ROW_WAIT = "    pending[i].wait();\n"
 ROW_EPILOGUE = "  for (size_t i = 0; i < count; i++) {\n    pending[i].wait();\n    if (!rest) continue;\n"
-COLUMN_LAUNCH = "      pending.push_back(channel.all_reduce(slice, i));\n    }\n    auto shape"
+COLUMN_LAUNCH = "        pending.push_back(channel.all_reduce(slice, i));\n      }\n    }\n    auto shape"
 COLUMN_WAIT = "  for (auto& p : pending) p.wait();\n  return grads;"
-COLUMN_GEMMS = "        gradients.input_out(slice, bounds[i]);\n"
+COLUMN_GEMMS = "          gradients.input_out(slice, bounds[i]);\n"
 LEAK = "new std::vector<Pending>(std::move(pending));"
 REDUCE = "  Channel(group, tag).all_reduce(buffer, 0, op == "
 REDUCE_WAIT = "c10d::ReduceOp::MAX).wait();\n  if (!self.is_contiguous()) self.copy_(buffer);"
@@ -33,8 +33,9 @@ LOSS_WAIT = "  for (auto& p : pending) p.wait();\n  std::vector<at::Tensor> resu
 LOSS_WEIGHT = "    if (weight_grad) add_weight_grad_(d_weight, logits, x);\n"
 LOSS_BIAS = "    if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));\n"
 LOSS_GRADIENT = "    to_gradient_(logits, t, log_norm, scale->narrow(0, begin, size), first, 1 - smoothing, smoothing / num_classes);\n"
-NOW = "      channel.all_reduce_now(slice, epilogue);\n      return out.view(shape);\n    }"
-NOW_FLAT = "    all_reduce_now(buffer.view({1, -1}), {});\n    return {};\n"
+NOW = "    channel.all_reduce_now(std::move(staged), slice, here);\n"
+NOW_FLAT = "    all_reduce_now({flat, nullptr}, flat, {});\n    return {};\n"
+PART = "linear_out(part, x.narrow(0, begin, part.size(0)), weight, std::nullopt, grad);"
 FITS = "return peers && chunks == 1 && buffer.numel() && peers->takes(buffer);"
 
 MUTANTS: list[tuple[str, ...]] = [
@@ -70,19 +71,19 @@ MUTANTS: list[tuple[str, ...]] = [
     (
         "column_linear_backward: waits before the next GEMM",
         COLUMN_LAUNCH,
-        COLUMN_LAUNCH.replace("\n    }", "\n      pending.back().wait();\n    }", 1),
+        COLUMN_LAUNCH.replace("\n      }", "\n        pending.back().wait();\n      }", 1),
     ),
     (
         "column_linear_backward: waits before the weights' GEMMs",
         COLUMN_LAUNCH,
-        COLUMN_LAUNCH.replace("    }\n", "    }\n    for (auto& p : pending) p.wait();\n"),
+        COLUMN_LAUNCH.replace("    }\n    auto", "    }\n    for (auto& p : pending) p.wait();\n    auto"),
     ),
     (
         "column_linear_backward: launches before the GEMMs",
         COLUMN_GEMMS,
         "",
         COLUMN_LAUNCH,
-        COLUMN_LAUNCH.replace("\n    }", f"\n{COLUMN_GEMMS}    }}", 1),
+        COLUMN_LAUNCH.replace("\n      }", f"\n{COLUMN_GEMMS}      }}", 1),
     ),
     ("all_reduce_: wait left to the destructor", REDUCE_WAIT, REDUCE_WAIT.replace(".wait()", "")),
     (
@@ -116,11 +117,11 @@ MUTANTS: list[tuple[str, ...]] = [
         EMBEDDING,
         "auto p = Channel(group, tag).all_reduce(out);\n  out.masked_fill_(outside.unsqueeze(1), 0);\n  p.wait();",
     ),
-    ("all_reduce: not asynchronous", "  options.asyncOp = true;  // NCCL", "  options.asyncOp = false;  // NCCL"),
+    ("all_reduce: not asynchronous", "options.asyncOp = !(synchronous() && chunks == 1);", "options.asyncOp = false;"),
     (
         "all_gather: not asynchronous",
-        "  c10d::AllgatherOptions options;\n  options.asyncOp = true;",
-        "  c10d::AllgatherOptions options;\n  options.asyncOp = false;",
+        "  options.asyncOp = !synchronous();",
+        "  options.asyncOp = false;",
     ),
     ("Pending: does not hold its tensors", HOLD, "work_(std::move(work)) {}"),
     ("Pending: frees its tensors before its wait", WAIT, "    tensors_.clear();\n" + WAIT),
@@ -214,30 +215,39 @@ MUTANTS: list[tuple[str, ...]] = [
         "    const auto next = std::min(size, rows - begin - size);\n    auto next_logits = logits.narrow(0, 0, next);\n"
         "    if (next) at::mm_out(next_logits, input.narrow(0, begin + size, next), weight.t());\n" + LOSS_BIAS,
     ),
-    ("peers: the GEMM adds the bias too", "bias && !residual && !small &&", "bias && !residual &&"),
-    ("peers: the bias is left out", "      if (bias) epilogue.bias = bias->contiguous();\n", ""),
+    ("peers: the GEMM adds the bias too", PART, PART.replace("std::nullopt", "channel.rank() == 0 ? bias : std::nullopt")),
+    ("peers: the bias is left out", "    if (bias) epilogue.bias = bias->contiguous();\n", ""),
     ("peers: the bias is read as if contiguous", "epilogue.bias = bias->contiguous();", "epilogue.bias = *bias;"),
     (
         "peers: the residual is left out",
-        "      if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();\n",
+        "    if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();\n",
         "",
     ),
     ("peers: the residual is read as if contiguous", "reshape(out.sizes()).contiguous();", "reshape(out.sizes());"),
+    ("peers: the epilogue is applied again", NOW, NOW + "    if (here.residual.defined()) slice.add_(here.residual);\n"),
+    ("peers: the sum is taken again", NOW, NOW + "    channel.all_reduce(slice).wait();\n"),
     (
-        "peers: the epilogue is applied again",
+        "peers: the sum is taken before the GEMM",
         NOW,
-        "      channel.all_reduce_now(slice, epilogue);\n      pending.emplace_back();\n      continue;\n    }",
+        "",
+        '    {\n      const auto range = channel.range("gemm");\n      gemm(',
+        NOW + "    {\n      gemm(",
     ),
-    ("peers: the sum is taken again", NOW, "      channel.all_reduce_now(slice, epilogue);\n    }"),
     ("peers: the flat sum is taken again", NOW_FLAT, NOW_FLAT.replace("    return {};\n", "")),
-    ("peers: the epilogue is lost", "  peers->all_reduce_(buffer, epilogue);", "  peers->all_reduce_(buffer, {});"),
-    ("peers: not logged", 'log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), 0, 1});', ";"),
+    (
+        "peers: the epilogue is lost",
+        "peers->all_reduce(std::move(staged), out, epilogue);",
+        "peers->all_reduce(std::move(staged), out, {});",
+    ),
+    ("peers: not logged", 'log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});', ";"),
     ("peers: taken for several chunks", FITS, FITS.replace("chunks == 1 && ", "")),
     ("peers: taken for nothing", FITS, FITS.replace("buffer.numel() && ", "")),
     ("peers: taken for what does not fit", FITS, FITS.replace(" && peers->takes(buffer)", "")),
     ("peers: taken for a maximum", "op == c10d::ReduceOp::SUM && fits_peers", "fits_peers"),
     ("peers: never taken", FITS, "return false;"),
-    ("peers: the norm takes a pass of its own", "      if (epilogue.weight.defined()) epilogue.normed = at::empty_like(out);\n", ""),
+    ("peers: the norm takes a pass of its own", " && channel.peers->norms()) epilogue.normed", " && false) epilogue.normed"),
+    ("peers: of a group that is gone", "if (peers && !peers->serves(*group)) peers = nullptr;", ""),
+    ("peers: none where they serve", "if (peers && !peers->serves(*group)) peers = nullptr;", "peers = nullptr;"),
     ("peers: the norm is taken again", "  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};\n", ""),
     (
         "peers: the norm's weight is read as if contiguous",
@@ -282,10 +292,12 @@ namespace tpkernels {
 struct TestPeers : PeerMemory {
   TestPeers(std::string group, int64_t bytes) : group_(std::move(group)), bytes_(bytes) {}
   bool takes(const at::Tensor& buffer) const override {
-    return buffer.scalar_type() == at::kFloat && static_cast<int64_t>(buffer.nbytes()) <= bytes_;
+    return buffer.scalar_type() == at::kFloat && static_cast<int64_t>(buffer.nbytes()) <= std::abs(bytes_);
   }
-  void all_reduce_(const at::Tensor& buffer, const Epilogue& e) override {
-    taken.push_back(test_peers::all_reduce(group_, buffer, e.bias, e.residual, e.normed, e.weight, e.eps));
+  bool serves(c10d::ProcessGroup&) const override { return bytes_ > 0; }
+  bool norms() const override { return true; }
+  void all_reduce(Staged staged, const at::Tensor&, const Epilogue& e) override {
+    taken.push_back(test_peers::all_reduce(group_, staged.part, e.bias, e.residual, e.normed, e.weight, e.eps));
   }
   std::vector<std::string> taken;
 
