@@ -140,10 +140,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("range_pop", &tpkernels::range_pop);
   m.def("peer_buffer_bytes", [](int64_t half_bytes) { return tpkernels::peer_buffer_bytes(half_bytes); });
   m.def("close_peer_memory", [](const std::string& group) { tpkernels::set_peer_memory(group, nullptr); });
-  // What the op does, without the dispatcher's part of the time, which is most of a small message's.
+  // What the op does, and the version's bump, without the dispatcher's part of the time, which is most of a small message's.
   m.def(
       "all_reduce_",
-      [](at::Tensor tensor, const std::string& group) { tpkernels::all_reduce_(tensor, group, "sum", "all_reduce"); },
+      [](at::Tensor tensor, const std::string& group) {
+        tpkernels::all_reduce_(tensor, group, "sum", "all_reduce");
+        if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+      },
       pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("shm_backend", &tpkernels::shm_backend, pybind11::call_guard<pybind11::gil_scoped_release>());
   m.def("shm_host", &tpkernels::shm_host);

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+from torch.distributed import ProcessGroup
 
 from .. import _C
 from ..group import Group, resolve_group
@@ -90,12 +92,12 @@ def all_reduce_(tensor: Tensor, group) -> Tensor:
         raise ValueError(
             "tensor requires grad, and all_reduce_ is not differentiable: pass tensor.detach(), or call it under torch.no_grad()"
         )
-    name = group.group_name if isinstance(group, dist.ProcessGroup) else resolve_group(group).name
-    if type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling():
+    name = group.group_name if isinstance(group, ProcessGroup) else resolve_group(group).name
+    if type(tensor) is Tensor and not torch._C._len_torch_dispatch_stack() and not is_compiling():
         _C.all_reduce_(tensor, name)  # a small message's time is mostly the dispatcher's
     else:
         _ops.all_reduce_(tensor, name, "sum", "all_reduce")
-    torch.autograd.graph.increment_version(tensor)  # so that autograd notices where it had been saved
+        torch.autograd.graph.increment_version(tensor)  # so that autograd notices where it had been saved
     return tensor
 
 
