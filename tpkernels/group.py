@@ -39,6 +39,7 @@ class Group:
         self.size, self.rank, self.name = pg.size(), pg.rank(), pg.group_name
         self.transport = "nccl" if device_type == "cuda" else "shm" if "shm" in dist.get_backend(pg) else "gloo"
         self.peers = peer_memory(pg)
+        self.schedules: dict = {}  # what was chosen without measurements, so that a forward looks it up
         chunked = _chunked_groups.get(pg.group_name)
         chunked = chunked if _alive(chunked) else None
         # A second communicator (high stream priority, few CTAs) for chunked schedules on NCCL. The two are never in flight at

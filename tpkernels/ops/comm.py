@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.compiler import is_compiling
 from torch.distributed import ProcessGroup
 
 from .. import _C
 from ..group import Group, resolve_group
 from ..shard import Split
+from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 

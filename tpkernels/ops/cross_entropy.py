@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..group import Group, resolve_group
 from ..shard import chunk_sizes
 from .autocast import autocast
 from .comm import _log_fake, _log_fake_chunk
 from .embedding import check_in_range, check_integers
+from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..group import resolve_group
 from ..shard import chunk_sizes
 from .comm import _log_fake
+from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _C
 from ..group import Group, resolve_group
@@ -17,6 +16,7 @@ from .activation import GATED, bias_act, check_activation
 from .autocast import autocast
 from .comm import _log_fake, gather, scatter
 from .norm import rms_norm
+from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
@@ -346,7 +346,7 @@ def row_parallel_linear(
     check_overlap(overlap)
     group = resolve_group(group)
     device_type = input.device.type
-    x, weight, bias = (autocast(t, device_type) for t in (input, weight, bias))
+    x, weight, bias = autocast(input, device_type), autocast(weight, device_type), autocast(bias, device_type)
     if not input_is_parallel and x.dim() and weight.dim() == 2:
         if in_split is None:
             in_split = Split.chunks(weight.shape[1] * group.size, group.size, dim=-1)

@@ -18,7 +18,7 @@ GPU_MIN_ROWS = 2048
 GPU_CHUNKS = 2  # two beat four at 8192 x 8192 bf16 on an H100 (nvFuser#5751)
 
 
-REMEMBERED = 4096  # choices of a table: a server's batches have many sizes
+REMEMBERED = 4096  # choices of a table, or of a group without one: a server's batches have many sizes
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,15 @@ def choose(
                 return Schedule(1, group.transport, "too few rows for two chunks")
             return _constant(group.name, group.device_type, guard_scalar(rows), row_bytes, inner, dtype, weight_grad)
         return _remembered(group, rows, row_bytes, inner, dtype, weight_grad)
-    return _published(overlap, rows, row_bytes, group)
+    if torch.compiler.is_compiling():
+        return _published(overlap, rows, row_bytes, group)
+    key = overlap, rows, row_bytes
+    schedule = group.schedules.get(key)
+    if schedule is None:
+        if len(group.schedules) >= REMEMBERED:
+            group.schedules.clear()
+        schedule = group.schedules[key] = _published(*key, group)
+    return schedule
 
 
 @torch.compiler.assume_constant_result
