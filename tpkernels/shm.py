@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore
 
 from . import _C
+from .peer_memory import gather_objects
 
 TRANSPORTS = ("gloo", "shm", "nccl", "symm")
 
@@ -41,18 +42,12 @@ def _create(options, _):
 dist.Backend.register_backend("shm", _create, extended_api=True, devices=["cpu"])
 
 
-def transport_of(backend: dist.Backend) -> str:
-    """Of a CPU group's backend."""
-    return "shm" if backend.name() == "shm" else "gloo"
-
-
 def shm_obstacles(*groups: torch.Tensor) -> list[str | None]:
     """What keeps each kind of groups (a tensor [groups, size] of global ranks) from sharing memory; the same on every rank.
 
     Every rank of the default group must call it.
     """
-    places: list = [None] * dist.get_world_size()
-    dist.all_gather_object(places, (_C.shm_host(), _C.shm_free_bytes()))
+    places = gather_objects(dist.group.WORLD, (_C.shm_host(), _C.shm_free_bytes()))
     obstacles: list[str | None] = []
     taken = dict.fromkeys((host for host, _ in places), 0)  # by the groups before
     for rows in groups:

@@ -140,7 +140,7 @@ bool fits(const at::Tensor& input, const at::Tensor& weight, const std::optional
 }
 
 // oneDNN sums all of K in one running float32 sum, whose error is two to three times that of MKL's, which is summed in blocks.
-// Where a gradient is wanted, and a model amplifies it (SmolLM2's gradients by 100), the sum is of blocks here too.
+// A model amplifies it (SmolLM2's gradients by 100), so that unpacked products are sums of blocks here too.
 constexpr int64_t SUMMED = 320;
 
 // Anything but a whole matrix or its transpose, oneDNN multiplies with its reference code, a thousand times slower.
