@@ -106,6 +106,27 @@ def test_every_gemm_is_as_accurate_as_torch(gemm, dtype):
     assert_as_accurate("dw", grads[1], dy.t() @ x, dy.to(big).t() @ x.to(big))
 
 
+@pytest.mark.skipif(not _C.has_library(Library.onednn), reason="this torch has no oneDNN")
+def test_onednn_sums_float32_in_blocks_where_a_gradient_is_wanted():
+    rows, k, n = 700, 1030, 2100  # more than one block of rows and of k, the last of each ragged
+    x, w, b, dy = integers(rows, k), integers(n, k), integers(n), integers(rows, n)
+    layouts = [(x, w), (x.t().contiguous().t(), w.t().contiguous().t()), (integers(rows, 2 * k)[:, ::2], integers(2 * n, k)[::2])]
+    with forced((Library.onednn, False, False)):
+        for x, w in layouts:
+            for some in (x, x[:7]):  # few rows are left to at::mm
+                assert_close(OPS.linear(some, w, b, True), F.linear(some, w, b), **EXACT)
+            dx, dw = OPS.row_linear_backward(dy, x, w, False)
+            assert_close(dx, dy @ w, **EXACT)
+            assert_close(dw, dy.t() @ x, **EXACT)
+        x, w, dy = torch.rand(256, 4096), torch.rand(256, 4096), torch.rand(4096, 256)  # one sign: errors grow with the sum
+        y, dw = OPS.linear(x, w, None, True), OPS.row_linear_backward(dy, w.t().contiguous(), None, False)[0]
+        at_once = OPS.linear(x, w, None, False)
+    truth = F.linear(x.double(), w.double())
+    assert_as_accurate("y", y, F.linear(x, w), truth)
+    assert_as_accurate("dw", dw, dy.t() @ w.t(), dy.double().t() @ w.double().t())
+    assert (y - truth).abs().max() < 0.7 * (at_once - truth).abs().max()
+
+
 @pytest.mark.parametrize("gemm", GEMMS, ids=IDS)
 def test_what_is_not_finite_comes_through(gemm):
     x, w = torch.ones(3, 32), torch.ones(16, 32)

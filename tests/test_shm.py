@@ -532,6 +532,7 @@ def transports():
         x = torch.ones(3)
         dist.all_reduce(x, group=group)
         assert x.tolist() == [4] * 3
+        assert groups.resolve_group(group).transport == "gloo"
         seen["said"] = [str(w.message) for w in caught]
     # a group that was passed keeps its transport, and it is said
     with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="a group that was passed keeps its own transport, gloo"):

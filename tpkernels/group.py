@@ -23,6 +23,11 @@ _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group fo
 CHUNKED_NCCL_CTAS = 16
 
 
+def _cpu_transport(pg: ProcessGroup) -> str:
+    # Not by dist.get_backend, which says what was asked for: TPKERNELS_TRANSPORT=gloo puts a group asked for with shm on gloo.
+    return "shm" if "shm" in dist.get_backend(pg) and pg._get_backend(torch.device("cpu")).name() == "shm" else "gloo"
+
+
 class Group:
     """A tensor-parallel group as a layer holds it, resolved once: looking it up in a mesh costs ~160 us each time.
 
@@ -37,7 +42,7 @@ class Group:
     def __init__(self, pg: ProcessGroup, device_type: str, mesh: DeviceMesh | None = None):
         self.pg, self.device_type, self._mesh = pg, device_type, mesh
         self.size, self.rank, self.name = pg.size(), pg.rank(), pg.group_name
-        self.transport = "nccl" if device_type == "cuda" else "shm" if "shm" in dist.get_backend(pg) else "gloo"
+        self.transport = "nccl" if device_type == "cuda" else _cpu_transport(pg)
         self.peers = peer_memory(pg)
         self.schedules: dict = {}  # what was chosen without measurements, so that a forward looks it up
         chunked = _chunked_groups.get(pg.group_name)

@@ -140,24 +140,42 @@ bool fits(const at::Tensor& input, const at::Tensor& weight, const std::optional
 }
 
 // oneDNN sums all of K in one running float32 sum, whose error is two to three times that of MKL's, which is summed in blocks.
-// A model amplifies it (SmolLM2's gradients by 100), so that unpacked products are sums of blocks here too.
+// A model amplifies it (SmolLM2's gradients by 100), so that where a gradient is wanted products are sums of blocks here too.
 constexpr int64_t SUMMED = 320;
+// Elements of a block of rows of such a product: the caches keep it from one addition to the next.
+constexpr int64_t CACHED = 1 << 20;
 
 // Anything but a whole matrix or its transpose, oneDNN multiplies with its reference code, a thousand times slower.
-at::Tensor dense(const at::Tensor& t) { return t.is_mkldnn() || t.is_contiguous() || t.t().is_contiguous() ? t : t.contiguous(); }
+at::Tensor dense(const at::Tensor& t) {
+  if (t.is_mkldnn() || t.is_contiguous() || t.t().is_contiguous()) return t;
+  return t.stride(0) == 1 ? t.t().contiguous().t() : t.contiguous();
+}
 
-at::Tensor multiply(const at::Tensor& a, const at::Tensor& b_t, const std::optional<at::Tensor>& bias, Library library, bool wide) {
-  if (library == Library::onednn && !wide && !b_t.is_mkldnn() && a.size(1) > SUMMED) {
-    const int64_t inner = a.size(1), blocks = (inner + SUMMED - 1) / SUMMED, step = (inner / blocks + 63) / 64 * 64;
-    at::Tensor total;
-    for (int64_t begin = 0; begin < inner; begin += step) {
-      const int64_t n = std::min(step, inner - begin);
-      const auto product = onednn_linear(dense(a.narrow(1, begin, n)), dense(b_t.narrow(1, begin, n)), begin ? std::nullopt : bias);
-      total = begin ? total.add_(product) : product;
+at::Tensor onednn_in_blocks(const at::Tensor& a, const at::Tensor& b_t, const std::optional<at::Tensor>& bias) {
+  const int64_t rows = a.size(0), inner = a.size(1), columns = b_t.size(0);
+  const int64_t parts = (inner + SUMMED - 1) / SUMMED, step = (inner / parts + 63) / 64 * 64;
+  const int64_t block = std::max<int64_t>(CACHED / columns, 64);
+  std::vector<at::Tensor> bs;
+  for (int64_t k = 0; k < inner; k += step) bs.push_back(dense(b_t.narrow(1, k, std::min(step, inner - k))));
+  auto out = at::empty({rows, columns}, a.options());
+  for (int64_t begin = 0; begin < rows; begin += block) {
+    const auto a_rows = a.narrow(0, begin, std::min(block, rows - begin));
+    auto total = out.narrow(0, begin, a_rows.size(0));
+    for (size_t i = 0; i < bs.size(); i++) {
+      const auto a_i = dense(a_rows.narrow(1, static_cast<int64_t>(i) * step, bs[i].size(1)));
+      const auto product = onednn_linear(a_i, bs[i], i ? std::nullopt : bias);
+      i ? total.add_(product) : total.copy_(product);
     }
-    return total;
   }
-  if (library == Library::onednn) return onednn_linear(dense(a), dense(b_t), bias);
+  return out;
+}
+
+at::Tensor multiply(const at::Tensor& a, const at::Tensor& b_t, const std::optional<at::Tensor>& bias, const Gemm& gemm,
+                    bool grad) {
+  const bool in_blocks = grad && !gemm.wide && a.size(1) > SUMMED;
+  const bool few = in_blocks && a.size(0) < 32 && b_t.is_contiguous();  // so few that to copy b_t in parts costs as much
+  if (gemm.library == Library::onednn && !few)
+    return in_blocks ? onednn_in_blocks(a, b_t, bias) : onednn_linear(dense(a), dense(b_t), bias);
   return bias ? at::addmm(*bias, a, b_t.t()) : at::mm(a, b_t.t());
 }
 
@@ -177,7 +195,7 @@ at::Tensor forward(const at::Tensor& input, int64_t rows, const at::Tensor& weig
   const auto x = widened(as_rows(input));
   const auto b = bias ? std::optional(widened(*bias)) : std::nullopt;
   if (gemm.library == Library::mkl) return mkl_linear(x, packed, weight.size(0), b);
-  return multiply(x, packed.defined() ? packed : widened(weight), b, gemm.library, gemm.wide);
+  return multiply(x, packed.defined() ? packed : widened(weight), b, gemm, grad);
 }
 
 }  // namespace
@@ -256,7 +274,7 @@ at::Tensor LinearGrads::sum(int64_t begin, int64_t rows) {
     if (j > 0 && gemm_.library == Library::aten) {
       total.addmm_(dy, weight);
     } else {
-      const auto product = multiply(dy, weight.t(), std::nullopt, gemm_.library, gemm_.wide);
+      const auto product = multiply(dy, weight.t(), std::nullopt, gemm_, /*grad=*/true);
       total = j > 0 ? total.add_(product) : product;
     }
   }
@@ -277,7 +295,7 @@ at::Tensor LinearGrads::input() { return sum(0, dys_[0].own.size(0)).to(dys_[0].
 
 at::Tensor LinearGrads::weight(size_t j) {
   const auto dy = dys_[j].as(gemm_.wide), x = x_.as(gemm_.wide);
-  return multiply(dy.t(), x.t(), std::nullopt, gemm_.library, gemm_.wide).to(dys_[j].own.scalar_type());
+  return multiply(dy.t(), x.t(), std::nullopt, gemm_, /*grad=*/true).to(dys_[j].own.scalar_type());
 }
 
 void add_weight_grad_(at::Tensor& total, const at::Tensor& dy, const at::Tensor& x) {
@@ -288,7 +306,7 @@ void add_weight_grad_(at::Tensor& total, const at::Tensor& dy, const at::Tensor&
   if (gemm.library == Library::aten && total.scalar_type() == a.scalar_type()) {
     total.addmm_(a, b);
   } else {  // a half-precision product is rounded once, by its GEMM
-    total.add_(multiply(a, b.t(), std::nullopt, gemm.library, gemm.wide));
+    total.add_(multiply(a, b.t(), std::nullopt, gemm, /*grad=*/true));
   }
 }
 
