@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from ..group import Group
 from .model import MIN_ROWS, Shape
@@ -51,6 +50,8 @@ def choose(
         if torch.compiler.is_compiling():
             if rows < 2 * MIN_ROWS:  # one graph for all of them
                 return Schedule(1, group.transport, "too few rows for two chunks")
+            from torch.fx.experimental.symbolic_shapes import guard_scalar  # imports sympy: the compiler has it already
+
             return _constant(group.name, group.device_type, guard_scalar(rows), row_bytes, inner, dtype, weight_grad)
         return _remembered(group, rows, row_bytes, inner, dtype, weight_grad)
     if torch.compiler.is_compiling():
@@ -64,10 +65,12 @@ def choose(
     return schedule
 
 
-@torch.compiler.assume_constant_result
 def _constant(name: str, device_type: str, *shape) -> Schedule:
     """For torch.compile, which cannot trace the model: the choice is fixed in the graph, and the graph holds for these rows only."""
     return _remembered(Group(dist.distributed_c10d._resolve_process_group(name), device_type), *shape)
+
+
+_constant._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler: 1.2 s of an import
 
 
 def _remembered(group: Group, *shape) -> Schedule:
