@@ -16,6 +16,7 @@ from .group import init_mesh
 from .ops.comm import all_reduce_, log_collectives
 from .optim import GradScaler, clip_grad_norm_
 from .parallel import auto_plan, parallelize
+from .planner import plan
 from .schedule.tune import tune
 
 if (_torch.version.cuda or _torch.version.hip) and kernels.available():
@@ -33,6 +34,7 @@ __all__ = [
     "log_collectives",
     "nn",
     "parallelize",
+    "plan",
     "profiling",
     "tune",
     "unsharded_gradients",

@@ -12,7 +12,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .planner.command import app as plan_app
+
 app = typer.Typer(help="Tensor parallelism whose communication is hidden or cheap.", no_args_is_help=True, add_completion=False)
+app.add_typer(plan_app, name="plan")
 
 
 @app.command()

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from . import kernels
 from .peer_memory import open_peer_memory, peer_memory
 from .shm import forced_transport, shm_obstacles
+
+if TYPE_CHECKING:
+    from .planner import Layout, Plan
 
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # what init_mesh made, with its tp group, for group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
@@ -113,7 +117,7 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
 
 
 def init_mesh(
-    tp: int, dp: int = 1, *, device: str | None = None, backend: str | None = None, timeout: timedelta | None = None
+    tp: int | Layout | Plan, dp: int = 1, *, device: str | None = None, backend: str | None = None, timeout: timedelta | None = None
 ) -> DeviceMesh:
     """A DeviceMesh ("dp", "tp") of dp * tp ranks, tp innermost, so that a TP group's ranks are neighbours on one node.
 
@@ -124,14 +128,18 @@ def init_mesh(
     `tpk.tune` saved on their first rank's machine for such a group, if it did; if not and they are on several hosts, a warning says so.
 
     Args:
-        tp, dp: sizes; tp * dp must be the number of ranks.
+        tp, dp: sizes; tp * dp must be the number of ranks. Or, in place of both, what `tpk.plan` returned, or a `planner.Layout`.
         device: "cuda" or "cpu"; None takes CUDA if it is there.
         backend: the c10d backend of the mesh's groups.
         timeout: of the groups' collectives; None takes torch's.
 
     Raises:
-        ValueError: a size below 1, tp * dp is not the number of ranks, or no torchrun variables where several ranks are asked for.
+        ValueError: a size below 1, a layout with a pipeline, tp * dp is not the number of ranks, or no torchrun variables where several ranks are asked for.
     """
+    if hasattr(tp, "pp"):
+        if tp.pp != 1:
+            raise ValueError(f"the layout has a pipeline, pp={tp.pp}, which tpkernels does not run: plan with max_pp=1")
+        tp, dp = tp.tp, tp.dp
     for name, size in (("tp", tp), ("dp", dp)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{name} must be an int of at least 1, got {size!r}")

@@ -1,0 +1,314 @@
+"""`tpkernels plan`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..files import write_whole
+from . import jobs, report
+from .advice import advice
+from .jobs import VOCAB, make_job, parse_layout, sequences, sized_model
+from .layout import Job, Layout
+from .model import Model, PlanError, load_model
+from .search import predict, search
+
+app = typer.Typer(help="When TP, when FSDP, when both, and what it will cost.", no_args_is_help=True)
+
+ModelName = Annotated[str | None, typer.Option("--model", help="A named model, or the path of a Hugging Face config.json.")]
+Hidden = Annotated[int | None, typer.Option(help="Features between blocks; with --layers and --heads in place of --model.")]
+Layers = Annotated[int | None, typer.Option(help="Blocks.")]
+Heads = Annotated[int | None, typer.Option(help="Query heads.")]
+KvHeads = Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not said.")]
+Ffn = Annotated[int | None, typer.Option(help="Inner features of the MLP; 4 x hidden if not said, 8/3 if gated.")]
+Gated = Annotated[bool, typer.Option(help="A gated MLP, RMSNorm, rotary positions and no biases, as Llama has; else as GPT.")]
+Vocab = Annotated[int, typer.Option(help="Tokens of the vocabulary.")]
+Seq = Annotated[int | None, typer.Option(help=f"Tokens of a sequence [default: {jobs.SEQ}].")]
+Gpu = Annotated[str, typer.Option(help="A named GPU, or the path of a JSON file that describes one.")]
+Gpus = Annotated[int, typer.Option(help="How many.")]
+Batch = Annotated[str | None, typer.Option(help="Tokens of a step: 4194304, or 4M (4 x 2^20).")]
+GlobalBatch = Annotated[str | None, typer.Option(help="Sequences of a step, in place of --batch-tokens.")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32 [default: the GPU's 16-bit type].")]
+Software = Annotated[str | None, typer.Option(help="tpkernels (fused attention and loss, overlap) or megatron-2021 (neither).")]
+PerNode = Annotated[int | None, typer.Option(help="GPUs of a node, in place of the file's.")]
+Network = Annotated[float | None, typer.Option(help="Gbit/s of a GPU's share of its node's ports, in place of the file's.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write JSON to this file; - prints nothing else.")]
+MaxPp = Annotated[int | None, typer.Option(help="Stages of a pipeline at most; 1: none, as tpkernels runs.")]
+
+
+def refuses(command: Callable) -> Callable:
+    """What cannot be planned is an error of one line, not a traceback."""
+
+    @functools.wraps(command)
+    def run(*args, **options):
+        try:
+            return command(*args, **options)
+        except (PlanError, OSError) as error:
+            Console(stderr=True).print(f"tpkernels plan: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+def model_of(name, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq) -> Model:
+    sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads}
+    if name is not None:
+        if said := [key for key, value in {**sizes, "--kv-heads": kv_heads, "--ffn": ffn}.items() if value is not None]:
+            raise PlanError(f"--model={name} has its own sizes: leave {', '.join(said)} out")
+        return load_model(name)
+    if missing := [key for key, value in sizes.items() if value is None]:
+        raise PlanError(f"pass --model, or sizes: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+    return sized_model(hidden, layers, heads, vocab, kv_heads, ffn, gated, seq or jobs.SEQ)
+
+
+def put_json(path: Path | None, data: dict) -> bool:
+    """Whether that is all that is to be printed."""
+    if path is None:
+        return False
+    text = json.dumps(data, indent=2) + "\n"
+    if str(path) == "-":
+        print(text, end="")
+        return True
+    write_whole(path, text)
+    return False
+
+
+@app.callback(invoke_without_command=True)
+@refuses
+def plan(
+    context: typer.Context,
+    model: ModelName = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    ffn: Ffn = None,
+    gated: Gated = False,
+    vocab: Vocab = VOCAB,
+    seq: Seq = None,
+    gpus: Gpus = 8,
+    gpu: Gpu = "h100",
+    batch_tokens: Batch = None,
+    global_batch: GlobalBatch = None,
+    dtype: Dtype = None,
+    software: Software = None,
+    gpus_per_node: PerNode = None,
+    network_gbit: Network = None,
+    max_pp: MaxPp = None,
+    top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 8,
+    sweep: Annotated[str | None, typer.Option(help="gpus: a curve over 1, 2, 4 ... --gpus instead of the table.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Also draw the rows, or the curve, to this .svg, .png or .pdf.")] = None,
+    json_file: Json = None,
+) -> None:
+    """The best layouts of a model on GPUs: memory, communication, step time, and the reasons in words."""
+    if context.invoked_subcommand:
+        return
+    job = make_job(
+        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
+        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
+    )  # fmt: skip
+    batch = sequences(job.seq, batch_tokens, global_batch)
+    if sweep not in (None, "gpus"):
+        raise PlanError(f"--sweep={sweep} is nothing to sweep: gpus is")
+    title = f"{job.model.name or 'the model'}, {job.model.parameters / 1e9:.2f}B parameters, {batch} x {job.seq} tokens a step, {job.hardware.title}"
+    if sweep:
+        _sweep(job, gpus, batch, max_pp, title, picture, json_file)
+        return
+    found = search(job, gpus, batch, max_pp)
+    words, rows = advice(found), list(found.rows[:top])
+    if picture is not None:
+        report.draw(rows, picture, title)
+    if put_json(json_file, report.plan_dict(found, words, top)):
+        return
+    report.show(report.plan_table(rows, f"{title}: {gpus} of them"))
+    carried = report.traffic(found.best)
+    for name, what in carried.items():
+        print(
+            f"{name}: {what['calls']} x {what['bytes_each'] / 1e6:.1f} MB = {what['bytes'] / 1e9:.1f} GB a GPU and step, over {what['link']}"
+        )
+    for sentence in words:
+        print(f"- {sentence}")
+
+
+def _sweep(job: Job, most: int, batch: int, max_pp: int | None, title: str, picture: Path | None, json_file: Path | None) -> None:
+    kinds: dict[str, Callable[[Layout], bool]] = {
+        "best": lambda layout: True,
+        "no TP, no pipeline (DP, FSDP)": lambda layout: layout.tp == 1 and layout.pp == 1,
+        "TP with DP or FSDP": lambda layout: layout.tp > 1 and layout.pp == 1,
+    }
+    sizes, points, data = [2**i for i in range(most.bit_length()) if 2**i <= most], [], []
+    for gpus in sizes:
+        try:
+            found = search(job, gpus, batch, max_pp)
+        except PlanError as error:
+            data.append({"gpus": gpus, "error": str(error)})
+            continue
+        rows = {kind: row for kind, wanted in kinds.items() if (row := found.first(wanted))}
+        points.append((gpus, {kind: row.tokens_per_s / gpus for kind, row in rows.items()}))
+        data.append({"gpus": gpus, **{kind: report.as_dict(row) for kind, row in rows.items()}})
+    if not points:
+        raise PlanError(f"no number of GPUs up to {most} fits: {data[-1]['error']}")
+    if picture is not None:
+        report.draw_sweep(points, picture, title)
+    if put_json(json_file, {"sweep": data}):
+        return
+    print(title)
+    for entry in data:
+        if "error" in entry:
+            print(f"{entry['gpus']:6} GPUs: {entry['error']}")
+            continue
+        text = "; ".join(f"{kind} {entry[kind]['tokens_per_s'] / entry['gpus']:,.0f}" for kind in kinds if kind in entry)
+        best = Layout(**entry["best"]["layout"])
+        print(f"{entry['gpus']:6} GPUs, tokens/s a GPU: {text}   ({best.words()})")
+
+
+@app.command("predict")
+@refuses
+def predict_command(
+    model: ModelName = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    ffn: Ffn = None,
+    gated: Gated = False,
+    vocab: Vocab = VOCAB,
+    seq: Seq = None,
+    gpu: Gpu = "h100",
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    dp: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 1,
+    batch_tokens: Batch = None,
+    global_batch: GlobalBatch = None,
+    micro_batch: Annotated[int, typer.Option(help="Sequences of one pass.")] = 1,
+    interleave: Annotated[int, typer.Option(help="Model chunks of a stage.")] = 1,
+    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
+    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Norms and residual split over the TP ranks too.")] = False,
+    zero: Annotated[int, typer.Option(help="0 to 3: what the data-parallel ranks share out.")] = 0,
+    dtype: Dtype = None,
+    software: Software = None,
+    gpus_per_node: PerNode = None,
+    network_gbit: Network = None,
+    json_file: Json = None,
+    arithmetic: Annotated[bool, typer.Option("--explain", help="Print the arithmetic.")] = False,
+) -> None:
+    """One layout's step time, FLOP/s and memory. --software is what the GPU's own measured rows ran, unless said."""
+    from .hardware import load_hardware
+
+    job = make_job(
+        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
+        dtype=dtype, software=software or load_hardware(gpu).software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
+    )  # fmt: skip
+    batch = sequences(job.seq, batch_tokens, global_batch)
+    row = predict(job, Layout(tp, pp, dp, micro_batch, batch, interleave, recompute, sequence_parallel, zero))
+    if put_json(json_file, report.as_dict(row)):
+        return
+    if arithmetic:
+        print(report.explain(row))
+    else:
+        report.show(report.compare_table([row]))
+
+
+@app.command("compare")
+@refuses
+def compare_command(
+    layouts: Annotated[list[str], typer.Argument(help='Layouts such as "tp=8,zero=1" or "tp=4,pp=2,sp,micro-batch=2,recompute=full".')],
+    model: ModelName = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    ffn: Ffn = None,
+    gated: Gated = False,
+    vocab: Vocab = VOCAB,
+    seq: Seq = None,
+    gpus: Gpus = 8,
+    gpu: Gpu = "h100",
+    batch_tokens: Batch = None,
+    global_batch: GlobalBatch = None,
+    dtype: Dtype = None,
+    software: Software = None,
+    gpus_per_node: PerNode = None,
+    network_gbit: Network = None,
+    json_file: Json = None,
+) -> None:
+    """Layouts of one model side by side; DP is what --gpus leaves."""
+    job = make_job(
+        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
+        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
+    )  # fmt: skip
+    batch = sequences(job.seq, batch_tokens, global_batch)
+    rows = [predict(job, parse_layout(text, gpus, batch)) for text in layouts]
+    if not put_json(json_file, {"rows": [report.as_dict(row) for row in rows]}):
+        report.show(report.compare_table(rows))
+
+
+@app.command("explain")
+@refuses
+def explain_command(
+    layout: Annotated[str | None, typer.Argument(help='A layout such as "tp=8,zero=1"; the best if none is said.')] = None,
+    row: Annotated[int, typer.Option(min=1, help="The row of the plan's table, where no layout is said.")] = 1,
+    model: ModelName = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    ffn: Ffn = None,
+    gated: Gated = False,
+    vocab: Vocab = VOCAB,
+    seq: Seq = None,
+    gpus: Gpus = 8,
+    gpu: Gpu = "h100",
+    batch_tokens: Batch = None,
+    global_batch: GlobalBatch = None,
+    dtype: Dtype = None,
+    software: Software = None,
+    gpus_per_node: PerNode = None,
+    network_gbit: Network = None,
+    max_pp: MaxPp = None,
+) -> None:
+    """One row's arithmetic, every formula with its numbers and its source."""
+    job = make_job(
+        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
+        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
+    )  # fmt: skip
+    batch = sequences(job.seq, batch_tokens, global_batch)
+    if layout is not None:
+        chosen = predict(job, parse_layout(layout, gpus, batch))
+    else:
+        rows = search(job, gpus, batch, max_pp).rows
+        if row > len(rows):
+            raise PlanError(f"--row={row}: the plan has {len(rows)} rows")
+        chosen = rows[row - 1]
+    print(report.explain(chosen))
+
+
+@app.command("fit", hidden=True)
+@refuses
+def fit_command() -> None:
+    """Fit the constants to data/measured and write data/fitted.json (a minute; needs scipy)."""
+    from .fit import write_fit
+
+    write_fit()
+
+
+@app.command("validate")
+@refuses
+def validate_command(
+    page: Annotated[
+        Path | None, typer.Option(help="Also write the tables into this page (docs/planner.md), its plot and every row beside it.")
+    ] = None,
+) -> None:
+    """Hold every measured row against its prediction."""
+    from .validate import print_errors, write_page
+
+    if page is None:
+        print_errors()
+    else:
+        write_page(page)

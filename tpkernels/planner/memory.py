@@ -1,0 +1,105 @@
+"""Bytes of memory on the fullest GPU, by what holds them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from .layout import Job, Layout
+from .model import Model
+
+CONTEXT = 3 * 2**29  # what CUDA, NCCL's buffers and the libraries' workspaces take, and the allocator loses
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. Parameters and gradients are the model's own; the optimizer's include the float32 copy of 16-bit parameters."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def block_share(model: Model, tp: int) -> int:
+    """Parameters of one block on the largest of `tp` ranks: its matrices' parts and whole norms."""
+    return model.norms * model.norm * model.hidden + model.qk_norm + sum(linear.share(tp) for linear in model.linears.values())
+
+
+def local_parameters(model: Model, layout: Layout) -> int:
+    """Of the fullest stage's largest rank, before ZeRO shares them out. A tied table is on the first stage and on the last."""
+    blocks = layout.blocks(model) * block_share(model, layout.tp)
+    table = -(-model.vocab // layout.tp) * model.hidden
+    first = table + model.positions * model.hidden
+    last = model.final_norm * model.norm * model.hidden
+    if layout.pp == 1:
+        return blocks + first + last + (0 if model.tied else table) + model.extra
+    return blocks + max(first, last + table) + model.extra
+
+
+def element_bytes(job: Job) -> int:
+    return 4 if job.dtype in ("float32", "tf32") else 2
+
+
+def block_activations(job: Job, layout: Layout) -> int:
+    """What one block keeps of a micro-batch for its backward pass, bytes.
+
+    megatron-2021: sbh (10 + 24/t) + 5 a s^2 b / t of 16-bit elements (Korthikanti et al., arXiv 2205.05198, equations 2 and 4; the first
+    term is divided by t too under sequence parallelism; the last is gone with selective recomputation), written out by features.
+    tpkernels: the norms' inputs and outputs, q, k, v, attention's output and log-sum-exp, the MLP's pre-activations and activations.
+    """
+    model, tp, element = job.model, layout.tp, element_bytes(job)
+    rows = layout.micro_batch * job.seq
+    if layout.recompute == "full":
+        return rows * model.hidden * element
+    split = sum(-(-linear.outputs // tp) for linear in model.linears.values() if linear.split == "column")
+    split += sum(-(-linear.inputs // tp) for linear in model.linears.values() if linear.split == "row")
+    heads = -(-model.heads // tp)
+    whole = 4 * element * model.hidden
+    if job.software == "megatron-2021":
+        whole += 2 * model.hidden  # dropout's masks
+        rest = 0 if layout.recompute == "selective" else (2 * element + 1) * heads * job.seq
+    else:
+        rest = 4 * heads
+    return rows * (whole // (tp if layout.sequence_parallel else 1) + split * element + rest)
+
+
+def in_flight(layout: Layout) -> float:
+    """Micro-batches whose activations the first stage holds at once (1F1B; interleaved: Narayanan et al., arXiv 2104.04473, 2.2)."""
+    p, v, m = layout.pp, layout.interleave, layout.micro_batches
+    return min(m, p) if v == 1 else min(m, p + (p - 1) / v)
+
+
+def memory(job: Job, layout: Layout) -> Memory:
+    model, tp, dp, zero = job.model, layout.tp, layout.dp, layout.zero
+    element, rows = element_bytes(job), layout.micro_batch * job.seq
+    local = local_parameters(model, layout)
+    one = block_activations(job, layout)
+    held = layout.blocks(model) * one
+    again = 0  # of the block that is being recomputed
+    if layout.recompute == "full":
+        again = block_activations(job, Layout(tp, sequence_parallel=layout.sequence_parallel, micro_batch=layout.micro_batch))
+    vocab = -(-model.vocab // tp)
+    # The output layer's input, normed, and the logits; the fused loss keeps the gradient of its input instead, and no logits.
+    last = rows * (2 * model.hidden * element + (vocab * (4 + element) if job.software == "megatron-2021" else model.hidden * element))
+    activations = in_flight(layout) * held + again if layout.pp > 1 else held + again + last
+    if layout.pp > 1:
+        activations = max(activations, held + again + last)
+    share = [1, 1, 1]  # of parameters, gradients, optimizer
+    for i, level in enumerate((3, 2, 1)):
+        share[i] = dp if zero >= level else 1
+    gradient, state = (4, 8) if element == 4 else (4, 12)
+    workspace = CONTEXT if job.hardware.multiprocessors > 1 else 0
+    if zero == 3 and dp > 1:  # two blocks gathered, or the table
+        workspace += element * max(2 * block_share(model, tp), vocab * model.hidden)
+    return Memory(
+        -(-local * element // share[0]),
+        -(-local * gradient // share[1]),
+        -(-local * state // share[2]),
+        int(activations),
+        workspace,
+    )
