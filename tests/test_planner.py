@@ -393,7 +393,7 @@ def test_every_gpu_has_a_plan(name):
 
 def command(*args, **env):
     return subprocess.run(
-        [sys.executable, "-m", "tpkernels", "plan", *args],
+        [sys.executable, "-c", "from tpkernels_command import main; main()", "plan", *args],
         capture_output=True,
         text=True,
         timeout=120,
@@ -428,8 +428,16 @@ def test_commands(tmp_path):
     assert run.returncode == 0 and "arXiv 2104.04473" in run.stdout, run.stderr
     run = command("--sweep", "gpus", *model)
     assert run.returncode == 0 and "512 GPUs, tokens/s a GPU" in run.stdout, run.stderr
+    run = command("explain", "--row", "2", *model)
+    assert run.returncode == 0 and "MFU =" in run.stdout, run.stderr
     run = command("--model", "lama", "--gpus", "8", "--global-batch", "8")
     assert run.returncode == 1 and "near it" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_planning_needs_no_torch():
+    code = "import sys; sys.argv = ['', 'plan', '--help']\nfrom tpkernels_command import main\ntry:\n    main()\nfinally:\n    assert 'torch' not in sys.modules"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "--batch-tokens" in run.stdout, run.stderr
 
 
 def test_pictures(tmp_path):
