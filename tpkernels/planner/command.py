@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
@@ -16,10 +17,8 @@ from . import jobs, report
 from .advice import advice
 from .jobs import VOCAB, make_job, parse_layout, sequences, sized_model
 from .layout import Job, Layout
-from .model import Model, PlanError, load_model
+from .model import PlanError, load_model
 from .search import predict, search
-
-app = typer.Typer(help="When TP, when FSDP, when both, and what it will cost.", no_args_is_help=True)
 
 ModelName = Annotated[str | None, typer.Option("--model", help="A named model, or the path of a Hugging Face config.json.")]
 Hidden = Annotated[int | None, typer.Option(help="Features between blocks; with --layers and --heads in place of --model.")]
@@ -42,29 +41,61 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write JSON to th
 MaxPp = Annotated[int | None, typer.Option(help="Stages of a pipeline at most; 1: none, as tpkernels runs.")]
 
 
-def refuses(command: Callable) -> Callable:
-    """What cannot be planned is an error of one line, not a traceback."""
+class Asked(NamedTuple):
+    job: Job
+    batch: int  # sequences
+    software: str | None  # what was said, if anything
 
-    @functools.wraps(command)
-    def run(*args, **options):
+
+def asked(
+    model: ModelName = None,
+    hidden: Hidden = None,
+    layers: Layers = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    ffn: Ffn = None,
+    gated: Gated = False,
+    vocab: Vocab = VOCAB,
+    seq: Seq = None,
+    gpu: Gpu = "h100",
+    batch_tokens: Batch = None,
+    global_batch: GlobalBatch = None,
+    dtype: Dtype = None,
+    software: Software = None,
+    gpus_per_node: PerNode = None,
+    network_gbit: Network = None,
+) -> Asked:
+    """What every command is asked about: the job, and the sequences of a step."""
+    sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads}
+    if model is not None:
+        if said := [key for key, value in {**sizes, "--kv-heads": kv_heads, "--ffn": ffn}.items() if value is not None]:
+            raise PlanError(f"--model={model} has its own sizes: leave {', '.join(said)} out")
+        chosen = load_model(model)
+    else:
+        if missing := [key for key, value in sizes.items() if value is None]:
+            raise PlanError(f"pass --model, or sizes: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+        chosen = sized_model(hidden, layers, heads, vocab, kv_heads, ffn, gated, seq or jobs.SEQ)
+    job = make_job(chosen, gpu, seq, dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit)
+    return Asked(job, sequences(job.seq, batch_tokens, global_batch), software)
+
+
+def command(function: Callable) -> Callable:
+    """The function with `asked`'s options in the place of its first parameter; what cannot be planned is an error of one line."""
+    shared = inspect.signature(asked, eval_str=True).parameters
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+    def run(**options):
         try:
-            return command(*args, **options)
+            given = asked(**{name: options.pop(name) for name in shared})
+            return function(given, **options)
         except (PlanError, OSError) as error:
             Console(stderr=True).print(f"tpkernels plan: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own)])
+    run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
     return run
-
-
-def model_of(name, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq) -> Model:
-    sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads}
-    if name is not None:
-        if said := [key for key, value in {**sizes, "--kv-heads": kv_heads, "--ffn": ffn}.items() if value is not None]:
-            raise PlanError(f"--model={name} has its own sizes: leave {', '.join(said)} out")
-        return load_model(name)
-    if missing := [key for key, value in sizes.items() if value is None]:
-        raise PlanError(f"pass --model, or sizes: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
-    return sized_model(hidden, layers, heads, vocab, kv_heads, ffn, gated, seq or jobs.SEQ)
 
 
 def put_json(path: Path | None, data: dict) -> bool:
@@ -79,44 +110,25 @@ def put_json(path: Path | None, data: dict) -> bool:
     return False
 
 
-@app.callback(invoke_without_command=True)
-@refuses
+@command
 def plan(
-    context: typer.Context,
-    model: ModelName = None,
-    hidden: Hidden = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    ffn: Ffn = None,
-    gated: Gated = False,
-    vocab: Vocab = VOCAB,
-    seq: Seq = None,
+    given: Asked,
     gpus: Gpus = 8,
-    gpu: Gpu = "h100",
-    batch_tokens: Batch = None,
-    global_batch: GlobalBatch = None,
-    dtype: Dtype = None,
-    software: Software = None,
-    gpus_per_node: PerNode = None,
-    network_gbit: Network = None,
     max_pp: MaxPp = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 8,
     sweep: Annotated[str | None, typer.Option(help="gpus: a curve over 1, 2, 4 ... --gpus instead of the table.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Also draw the rows, or the curve, to this .svg, .png or .pdf.")] = None,
     json_file: Json = None,
 ) -> None:
-    """The best layouts of a model on GPUs: memory, communication, step time, and the reasons in words."""
-    if context.invoked_subcommand:
-        return
-    job = make_job(
-        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
-        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
-    )  # fmt: skip
-    batch = sequences(job.seq, batch_tokens, global_batch)
+    job, batch, _ = given
     if sweep not in (None, "gpus"):
         raise PlanError(f"--sweep={sweep} is nothing to sweep: gpus is")
-    title = f"{job.model.name or 'the model'}, {job.model.parameters / 1e9:.2f}B parameters, {batch} x {job.seq} tokens a step, {job.hardware.title}"
+    if picture is not None:
+        report.pyplot(picture)
+    model = job.model
+    title = (
+        f"{model.name or 'the model'}, {model.parameters / 1e9:.2f}B parameters, {batch} x {job.seq} tokens a step, {job.hardware.title}"
+    )
     if sweep:
         _sweep(job, gpus, batch, max_pp, title, picture, json_file)
         return
@@ -127,13 +139,26 @@ def plan(
     if put_json(json_file, report.plan_dict(found, words, top)):
         return
     report.show(report.plan_table(rows, f"{title}: {gpus} of them"))
-    carried = report.traffic(found.best)
-    for name, what in carried.items():
-        print(
-            f"{name}: {what['calls']} x {what['bytes_each'] / 1e6:.1f} MB = {what['bytes'] / 1e9:.1f} GB a GPU and step, over {what['link']}"
-        )
+    for name, what in report.traffic(found.best).items():
+        carried = f"{what['calls']} x {what['bytes_each'] / 1e6:.1f} MB = {what['bytes'] / 1e9:.1f} GB a GPU and step"
+        print(f"{name}: {carried}, over {what['link']}")
     for sentence in words:
         print(f"- {sentence}")
+
+
+class Group(typer.core.TyperGroup):
+    """`tpkernels plan --model ...` is `tpkernels plan layouts --model ...`."""
+
+    def parse_args(self, context, args: list[str]) -> list[str]:
+        if args and args[0].startswith("-") and args[0] not in ("--help", "-h"):
+            args = ["layouts", *args]
+        return super().parse_args(context, args)
+
+
+app = typer.Typer(cls=Group, help="When TP, when FSDP, when both, and what it will cost.", no_args_is_help=True)
+app.command(
+    "layouts", help="The best layouts of a model on GPUs: memory, communication, step time, and the reasons (also without `layouts`)."
+)(plan)
 
 
 def _sweep(job: Job, most: int, batch: int, max_pp: int | None, title: str, picture: Path | None, json_file: Path | None) -> None:
@@ -169,44 +194,23 @@ def _sweep(job: Job, most: int, batch: int, max_pp: int | None, title: str, pict
 
 
 @app.command("predict")
-@refuses
+@command
 def predict_command(
-    model: ModelName = None,
-    hidden: Hidden = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    ffn: Ffn = None,
-    gated: Gated = False,
-    vocab: Vocab = VOCAB,
-    seq: Seq = None,
-    gpu: Gpu = "h100",
+    given: Asked,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
     dp: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 1,
-    batch_tokens: Batch = None,
-    global_batch: GlobalBatch = None,
     micro_batch: Annotated[int, typer.Option(help="Sequences of one pass.")] = 1,
     interleave: Annotated[int, typer.Option(help="Model chunks of a stage.")] = 1,
     recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
     sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Norms and residual split over the TP ranks too.")] = False,
     zero: Annotated[int, typer.Option(help="0 to 3: what the data-parallel ranks share out.")] = 0,
-    dtype: Dtype = None,
-    software: Software = None,
-    gpus_per_node: PerNode = None,
-    network_gbit: Network = None,
     json_file: Json = None,
     arithmetic: Annotated[bool, typer.Option("--explain", help="Print the arithmetic.")] = False,
 ) -> None:
-    """One layout's step time, FLOP/s and memory. --software is what the GPU's own measured rows ran, unless said."""
-    from .hardware import load_hardware
-
-    job = make_job(
-        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
-        dtype=dtype, software=software or load_hardware(gpu).software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
-    )  # fmt: skip
-    batch = sequences(job.seq, batch_tokens, global_batch)
-    row = predict(job, Layout(tp, pp, dp, micro_batch, batch, interleave, recompute, sequence_parallel, zero))
+    """One layout's step time, FLOP/s and memory; --software is what the GPU's own measured rows ran, unless said."""
+    job = given.job if given.software else replace(given.job, software=given.job.hardware.software)
+    row = predict(job, Layout(tp, pp, dp, micro_batch, given.batch, interleave, recompute, sequence_parallel, zero))
     if put_json(json_file, report.as_dict(row)):
         return
     if arithmetic:
@@ -216,81 +220,40 @@ def predict_command(
 
 
 @app.command("compare")
-@refuses
+@command
 def compare_command(
+    given: Asked,
     layouts: Annotated[list[str], typer.Argument(help='Layouts such as "tp=8,zero=1" or "tp=4,pp=2,sp,micro-batch=2,recompute=full".')],
-    model: ModelName = None,
-    hidden: Hidden = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    ffn: Ffn = None,
-    gated: Gated = False,
-    vocab: Vocab = VOCAB,
-    seq: Seq = None,
     gpus: Gpus = 8,
-    gpu: Gpu = "h100",
-    batch_tokens: Batch = None,
-    global_batch: GlobalBatch = None,
-    dtype: Dtype = None,
-    software: Software = None,
-    gpus_per_node: PerNode = None,
-    network_gbit: Network = None,
     json_file: Json = None,
 ) -> None:
     """Layouts of one model side by side; DP is what --gpus leaves."""
-    job = make_job(
-        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
-        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
-    )  # fmt: skip
-    batch = sequences(job.seq, batch_tokens, global_batch)
-    rows = [predict(job, parse_layout(text, gpus, batch)) for text in layouts]
+    rows = [predict(given.job, parse_layout(text, gpus, given.batch)) for text in layouts]
     if not put_json(json_file, {"rows": [report.as_dict(row) for row in rows]}):
         report.show(report.compare_table(rows))
 
 
 @app.command("explain")
-@refuses
+@command
 def explain_command(
+    given: Asked,
     layout: Annotated[str | None, typer.Argument(help='A layout such as "tp=8,zero=1"; the best if none is said.')] = None,
     row: Annotated[int, typer.Option(min=1, help="The row of the plan's table, where no layout is said.")] = 1,
-    model: ModelName = None,
-    hidden: Hidden = None,
-    layers: Layers = None,
-    heads: Heads = None,
-    kv_heads: KvHeads = None,
-    ffn: Ffn = None,
-    gated: Gated = False,
-    vocab: Vocab = VOCAB,
-    seq: Seq = None,
     gpus: Gpus = 8,
-    gpu: Gpu = "h100",
-    batch_tokens: Batch = None,
-    global_batch: GlobalBatch = None,
-    dtype: Dtype = None,
-    software: Software = None,
-    gpus_per_node: PerNode = None,
-    network_gbit: Network = None,
     max_pp: MaxPp = None,
 ) -> None:
     """One row's arithmetic, every formula with its numbers and its source."""
-    job = make_job(
-        model_of(model, hidden, layers, heads, kv_heads, ffn, gated, vocab, seq), gpu, seq,
-        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit,
-    )  # fmt: skip
-    batch = sequences(job.seq, batch_tokens, global_batch)
     if layout is not None:
-        chosen = predict(job, parse_layout(layout, gpus, batch))
+        chosen = predict(given.job, parse_layout(layout, gpus, given.batch))
     else:
-        rows = search(job, gpus, batch, max_pp).rows
+        rows = search(given.job, gpus, given.batch, max_pp).rows
         if row > len(rows):
             raise PlanError(f"--row={row}: the plan has {len(rows)} rows")
         chosen = rows[row - 1]
     print(report.explain(chosen))
 
 
-@app.command("fit", hidden=True)
-@refuses
+@app.command("fit")
 def fit_command() -> None:
     """Fit the constants to data/measured and write data/fitted.json (a minute; needs scipy)."""
     from .fit import write_fit
@@ -299,11 +262,8 @@ def fit_command() -> None:
 
 
 @app.command("validate")
-@refuses
 def validate_command(
-    page: Annotated[
-        Path | None, typer.Option(help="Also write the tables into this page (docs/planner.md), its plot and every row beside it.")
-    ] = None,
+    page: Annotated[Path | None, typer.Option(help="Also write the tables into this page, its plot and every row beside it.")] = None,
 ) -> None:
     """Hold every measured row against its prediction."""
     from .validate import print_errors, write_page

@@ -84,8 +84,8 @@ def memory(job: Job, layout: Layout) -> Memory:
     if layout.recompute == "full":
         again = block_activations(job, Layout(tp, sequence_parallel=layout.sequence_parallel, micro_batch=layout.micro_batch))
     vocab = -(-model.vocab // tp)
-    # The output layer's input, normed, and the logits; the fused loss keeps the gradient of its input instead, and no logits.
-    last = rows * (2 * model.hidden * element + (vocab * (4 + element) if job.software == "megatron-2021" else model.hidden * element))
+    # The last norm's input, and the output layer's with its logits; the fused loss keeps the gradient of its input instead, and no logits.
+    last = rows * (2 * model.hidden * element + (vocab * (4 + element) if job.software == "megatron-2021" else 0))
     activations = in_flight(layout) * held + again if layout.pp > 1 else held + again + last
     if layout.pp > 1:
         activations = max(activations, held + again + last)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .memory import block_activations, element_bytes, in_flight, local_parameters
+from .model import PlanError
 from .search import Plan, Row
 from .time import HALF, block, constants_of, data_parallel_seconds
 
@@ -194,14 +195,28 @@ def explain(row: Row) -> str:
     return "\n".join(shown)
 
 
-def draw(rows: list[Row], path: Path, title: str) -> None:
-    """Stacked step times beside stacked memory, a bar a row. Needs matplotlib."""
-    import matplotlib
+def pyplot(path: Path):
+    """matplotlib's, if it can draw that file.
 
+    Raises:
+        PlanError: matplotlib is not installed, or does not write such files.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise PlanError("pictures need matplotlib: pip install 'tpkernels[plan]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.5 + 0.45 * len(rows)), sharey=True)
+    kinds = pyplot.gcf().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in kinds:
+        raise PlanError(f"{path} is no picture that can be written: end it in .svg, .png or .pdf")
+    return pyplot
+
+
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Stacked step times beside stacked memory, a bar a row."""
+    figure, (left, right) = pyplot(path).subplots(1, 2, figsize=(12, 1.5 + 0.45 * len(rows)), sharey=True)
     names = [row.layout.words() for row in rows]
     for axis, parts, unit in ((left, [asdict(r.time) for r in rows], 1), (right, [asdict(r.memory) for r in rows], GB)):
         start = [0.0] * len(rows)
@@ -222,12 +237,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 
 def draw_sweep(points: list[tuple[int, dict[str, float]]], path: Path, title: str) -> None:
     """Tokens a second and GPU, over GPUs, a line for each kind of layout."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 4.5))
+    figure, axis = pyplot(path).subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(key for _, each in points for key in each):
         line = [(gpus, each[name]) for gpus, each in points if name in each]
         axis.plot(*zip(*line, strict=True), marker="o", label=name)
@@ -251,5 +261,4 @@ def save(figure, path: Path) -> None:
 
 
 def show(table: Table) -> None:
-    console = Console()
-    console.print(table, soft_wrap=False)
+    Console().print(table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..files import write_whole
 from .fit import Measured, best_published, groups, published, single_node
 from .model import DATA
+from .report import pyplot, save
 from .search import Row
 
 Pairs = dict[str, list[tuple[Measured, Row]]]
@@ -94,14 +95,7 @@ def write_rows(found: Pairs, path: Path) -> None:
 
 
 def draw(found: Pairs, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    from .report import save
-
-    figure, axis = pyplot.subplots(figsize=(6, 6))
+    figure, axis = pyplot(path).subplots(figsize=(6, 6))
     for name, rows in sorted(found.items()):
         axis.loglog(
             [row.seconds for row, _ in rows],
