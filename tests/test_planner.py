@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import doc_blocks
 import families
 import pytest
 import torch
@@ -340,6 +341,9 @@ def test_search_ranks_what_fits():
 def test_search_of_16384_gpus():
     plan = search(make_job(load_model("llama3-405b"), "h100", 8192), 16384, 2048)
     assert plan.best.layout.gpus == 16384
+    # 126 blocks over 16 stages, 4 chunks each: 64 chunks of at most 2, so that the fullest stage has 8
+    assert Layout(8, 16, 128, 1, 2048, 4).blocks(plan.job.model) == 8
+    assert plan.first(lambda layout: layout.pp == 16 and layout.interleave == 4)
 
 
 def test_plan_is_a_layout_for_init_mesh(pool):
@@ -509,6 +513,12 @@ def test_pictures(tmp_path):
     run = command(*model, "--picture", str(tmp_path / "rows.docx"))
     assert run.returncode == 1 and "end it in .svg" in run.stderr
     assert sorted(os.listdir(tmp_path)) == ["rows.svg", "sweep.png"]
+
+
+def test_the_pages_commands_print_what_they_show():
+    page = (DATA.parents[2] / "docs" / "when-to-use-tp.md").read_text()
+    assert len(doc_blocks.BLOCK.findall(page)) >= 5
+    assert doc_blocks.refreshed(page) == page, "run `python tests/doc_blocks.py docs/when-to-use-tp.md`"
 
 
 def test_the_page_shows_what_the_planner_says():

@@ -46,8 +46,8 @@ class Layout:
         return self.global_batch // (self.dp * self.micro_batch)
 
     def blocks(self, model: Model) -> int:
-        """Of the fullest stage."""
-        return -(-model.layers // self.pp)
+        """Of the fullest stage: its chunks are as long as the longest."""
+        return self.interleave * -(-model.layers // (self.pp * self.interleave))
 
     def check(self, model: Model, seq: int) -> None:
         """Raises PlanError where the layout is no layout of that model."""

@@ -72,22 +72,27 @@ def _divisors(n: int, most: int | None = None) -> list[int]:
     return [d for d in every if most is None or d <= most]
 
 
+def _slots(layers: int, chunks: int) -> int:
+    """Blocks that as many chunks would have if all were as long as the longest."""
+    return -(-layers // chunks) * chunks
+
+
 def layouts(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -> Iterator[Layout]:
     """All that the planner compares: TP inside a node, PP that divides the blocks, DP the rest."""
     model = job.model
     for tp in _divisors(gpus, min(job.hardware.gpus_per_node, model.heads)):
         for pp in _divisors(gpus // tp, min(model.layers, most_pp or model.layers)):
             dp = gpus // (tp * pp)
-            # A last stage that is short of blocks is allowed (105 blocks over 35, 96 over 36 are not the same waste): a tenth at most.
-            if global_batch % dp or -(-model.layers // pp) * pp > 1.1 * model.layers:
+            # Stages may be short of blocks (126 over 16), by a tenth at most.
+            if global_batch % dp or _slots(model.layers, pp) > 1.1 * model.layers:
                 continue
             for micro in (2**i for i in range(6)):
                 if global_batch // dp % micro:
                     break
                 passes = global_batch // dp // micro
                 interleaves = [1]
-                if pp > 1 and passes % pp == 0 and model.layers % pp == 0:
-                    interleaves += [v for v in _divisors(model.layers // pp, 8) if v > 1]
+                if pp > 1 and passes % pp == 0:
+                    interleaves += [v for v in range(2, 9) if pp * v <= model.layers and _slots(model.layers, pp * v) <= 1.1 * model.layers]
                 zeros = [0] if dp == 1 else [0, 1] if pp > 1 else [0, 1, 2, 3]
                 kinds = ("none", "selective", "full") if job.software == "megatron-2021" else ("none", "full")
                 for sequence_parallel in (False, True) if tp > 1 else (False,):

@@ -206,7 +206,7 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
     recompute = m * layers * again
     tp_exposed = m * (model.layers * tp_block + head_reduce) / p
     pp_exposed = m * sends
-    bubble = max(0.0, pipeline - compute - recompute - tp_exposed - pp_exposed)
+    bubble = 0.0 if p == 1 else max(0.0, pipeline - compute - recompute - tp_exposed - pp_exposed)
 
     dp_all, dp_hidden = data_parallel_seconds(job, layout, c, m, compute)
     local = local_parameters(job.model, layout)
