@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpkernels as tpk
-from tpkernels.planner import Layout, Model, PlanError, fit, predict, search, validate
+from tpkernels.planner import Layout, Model, PlanError, advice, fit, predict, search, validate
 from tpkernels.planner.hardware import bus_share, load_hardware
 from tpkernels.planner.jobs import amount, make_job, parse_layout, sequences, sized_model
 from tpkernels.planner.layout import Job
@@ -344,6 +344,27 @@ def test_search_of_16384_gpus():
     # 126 blocks over 16 stages, 4 chunks each: 64 chunks of at most 2, so that the fullest stage has 8
     assert Layout(8, 16, 128, 1, 2048, 4).blocks(plan.job.model) == 8
     assert plan.first(lambda layout: layout.pp == 16 and layout.interleave == 4)
+
+
+def test_the_reasons_are_the_rows_own():
+    hybrid = tpk.plan("gpt3-175b", gpus=512, global_batch=256)
+    words = " ".join(advice(hybrid))
+    assert "512 GPUs = 8-way TP x 64-way DP: a step of at least 256 sequences" in words
+    assert "FSDP alone (ZeRO-3, TP 1) does not fit or does not divide the batch" in words and "TP 1 fits nowhere" in words
+    assert "does not run sequence parallelism" in words
+    small = tpk.plan("llama-7b", gpus=8, global_batch=64)
+    words = " ".join(advice(small))
+    best = {tp: small.first(lambda layout, tp=tp: layout.tp == tp).step_s for tp in (1, 2, 4, 8)}
+    assert min(best, key=best.get) == small.tp == 1
+    for tp, seconds in best.items():
+        assert f"TP {tp} {seconds / best[1]:.2f}x" in words
+    assert "TP stops paying after 1" in words and "Memory binds" in words
+    fsdp = small.first(lambda layout: layout.tp == 1 and layout.zero == 3)
+    assert f"FSDP alone takes {fsdp.step_s:.3g} s" in words
+    slow = tpk.plan("llama-7b", gpus=16, global_batch=64, network_gbit=5)
+    assert "(the network)" in " ".join(advice(slow))
+    pipeline = tpk.plan("llama-70b", gpus=512, batch_tokens="4M", max_pp=None)
+    assert pipeline.pp > 1 and "tpkernels has no pipeline of its own" in " ".join(advice(pipeline))
 
 
 def test_plan_is_a_layout_for_init_mesh(pool):
