@@ -11,7 +11,7 @@ from rich.table import Table
 from .memory import block_activations, element_bytes, in_flight, local_parameters
 from .model import PlanError
 from .search import Plan, Row
-from .time import HALF, block, constants_of, data_parallel_seconds
+from .time import block, constants_of, data_parallel_seconds
 
 GB = 1e9
 
@@ -47,10 +47,10 @@ def traffic(row: Row) -> dict[str, dict]:
     if layout.dp > 1:
         link = inside if layout.tp * layout.dp <= hardware.gpus_per_node else between
         if layout.zero == 0:
-            add("DP all-reduce of gradients", 1, HALF * local, link)
+            add("DP all-reduce of gradients", 1, element_bytes(job) * local, link)
         else:
-            add("DP reduce-scatter of gradients", m if layout.zero > 1 else 1, HALF * local, link)
-            add("DP all-gather of parameters", 2 * m if layout.zero == 3 else 1, HALF * local, link)
+            add("DP reduce-scatter of gradients", m if layout.zero > 1 else 1, element_bytes(job) * local, link)
+            add("DP all-gather of parameters", 2 * m if layout.zero == 3 else 1, element_bytes(job) * local, link)
     return found
 
 
@@ -135,7 +135,7 @@ def compare_table(rows: list[Row]) -> Table:
 
     line("step", [seconds(row.step_s) for row in rows])
     line("tokens/s", [f"{row.tokens_per_s:,.0f}" for row in rows])
-    line("TFLOP/s a GPU (MFU)", [f"{row.flops_per_gpu / 1e12:.0f} ({row.mfu:.1%})" for row in rows])
+    line("TFLOP/s a GPU (MFU)", [f"{row.flops_per_gpu / 1e12:.3g} ({row.mfu:.1%})" for row in rows])
     for name in asdict(rows[0].time):
         line(f"  {name.replace('_', ' ')}", [seconds(getattr(row.time, name)) for row in rows])
     line("memory a GPU", [f"{row.memory.total / GB:.1f} GB" + ("" if row.fits else " (too much)") for row in rows])
@@ -179,7 +179,7 @@ def explain(row: Row) -> str:
         f"  forward {seconds(one.forward)}, backward {seconds(one.backward)}, attention's core {seconds(one.core)}",
     ]  # fmt: skip
     if tp > 1:
-        message = HALF * layout.micro_batch * job.seq * model.hidden
+        message = element * layout.micro_batch * job.seq * model.hidden
         shown.append(
             f"  TP all-reduce of {message / 1e6:.1f} MB: 2 ({tp} - 1) / {tp} x bytes / bus bandwidth at that size + {seconds(c.reduce)} = {seconds(one.reduce)}; two forward, two backward; "
             f"{seconds(one.forward_exposed + one.backward_exposed)} shown   [ring: nccl-tests PERFORMANCE.md; curve: data/measured/allreduce_busbw.csv]"

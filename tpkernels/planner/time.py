@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 from .hardware import Hardware, bus_share
 from .layout import Job, Layout
-from .memory import local_parameters
+from .memory import element_bytes, local_parameters
 from .model import DATA, Linear, near
 
 TILE = 128  # rows and columns of a GEMM's tile
-HALF = 2  # bytes of a 16-bit element
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def gemm_seconds(m: int, n: int, k: int, job: Job, c: Constants, batch: int = 1,
     waves = tiles / job.hardware.multiprocessors + c.tail
     tile = 2 * TILE * TILE * k / (job.hardware.peak(job.dtype) / job.hardware.multiprocessors)
     seconds = waves * tile / (efficiency or c.gemm)
-    moved = HALF * batch * (m * k + k * n + m * n) / (c.memory * job.hardware.memory_bytes_per_s)
+    moved = element_bytes(job) * batch * (m * k + k * n + m * n) / (c.memory * job.hardware.memory_bytes_per_s)
     return max(seconds, moved)
 
 
@@ -113,7 +112,8 @@ def block(job: Job, layout: Layout, c: Constants) -> Block:
         backward += gemm_seconds(rows, k, n, job, c) + gemm_seconds(n, k, rows, job, c)
 
     heads, head_dim = -(-model.heads // tp), model.head_dim
-    bandwidth = c.memory * hardware.memory_bytes_per_s
+    element = element_bytes(job)
+    bandwidth = c.memory * hardware.memory_bytes_per_s * 2 / element  # the counts below are of 16-bit elements
     kv = 2 * -(-model.kv_heads // tp) * head_dim
     inner = heads * head_dim
     up = -(-model.ffn // tp)
@@ -130,14 +130,14 @@ def block(job: Job, layout: Layout, c: Constants) -> Block:
         backward += (34 * whole + rows * (4 * (inner + kv) + 4 * inner + 6 * up)) / bandwidth
     else:
         flops = 4 * rows * seq * inner / 2  # causal: the fused kernel leaves the upper triangle out
-        core = flops / (c.attention * hardware.peak(job.dtype)) + HALF * rows * (2 * inner + kv) / bandwidth
-        core_back = 2.5 * flops / (c.attention * hardware.peak(job.dtype)) + 2 * HALF * rows * (2 * inner + kv) / bandwidth
+        core = flops / (c.attention * hardware.peak(job.dtype)) + 2 * rows * (2 * inner + kv) / bandwidth
+        core_back = 2.5 * flops / (c.attention * hardware.peak(job.dtype)) + 4 * rows * (2 * inner + kv) / bandwidth
         forward += (16 * whole + rows * (4 * (inner + kv) + (6 if model.gated else 4) * up)) / bandwidth
         backward += (24 * whole + rows * (4 * (inner + kv) + (10 if model.gated else 6) * up)) / bandwidth
     link = hardware.link.bus_bytes_per_s * c.link
     if tp > hardware.gpus_per_node:
         link = min(link, hardware.gpus_per_node * hardware.network.bus_bytes_per_s * c.network)
-    reduce = ring(HALF * rows * model.hidden, tp, 2, link, c)
+    reduce = ring(element * rows * model.hidden, tp, 2, link, c)
     host = c.host * (1 + c.skew * ((tp - 1) / 7) ** 2)
     passes, exposed = [], []
     for gpu, queue in ((forward + core, host), (backward + core_back, 1.5 * host)):
@@ -171,7 +171,7 @@ def head_seconds(job: Job, layout: Layout, c: Constants) -> tuple[float, float]:
     """(forward and backward of the output layer and the loss, of the embedding), one micro-batch."""
     model, rows = job.model, layout.micro_batch * job.seq
     vocab = -(-model.vocab // layout.tp)
-    bandwidth = c.memory * job.hardware.memory_bytes_per_s
+    bandwidth = c.memory * job.hardware.memory_bytes_per_s * 2 / element_bytes(job)
     gemms = gemm_seconds(rows, vocab, model.hidden, job, c) + gemm_seconds(rows, model.hidden, vocab, job, c) + gemm_seconds(vocab, model.hidden, rows, job, c)  # fmt: skip
     passes = 36 if job.software == "megatron-2021" else 12  # logits to float32, maximum, exponentials, gradients
     return gemms + passes * rows * vocab / bandwidth, 20 * rows * model.hidden / bandwidth
@@ -192,7 +192,7 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
 
     per_block = one.forward + one.backward + again + tp_block
     first, last = embedding + head_reduce / 2, head + head_reduce / 2
-    message = HALF * layout.micro_batch * job.seq * model.hidden / layout.tp
+    message = element_bytes(job) * layout.micro_batch * job.seq * model.hidden / layout.tp
     across = layout.tp * layout.dp >= hardware.gpus_per_node  # the stages are in nodes of their own
     wire = hardware.network.bus_bytes_per_s * c.network if across else hardware.link.bus_bytes_per_s * c.link
     send = 0.0 if p == 1 else c.send + message / wire
@@ -227,14 +227,9 @@ def data_parallel_seconds(job: Job, layout: Layout, c: Constants, m: int, comput
     bus = hardware.link.bus_bytes_per_s * c.link
     if dp > per_node:
         bus = min(bus, per_node * hardware.network.bus_bytes_per_s * c.network)
-    grads = ring(HALF * local, dp, 1, bus, c)
-    params = ring(HALF * local, dp, 1, bus, c)
-    if layout.zero < 2:
-        total = ring(HALF * local, dp, 2, bus, c) if layout.zero == 0 else grads + params
-    elif layout.zero == 2:
-        total = m * grads + params
-    else:
-        total = m * (grads + 2 * params)
+    message = element_bytes(job) * local
+    half = ring(message, dp, 1, bus, c)  # a reduce-scatter of gradients, or an all-gather of parameters
+    total = {0: ring(message, dp, 2, bus, c), 1: 2 * half, 2: (m + 1) * half, 3: 3 * m * half}[layout.zero]
     if job.software == "megatron-2021":
         return total, 0.0
     # Under the backward pass of the last micro-batch, two thirds of its compute; ZeRO-2 sends under every one, ZeRO-3 under the forward too.
