@@ -268,6 +268,12 @@ def test_measured_steps_are_predicted():
     assert statistics.mean(abs(fit.error(row)) for row in known) <= 0.10
 
 
+def test_the_published_choice_of_tp_pp_dp_is_first_or_near():
+    for row in fit.published():
+        published, first = fit.best_published(row)
+        assert published.step_s <= 1.03 * first.step_s, published.layout.words()
+
+
 def test_the_planner_chooses_as_was_measured():
     losses = [loss for _, loss in validate.choices()]
     assert len(losses) == 144 and statistics.mean(losses) < 0.05

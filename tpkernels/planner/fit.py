@@ -143,11 +143,11 @@ def groups() -> dict[str, list[tuple[Measured, Row]]]:
 
 
 def best_published(row: Measured) -> tuple[Row, Row]:
-    """(the published layout, the planner's first of the same rules): TP, PP, DP and micro-batch free, the rest as published."""
+    """(the published layout, the planner's first of the same rules): TP, PP and DP free, the rest as published, where it is."""
     plan = search(row.job, row.layout.gpus, row.layout.global_batch)
     mine = row.predict()
 
     def rules(layout: Layout) -> Layout:
-        return replace(layout, tp=1, pp=1, dp=1, micro_batch=1)
+        return replace(layout, tp=1, pp=1, dp=1)
 
     return mine, plan.first(lambda layout: row.open or rules(layout) == rules(mine.layout)) or mine
