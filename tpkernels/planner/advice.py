@@ -104,7 +104,7 @@ def the_batch(plan: Plan) -> str:
 
 
 def advice(plan: Plan) -> list[str]:
-    words = [f"Best: {plan.best.layout.words()}: " + binds(plan.best, plan), where_tp_pays(plan), tp_or_fsdp(plan), tp_needed_from(plan.job, plan), the_batch(plan)]  # fmt: skip
+    words = [f"Best: {plan.best.layout.words()}, {plan.best.tokens_per_s:,.0f} tokens/s: " + binds(plan.best, plan), where_tp_pays(plan), tp_or_fsdp(plan), tp_needed_from(plan.job, plan), the_batch(plan)]  # fmt: skip
     if plan.best.layout.sequence_parallel:
         whole = plan.first(lambda layout: not layout.sequence_parallel and layout.pp <= plan.pp)
         words.append(

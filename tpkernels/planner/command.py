@@ -88,6 +88,8 @@ def command(function: Callable) -> Callable:
         try:
             given = asked(**{name: options.pop(name) for name in shared})
             return function(given, **options)
+        except BrokenPipeError:  # `| head`: click ends that quietly
+            raise
         except (PlanError, OSError) as error:
             Console(stderr=True).print(f"tpkernels plan: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
@@ -138,7 +140,7 @@ def plan(
         report.draw(rows, picture, title)
     if put_json(json_file, report.plan_dict(found, words, top)):
         return
-    report.show(report.plan_table(rows, f"{title}: {gpus} of them"))
+    report.show(report.plan_table(rows, f"{title}: {gpus} of them", Console().width))
     for name, what in report.traffic(found.best).items():
         carried = f"{what['calls']} x {what['bytes_each'] / 1e6:.1f} MB = {what['bytes'] / 1e9:.1f} GB a GPU and step"
         print(f"{name}: {carried}, over {what['link']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -82,50 +83,34 @@ def plan_dict(plan: Plan, words: list[str], top: int) -> dict:
     return {"gpus": plan.gpus, "global_batch": plan.global_batch, "advice": words, "rows": [as_dict(row) for row in plan.rows[:top]]}
 
 
-def plan_table(rows: list[Row], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    names = [
-        "",
-        "layout",
-        "step",
-        "tokens/s",
-        "MFU",
-        "GB a GPU: total",
-        "param.",
-        "grad.",
-        "optim.",
-        "activ.",
-        "compute",
-        "TP shown/hid",
-        "PP+bubble",
-        "DP shown/hid",
-    ]
+def plan_table(rows: list[Row], title: str, width: int) -> Table:
+    """A line a row: all parts where the terminal is `width` wide enough for them, else the totals."""
+    wide = width >= 150
+    names = ["step", "MFU", "GB", "% compute/ TP/PP/DP"]
+    if wide:
+        names = ["step", "MFU", "GB", "param.", "grad.", "optim.", "activ.", "compute", "TP", "hidden", "PP", "DP", "hidden", "tokens/s"]
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column("layout", min_width=20)
     for name in names:
-        table.add_column(name, justify="left" if name == "layout" else "right", no_wrap=name != "layout", overflow="fold")
+        table.add_column(name, justify="right", min_width=None if wide else min(len(name), 9))
     for i, row in enumerate(rows, 1):
         t, m = row.time, row.memory
-        share = [
-            f"{part / t.total:.0%}"
-            for part in (
-                t.compute + t.recompute + t.optimizer,
-                t.tp_exposed,
-                t.tp_hidden,
-                t.pp_exposed + t.bubble,
-                t.dp_exposed,
-                t.dp_hidden,
-            )
-        ]
-        gb = [f"{part / GB:.1f}" for part in (m.total, m.parameters, m.gradients, m.optimizer, m.activations)]
-        table.add_row(
-            str(i), row.layout.words(), seconds(row.step_s), f"{row.tokens_per_s:,.0f}", f"{row.mfu:.1%}", *gb,
-            share[0], f"{share[1]} / {share[2]}", share[3], f"{share[4]} / {share[5]}",
-        )  # fmt: skip
+        parts = (t.compute + t.recompute + t.optimizer, t.tp_exposed, t.tp_hidden, t.pp_exposed + t.bubble, t.dp_exposed, t.dp_hidden)
+        compute, tp, tp_hidden, pp, dp, dp_hidden = (round(100 * part / t.total) for part in parts)
+        cells = [str(i), row.layout.words(), seconds(row.step_s), f"{row.mfu:.1%}", f"{m.total / GB:.1f}"]
+        if wide:
+            cells += [f"{part / GB:.1f}" for part in (m.parameters, m.gradients, m.optimizer, m.activations)]
+            cells += [f"{share}%" for share in (compute, tp, tp_hidden, pp, dp, dp_hidden)] + [f"{row.tokens_per_s:,.0f}"]
+        else:
+            cells += [f"{compute}/{tp}/{pp}/{dp}"]
+        table.add_row(*cells)
     return table
 
 
 def compare_table(rows: list[Row]) -> Table:
     """Layouts side by side, a column each."""
-    table = Table(title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for row in rows:
         table.add_column(row.layout.words(), justify="right")
