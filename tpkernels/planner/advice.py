@@ -21,7 +21,7 @@ def binds(row: Row, plan: Plan) -> str:
     text = f"computing takes {time.compute / time.total:.0%} of the step"
     if seconds > 0.01 * time.total:
         text += f"; what binds most beside it is {name}: {seconds / time.total:.0%}"
-    faster = [r for r in plan.too_large if r.step_s < row.step_s]
+    faster = [r for r in plan.too_large if r.step_s < 0.97 * row.step_s]
     if faster:
         best = min(faster, key=lambda r: r.step_s)
         text += (
