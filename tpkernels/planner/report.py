@@ -211,12 +211,12 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
             widths = [part[key] / unit for part in parts]
             axis.barh(names, widths, left=start, label=key.replace("_", " "))
             start = [a + b for a, b in zip(start, widths, strict=True)]
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     left.invert_yaxis()
     left.set_xlabel("seconds a step")
     right.set_xlabel("GB a GPU")
     right.axvline(rows[0].job.hardware.memory_bytes / GB, color="black", linestyle=":")
-    figure.suptitle(title)
+    figure.suptitle(title, y=1.05)
     save(figure, path)
 
 
@@ -231,7 +231,7 @@ def draw_sweep(points: list[tuple[int, dict[str, float]]], path: Path, title: st
     axis.set_ylabel("tokens/s a GPU")
     axis.set_ylim(bottom=0)
     axis.legend()
-    axis.set_title(title)
+    axis.set_title(title, fontsize=9)
     save(figure, path)
 
 

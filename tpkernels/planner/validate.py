@@ -96,14 +96,12 @@ def write_rows(found: Pairs, path: Path) -> None:
 
 def draw(found: Pairs, path: Path) -> None:
     figure, axis = pyplot(path).subplots(figsize=(6, 6))
-    for name, rows in sorted(found.items()):
-        axis.loglog(
-            [row.seconds for row, _ in rows],
-            [row.step_s for _, row in rows],
-            "." if name.startswith("vTrain") else "D",
-            markersize=4,
-            label=name,
-        )
+    together: Pairs = {}
+    for name, rows in sorted(found.items(), reverse=True):
+        together.setdefault(f"vTrain, {name.rpartition(', ')[2]}" if name.startswith("vTrain") else name, []).extend(rows)
+    for name, rows in together.items():
+        style = "." if name.startswith("vTrain") else "D"
+        axis.loglog([row.seconds for row, _ in rows], [row.step_s for _, row in rows], style, markersize=4, label=name)
     ends = [0.05, 200]
     axis.plot(ends, ends, color="black", linewidth=0.8)
     axis.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="gray", alpha=0.2, label="10%")
