@@ -97,21 +97,21 @@ class _ColumnLinear(torch.autograd.Function):
         live = [i for i, dy in enumerate(dys) if dy is not None]
         out: list[Tensor | None] = [None] * (4 + 2 * k)
         if live:
-            wanted = [0] if need_x else []
-            wanted += [4 + i for i in live if need_w[i]] + [4 + k + i for i in live if need_b[i]]
-            grads = _ops.column_linear_backward(
-                [dys[i] for i in live],
-                x,
-                [weights[i] for i in live] if need_x else [],
-                need_x,
-                [need_w[i] for i in live],
-                [need_b[i] for i in live],
-                ctx.group.channel(ctx.chunks),
-                ctx.chunks,
-                ctx.tag,
+            if len(live) < k:
+                dys, weights = [dys[i] for i in live], [weights[i] for i in live] if need_x else []
+                need_w, need_b = [need_w[i] for i in live], [need_b[i] for i in live]
+            chunks = ctx.chunks
+            grads = iter(
+                _ops.column_linear_backward(
+                    list(dys), x, weights, need_x, list(need_w), list(need_b), ctx.group.channel(chunks), chunks, ctx.tag
+                )
             )
-            for i, grad in zip(wanted, grads, strict=True):
-                out[i] = grad
+            if need_x:
+                out[0] = next(grads)
+            for first, needs in ((4, need_w), (4 + k, need_b)):
+                for i, need in zip(live, needs, strict=True):
+                    if need:
+                        out[first + i] = next(grads)
         return tuple(out)
 
 
