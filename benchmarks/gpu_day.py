@@ -85,16 +85,8 @@ def steps(folder: Path) -> Iterator[Step]:
         command = [*sanitizer, *gpu_tests, "tests/gpu/test_peer_kernels.py", "-k", "sums or layers"]
         yield Step(f"compute-sanitizer {tool}", command, missing("compute-sanitizer"), 3600, pytest_counts, SHARED)
     yield Step("tuning", [*torchrun, "-m", "tpkernels", "tune"], NO_GPU)
-    pedantic = [
-        python,
-        "-m",
-        "pytest",
-        "-q",
-        "benchmarks",
-        "--ignore=benchmarks/bench_link.py",
-        "--benchmark-only",
-        f"--benchmark-json={bench}",
-    ]
+    suite = [python, "-m", "pytest", "-q", "benchmarks", "--ignore=benchmarks/bench_link.py"]
+    pedantic = [*suite, "--benchmark-only", f"--benchmark-json={bench}"]
     yield Step("benchmarks", pedantic, NO_GPU, 3600, from_json(bench))
     yield Step("profile", ["bash", "benchmarks/nsys.sh", ranks, str(folder / "profiles")], missing("nsys"), environment={"PYTHON": python})
 

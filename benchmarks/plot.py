@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from tpkernels.files import write_whole  # noqa: E402
+from tpkernels.files import fill, write_whole  # noqa: E402
 
 PARTS = ("GEMM", "all-reduce", "tpkernels, overlap=False", "tpkernels, 4 chunks", "tpkernels, async")
 LAYERS = {"row_linear": "row-parallel layer", "column_linear": "column-parallel layer", "mlp": "MLP", "block": "block"}
@@ -212,13 +211,6 @@ def tables(found: dict, heads: list[dict]) -> dict[str, list[str]]:
         if name in names:
             made[name] = write(found)
     return made | {name: layer(found, name) for name in LAYERS if name in names}
-
-
-def fill(text: str, made: dict[str, list[str]]) -> str:
-    for name, lines in made.items():
-        block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        text = block.sub(lambda match, lines=lines: match[1] + "\n" + "\n".join(lines) + match[2], text)
-    return text
 
 
 def draw(found: dict, folder: Path) -> None:

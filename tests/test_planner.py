@@ -275,7 +275,7 @@ def test_the_published_choice_of_tp_pp_dp_is_first_or_near():
 
 
 def test_the_planner_chooses_as_was_measured():
-    losses = [loss for _, loss in validate.choices()]
+    losses = [loss for _, loss in validate.choices(fit.groups())]
     assert len(losses) == 144 and statistics.mean(losses) < 0.05
 
 
@@ -418,6 +418,7 @@ REFUSED = [
     (lambda: tpk.plan("llama-7b", gpus=8, batch_tokens="many"), "no number"),
     (lambda: tpk.plan("llama-7b", gpus=8, batch_tokens="-4M"), "at least 1"),
     (lambda: tpk.plan("llama-7b", **SMALL, seq=0), "seq must be"),
+    (lambda: tpk.plan("llama-7b", **SMALL, max_pp=0), "max_pp must be a whole number of at least 1, got 0"),
     (lambda: tpk.plan("llama-7b", **SMALL, dtype="int3"), "no int3 arithmetic; it has bfloat16"),
     (lambda: tpk.plan("llama-7b", **SMALL, software="megatron"), "near it: megatron-2021"),
     (lambda: tpk.plan("llama-7b", **SMALL, network_gbit=-1), "network_gbit must be positive"),
@@ -522,6 +523,14 @@ def test_commands(tmp_path):
     assert run.returncode == 0 and "512 GPUs, tokens/s a GPU" in run.stdout, run.stderr
     run = command("explain", "--row", "2", *model)
     assert run.returncode == 0 and "MFU =" in run.stdout, run.stderr
+    (tmp_path / "empty.md").write_text("no sections")
+    for refused, words in (
+        (["--sweep", "gpus", "--model", "llama-7b", "--gpus", "0", "--global-batch", "8"], "gpus must be"),
+        (["validate", "--page", str(tmp_path / "empty.md")], "has no section <!-- errors -->"),
+        (["validate", "--page", str(tmp_path / "none.md")], "No such file"),
+    ):
+        run = command(*refused)
+        assert run.returncode == 1 and words in run.stderr and "Traceback" not in run.stderr, run.stderr
     run = command("--model", "lama", "--gpus", "8", "--global-batch", "8")
     assert run.returncode == 1 and "near it" in run.stderr and "Traceback" not in run.stderr
 
@@ -551,5 +560,5 @@ def test_the_pages_commands_print_what_they_show():
 
 def test_the_page_shows_what_the_planner_says():
     page = (DATA.parents[2] / "docs" / "planner.md").read_text()
-    for line in [*validate.constants_lines(), *validate.published_lines(), *validate.choice_lines()]:
+    for line in [*validate.constants_lines(), *validate.published_lines(), *validate.choice_lines(fit.groups())]:
         assert line in page, "run `tpkernels plan validate --page docs/planner.md`"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from .layout import Job
 from .model import PlanError
 from .search import FIT, Plan, Row, search
 
@@ -67,17 +66,13 @@ def tp_or_fsdp(plan: Plan) -> str:
     return f"FSDP alone takes {fsdp.step_s:.3g} s a step, TP {plain.layout.tp} with DP {plain.layout.dp} {plain.step_s:.3g} s: {winner} at this size."
 
 
-def tp_needed_from(job: Job, plan: Plan) -> str:
+def tp_needed_from(plan: Plan) -> str:
     """The number of GPUs from which on the best layout without TP is slower than with, or does not exist, for this batch."""
-    gpus = 1
-    sizes = []
-    while gpus <= max(plan.gpus, 4096):
-        sizes.append(gpus)
-        gpus *= 2
+    sizes = [2**i for i in range(max(plan.gpus, 4096).bit_length())]
     needed = None
     for size in sizes:
         try:
-            found = search(job, size, plan.global_batch, 1)
+            found = search(plan.job, size, plan.global_batch, 1)
         except PlanError:
             continue
         alone = found.first(lambda layout: layout.tp == 1)
@@ -104,7 +99,7 @@ def the_batch(plan: Plan) -> str:
 
 
 def advice(plan: Plan) -> list[str]:
-    words = [f"Best: {plan.best.layout.words()}, {plan.best.tokens_per_s:,.0f} tokens/s: " + binds(plan.best, plan), where_tp_pays(plan), tp_or_fsdp(plan), tp_needed_from(plan.job, plan), the_batch(plan)]  # fmt: skip
+    words = [f"Best: {plan.best.layout.words()}, {plan.best.tokens_per_s:,.0f} tokens/s: " + binds(plan.best, plan), where_tp_pays(plan), tp_or_fsdp(plan), tp_needed_from(plan), the_batch(plan)]  # fmt: skip
     if plan.best.layout.sequence_parallel:
         whole = plan.first(lambda layout: not layout.sequence_parallel and layout.pp <= plan.pp)
         words.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 from collections.abc import Callable
@@ -17,8 +18,8 @@ from . import jobs, report
 from .advice import advice
 from .jobs import VOCAB, make_job, parse_layout, sequences, sized_model
 from .layout import Job, Layout
-from .model import PlanError, load_model
-from .search import predict, search
+from .model import PlanError, count, load_model
+from .search import Row, predict, search
 
 ModelName = Annotated[str | None, typer.Option("--model", help="A named model, or the path of a Hugging Face config.json.")]
 Hidden = Annotated[int | None, typer.Option(help="Features between blocks; with --layers and --heads in place of --model.")]
@@ -79,25 +80,34 @@ def asked(
     return Asked(job, sequences(job.seq, batch_tokens, global_batch), software)
 
 
-def command(function: Callable) -> Callable:
-    """The function with `asked`'s options in the place of its first parameter; what cannot be planned is an error of one line."""
-    shared = inspect.signature(asked, eval_str=True).parameters
-    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+def refuses(function: Callable) -> Callable:
+    """What cannot be planned is an error of one line."""
 
+    @functools.wraps(function)
     def run(**options):
         try:
-            given = asked(**{name: options.pop(name) for name in shared})
-            return function(given, **options)
+            return function(**options)
         except BrokenPipeError:  # `| head`: click ends that quietly
             raise
         except (PlanError, OSError) as error:
             Console(stderr=True).print(f"tpkernels plan: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(1) from None
 
+    return run
+
+
+def command(function: Callable) -> Callable:
+    """The function with `asked`'s options in the place of its first parameter; it refuses."""
+    shared = inspect.signature(asked, eval_str=True).parameters
+    own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+
+    def run(**options):
+        return function(asked(**{name: options.pop(name) for name in shared}), **options)
+
     run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own)])
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
-    return run
+    return refuses(run)
 
 
 def put_json(path: Path | None, data: dict) -> bool:
@@ -140,7 +150,8 @@ def plan(
         report.draw(rows, picture, title)
     if put_json(json_file, report.plan_dict(found, words, top)):
         return
-    report.show(report.plan_table(rows, f"{title}: {gpus} of them", Console().width))
+    console = Console()
+    console.print(report.plan_table(rows, f"{title}: {gpus} of them", console.width))
     for name, what in report.traffic(found.best).items():
         carried = f"{what['calls']} x {what['bytes_each'] / 1e6:.1f} MB = {what['bytes'] / 1e9:.1f} GB a GPU and step"
         print(f"{name}: {carried}, over {what['link']}")
@@ -169,30 +180,33 @@ def _sweep(job: Job, most: int, batch: int, max_pp: int | None, title: str, pict
         "no TP, no pipeline (DP, FSDP)": lambda layout: layout.tp == 1 and layout.pp == 1,
         "TP with DP or FSDP": lambda layout: layout.tp > 1 and layout.pp == 1,
     }
-    sizes, points, data = [2**i for i in range(most.bit_length()) if 2**i <= most], [], []
-    for gpus in sizes:
+    count("gpus", most)
+    found: dict[int, dict[str, Row] | PlanError] = {}
+    for gpus in (2**i for i in range(most.bit_length())):
         try:
-            found = search(job, gpus, batch, max_pp)
+            plan = search(job, gpus, batch, max_pp)
+            found[gpus] = {kind: row for kind, wanted in kinds.items() if (row := plan.first(wanted))}
         except PlanError as error:
-            data.append({"gpus": gpus, "error": str(error)})
-            continue
-        rows = {kind: row for kind, wanted in kinds.items() if (row := found.first(wanted))}
-        points.append((gpus, {kind: row.tokens_per_s / gpus for kind, row in rows.items()}))
-        data.append({"gpus": gpus, **{kind: report.as_dict(row) for kind, row in rows.items()}})
-    if not points:
-        raise PlanError(f"no number of GPUs up to {most} fits: {data[-1]['error']}")
+            found[gpus] = error
+    fitting = {gpus: rows for gpus, rows in found.items() if not isinstance(rows, PlanError)}
+    if not fitting:
+        raise PlanError(f"no number of GPUs up to {most} fits: {found[gpus]}")
     if picture is not None:
+        points = [(gpus, {kind: row.tokens_per_s / gpus for kind, row in rows.items()}) for gpus, rows in fitting.items()]
         report.draw_sweep(points, picture, title)
+    data = [
+        {"gpus": gpus, **({kind: report.as_dict(row) for kind, row in rows.items()} if gpus in fitting else {"error": str(rows)})}
+        for gpus, rows in found.items()
+    ]
     if put_json(json_file, {"sweep": data}):
         return
     print(title)
-    for entry in data:
-        if "error" in entry:
-            print(f"{entry['gpus']:6} GPUs: {entry['error']}")
+    for gpus, rows in found.items():
+        if gpus not in fitting:
+            print(f"{gpus:6} GPUs: {rows}")
             continue
-        text = "; ".join(f"{kind} {entry[kind]['tokens_per_s'] / entry['gpus']:,.0f}" for kind in kinds if kind in entry)
-        best = Layout(**entry["best"]["layout"])
-        print(f"{entry['gpus']:6} GPUs, tokens/s a GPU: {text}   ({best.words()})")
+        text = "; ".join(f"{kind} {row.tokens_per_s / gpus:,.0f}" for kind, row in rows.items())
+        print(f"{gpus:6} GPUs, tokens/s a GPU: {text}   ({rows['best'].layout.words()})")
 
 
 @app.command("predict")
@@ -218,7 +232,7 @@ def predict_command(
     if arithmetic:
         print(report.explain(row))
     else:
-        report.show(report.compare_table([row]))
+        Console().print(report.compare_table([row]))
 
 
 @app.command("compare")
@@ -232,7 +246,7 @@ def compare_command(
     """Layouts of one model side by side; DP is what --gpus leaves."""
     rows = [predict(given.job, parse_layout(text, gpus, given.batch)) for text in layouts]
     if not put_json(json_file, {"rows": [report.as_dict(row) for row in rows]}):
-        report.show(report.compare_table(rows))
+        Console().print(report.compare_table(rows))
 
 
 @app.command("explain")
@@ -256,6 +270,7 @@ def explain_command(
 
 
 @app.command("fit")
+@refuses
 def fit_command() -> None:
     """Fit the constants to data/measured and write data/fitted.json (a minute; needs scipy)."""
     from .fit import write_fit
@@ -264,6 +279,7 @@ def fit_command() -> None:
 
 
 @app.command("validate")
+@refuses
 def validate_command(
     page: Annotated[Path | None, typer.Option(help="Also write the tables into this page, its plot and every row beside it.")] = None,
 ) -> None:

@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from ..files import write_whole
 from .hardware import load_hardware
 from .layout import Job, Layout
-from .memory import memory
-from .model import DATA, Model
-from .search import Row, hardware_share, layouts, predict, search
-from .time import Constants, constants_of, step_time
+from .model import DATA, Model, PlanError
+from .search import Row, hardware_share, layouts, predict, row_of, search
+from .time import Constants, constants_of
 
 MEASURED = DATA / "measured"
 COMMAND = "tpkernels plan fit"
@@ -50,11 +49,15 @@ class Measured:
         constants = constants or constants_of(self.job.hardware)
         sizes = (self.layout.tp, self.layout.pp, self.layout.dp)
         found = [
-            Row(self.job, layout, step_time(self.job, layout, constants), memory(self.job, layout))
+            row_of(self.job, layout, constants)
             for layout in layouts(self.job, self.layout.gpus, self.layout.global_batch)
             if (layout.tp, layout.pp, layout.dp) == sizes and layout.zero <= 1
         ]
         return min((row for row in found if row.fits), key=lambda row: row.step_s)
+
+    def error(self, predicted: Row) -> float:
+        """Predicted over measured, less one."""
+        return predicted.step_s / self.seconds - 1
 
 
 def single_node() -> list[Measured]:
@@ -92,13 +95,15 @@ def published() -> list[Measured]:
 
 
 def error(row: Measured, constants: Constants | None = None) -> float:
-    """Predicted over measured, less one."""
-    return row.predict(constants).step_s / row.seconds - 1
+    return row.error(row.predict(constants))
 
 
 def _solve(rows: list[tuple[Measured, float]], base: dict[str, float], free: dict[str, tuple[float, float, float]]) -> dict[str, float]:
     """`base` with the `free` constants at the least squares of the rows' weighted log errors, large ones counted linearly."""
-    from scipy.optimize import least_squares
+    try:
+        from scipy.optimize import least_squares
+    except ImportError:
+        raise PlanError("fitting needs scipy: pip install 'tpkernels[plan]'") from None
 
     names = list(free)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .hardware import Hardware
-from .model import Model, PlanError, count
+from .model import Model, PlanError, ceil_div, count
 
 RECOMPUTE = ("none", "selective", "full")
 # What runs the layout. megatron-2021: attention by three kernels that keep the matrix of scores, dropout, nothing overlapped: what the
@@ -47,7 +47,12 @@ class Layout:
 
     def blocks(self, model: Model) -> int:
         """Of the fullest stage: its chunks are as long as the longest."""
-        return self.interleave * -(-model.layers // (self.pp * self.interleave))
+        return self.interleave * ceil_div(model.layers, self.pp * self.interleave)
+
+    def crosses(self, kind: str, hardware: Hardware) -> bool:
+        """Whether ranks that talk in "tp", "dp" or "pp" are on nodes of their own."""
+        node = hardware.gpus_per_node
+        return {"tp": self.tp > node, "dp": self.tp * self.dp > node, "pp": self.tp * self.dp >= node}[kind]
 
     def check(self, model: Model, seq: int) -> None:
         """Raises PlanError where the layout is no layout of that model."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from .layout import Job, Layout
-from .model import Model
+from .model import Model, ceil_div
 
 CONTEXT = 3 * 2**29  # what CUDA, NCCL's buffers and the libraries' workspaces take, and the allocator loses
+
+GRADIENT = 4  # bytes: summed in float32
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,13 @@ class Memory:
 
 def block_share(model: Model, tp: int) -> int:
     """Parameters of one block on the largest of `tp` ranks: its matrices' parts and whole norms."""
-    return model.norms * model.norm * model.hidden + model.qk_norm + sum(linear.share(tp) for linear in model.linears.values())
+    return model.norms * model.norm * model.hidden + model.qk_norm + sum(linear.shard(tp).parameters for linear in model.linears.values())
 
 
 def local_parameters(model: Model, layout: Layout) -> int:
     """Of the fullest stage's largest rank, before ZeRO shares them out. A tied table is on the first stage and on the last."""
     blocks = layout.blocks(model) * block_share(model, layout.tp)
-    table = -(-model.vocab // layout.tp) * model.hidden
+    table = ceil_div(model.vocab, layout.tp) * model.hidden
     first = table + model.positions * model.hidden
     last = model.final_norm * model.norm * model.hidden
     if layout.pp == 1:
@@ -43,6 +45,16 @@ def local_parameters(model: Model, layout: Layout) -> int:
 
 def element_bytes(job: Job) -> int:
     return 4 if job.dtype in ("float32", "tf32") else 2
+
+
+def optimizer_bytes(job: Job) -> int:
+    """Adam's, for a parameter: two moments in float32, and the float32 copy of a 16-bit one."""
+    return 8 if element_bytes(job) == 4 else 12
+
+
+def message_bytes(job: Job, layout: Layout) -> int:
+    """Of a micro-batch between blocks: what a TP all-reduce sums."""
+    return element_bytes(job) * layout.micro_batch * job.seq * job.model.hidden
 
 
 def block_activations(job: Job, layout: Layout) -> int:
@@ -55,10 +67,10 @@ def block_activations(job: Job, layout: Layout) -> int:
     model, tp, element = job.model, layout.tp, element_bytes(job)
     rows = layout.micro_batch * job.seq
     if layout.recompute == "full":
-        return rows * model.hidden * element
-    split = sum(-(-linear.outputs // tp) for linear in model.linears.values() if linear.split == "column")
-    split += sum(-(-linear.inputs // tp) for linear in model.linears.values() if linear.split == "row")
-    heads = -(-model.heads // tp)
+        return message_bytes(job, layout)
+    shards = [linear.shard(tp) for linear in model.linears.values()]
+    split = sum(shard.outputs if shard.split == "column" else shard.inputs for shard in shards)
+    heads = ceil_div(model.heads, tp)
     whole = 4 * element * model.hidden
     if job.software == "megatron-2021":
         whole += 2 * model.hidden  # dropout's masks
@@ -83,23 +95,15 @@ def memory(job: Job, layout: Layout) -> Memory:
     again = 0  # of the block that is being recomputed
     if layout.recompute == "full":
         again = block_activations(job, Layout(tp, sequence_parallel=layout.sequence_parallel, micro_batch=layout.micro_batch))
-    vocab = -(-model.vocab // tp)
+    vocab = ceil_div(model.vocab, tp)
     # The last norm's input, and the output layer's with its logits; the fused loss keeps the gradient of its input instead, and no logits.
     last = rows * (2 * model.hidden * element + (vocab * (4 + element) if job.software == "megatron-2021" else 0))
-    activations = in_flight(layout) * held + again if layout.pp > 1 else held + again + last
-    if layout.pp > 1:
-        activations = max(activations, held + again + last)
-    share = [1, 1, 1]  # of parameters, gradients, optimizer
-    for i, level in enumerate((3, 2, 1)):
-        share[i] = dp if zero >= level else 1
-    gradient, state = (4, 8) if element == 4 else (4, 12)
+    activations = max(in_flight(layout) * held + again, held + again + last)  # of the first stage, the last
     workspace = CONTEXT if job.hardware.multiprocessors > 1 else 0
     if zero == 3 and dp > 1:  # two blocks gathered, or the table
         workspace += element * max(2 * block_share(model, tp), vocab * model.hidden)
-    return Memory(
-        -(-local * element // share[0]),
-        -(-local * gradient // share[1]),
-        -(-local * state // share[2]),
-        int(activations),
-        workspace,
-    )
+
+    def shared(each: int, since: int) -> int:
+        return ceil_div(local * each, dp if zero >= since else 1)
+
+    return Memory(shared(element, 3), shared(GRADIENT, 2), shared(optimizer_bytes(job), 1), int(activations), workspace)

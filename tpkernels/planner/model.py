@@ -30,6 +30,10 @@ def near(what: str, name: str, known) -> PlanError:
     return PlanError(f"no {what} is named {name!r}; " + (f"near it: {', '.join(close)}" if close else f"known: {', '.join(known)}"))
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Linear:
     """A layer's matrix: `split` "column" or "row" over the TP ranks."""
@@ -43,15 +47,11 @@ class Linear:
     def parameters(self) -> int:
         return self.inputs * self.outputs + self.bias * self.outputs
 
-    def share(self, tp: int) -> int:
-        """Parameters on the largest of `tp` ranks. A row-parallel layer's bias is whole on each."""
+    def shard(self, tp: int) -> Linear:
+        """The largest of `tp` ranks' part. A row-parallel layer's bias is whole on each."""
         if self.split == "column":
-            return _ceil(self.outputs, tp) * (self.inputs + self.bias)
-        return _ceil(self.inputs, tp) * self.outputs + self.bias * self.outputs
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
+            return replace(self, outputs=ceil_div(self.outputs, tp))
+        return replace(self, inputs=ceil_div(self.inputs, tp))
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from .memory import block_activations, element_bytes, in_flight, local_parameters
+from ..files import replacing
+from .memory import GRADIENT, block_activations, element_bytes, in_flight, local_parameters, message_bytes, optimizer_bytes
 from .model import PlanError
 from .search import Plan, Row
 from .time import block, constants_of, data_parallel_seconds
@@ -25,33 +25,24 @@ def traffic(row: Row) -> dict[str, dict]:
     """What each collective of one GPU's step carries: calls, bytes of the tensors, and over which link."""
     job, layout = row.job, row.layout
     model, m, hardware = job.model, layout.micro_batches, job.hardware
-    message = element_bytes(job) * layout.micro_batch * job.seq * model.hidden
-    local = local_parameters(model, layout)
-    inside, between = hardware.link.kind, hardware.network.kind
+    message, local = message_bytes(job, layout), element_bytes(job) * local_parameters(model, layout)
     found = {}
 
-    def add(name: str, calls: int, size: int, link: str) -> None:
-        if calls and size:
-            found[name] = {"calls": calls, "bytes_each": size, "bytes": calls * size, "link": link}
+    def add(kind: str, what: str, calls: int, size: int) -> None:
+        link = hardware.network if layout.crosses(kind, hardware) else hardware.link
+        found[f"{kind.upper()} {what}"] = {"calls": calls, "bytes_each": size, "bytes": calls * size, "link": link.kind}
 
     if layout.tp > 1:
         calls = m * layout.blocks(model) * (6 if layout.recompute == "full" else 4)
-        link = inside if layout.tp <= hardware.gpus_per_node else between
-        if layout.sequence_parallel:
-            add("TP reduce-scatter", calls, message, link)
-            add("TP all-gather", calls, message, link)
-        else:
-            add("TP all-reduce", calls, message, link)
+        for what in ("reduce-scatter", "all-gather") if layout.sequence_parallel else ("all-reduce",):
+            add("tp", what, calls, message)
     if layout.pp > 1:
-        across = between if layout.tp * layout.dp >= hardware.gpus_per_node else inside
-        add("PP send", 2 * m * layout.interleave, message // layout.tp, across)
-    if layout.dp > 1:
-        link = inside if layout.tp * layout.dp <= hardware.gpus_per_node else between
-        if layout.zero == 0:
-            add("DP all-reduce of gradients", 1, element_bytes(job) * local, link)
-        else:
-            add("DP reduce-scatter of gradients", m if layout.zero > 1 else 1, element_bytes(job) * local, link)
-            add("DP all-gather of parameters", 2 * m if layout.zero == 3 else 1, element_bytes(job) * local, link)
+        add("pp", "send", 2 * m * layout.interleave, message // layout.tp)
+    if layout.dp > 1 and layout.zero == 0:
+        add("dp", "all-reduce of gradients", 1, local)
+    elif layout.dp > 1:
+        add("dp", "reduce-scatter of gradients", m if layout.zero > 1 else 1, local)
+        add("dp", "all-gather of parameters", 2 * m if layout.zero == 3 else 1, local)
     return found
 
 
@@ -140,9 +131,8 @@ def explain(row: Row) -> str:
     one = block(job, layout, c)
     local = local_parameters(model, layout)
     t, held = row.time, row.memory
-    element = element_bytes(job)
     flops = layout.global_batch * model.step_flops(job.seq)
-    dp_all, _ = data_parallel_seconds(job, layout, c, m, t.compute)
+    dp_all, _ = data_parallel_seconds(job, layout, c, t.compute)
     shown = [
         f"{layout.words()} of {model.name or 'the model'} on {layout.gpus} {hardware.title}, {layout.global_batch} sequences of {job.seq} tokens, {job.dtype}, {job.software}",
         "",
@@ -152,8 +142,8 @@ def explain(row: Row) -> str:
         "",
         "Memory of the fullest GPU",
         f"  its parameters = ceil({model.layers} / {pp}) blocks, matrices / {tp}, norms and row biases whole, + the table's share = {local:,}",
-        f"  parameters: {element} B each{f' / {dp}' if layout.zero > 2 else ''} = {held.parameters / GB:.2f} GB;  gradients: 4 B{f' / {dp}' if layout.zero > 1 else ''} = {held.gradients / GB:.2f} GB;  "
-        f"optimizer: {8 if element == 4 else 12} B{f' / {dp}' if layout.zero else ''} = {held.optimizer / GB:.2f} GB   [Rajbhandari et al., arXiv 1910.02054, section 3]",
+        f"  parameters: {element_bytes(job)} B each{f' / {dp}' if layout.zero > 2 else ''} = {held.parameters / GB:.2f} GB;  gradients: {GRADIENT} B{f' / {dp}' if layout.zero > 1 else ''} = {held.gradients / GB:.2f} GB;  "
+        f"optimizer: {optimizer_bytes(job)} B{f' / {dp}' if layout.zero else ''} = {held.optimizer / GB:.2f} GB   [Rajbhandari et al., arXiv 1910.02054, section 3]",
         f"  activations: {block_activations(job, layout) / GB:.3f} GB a block and micro-batch x {layout.blocks(model)} blocks x {in_flight(layout):.3g} micro-batches in flight, + the last layer's = {held.activations / GB:.2f} GB   "
         "[Korthikanti et al., arXiv 2205.05198, eq. 2 and 4; Narayanan et al., section 2.2]",
         f"  workspace: {held.workspace / GB:.2f} GB (CUDA, NCCL, libraries; under ZeRO-3 what is gathered)",
@@ -164,9 +154,8 @@ def explain(row: Row) -> str:
         f"  forward {seconds(one.forward)}, backward {seconds(one.backward)}, attention's core {seconds(one.core)}",
     ]  # fmt: skip
     if tp > 1:
-        message = element * layout.micro_batch * job.seq * model.hidden
         shown.append(
-            f"  TP all-reduce of {message / 1e6:.1f} MB: 2 ({tp} - 1) / {tp} x bytes / bus bandwidth at that size + {seconds(c.reduce)} = {seconds(one.reduce)}; two forward, two backward; "
+            f"  TP all-reduce of {message_bytes(job, layout) / 1e6:.1f} MB: 2 ({tp} - 1) / {tp} x bytes / bus bandwidth at that size + {seconds(c.reduce)} = {seconds(one.reduce)}; two forward, two backward; "
             f"{seconds(one.forward_exposed + one.backward_exposed)} shown   [ring: nccl-tests PERFORMANCE.md; curve: data/measured/allreduce_busbw.csv]"
         )
     shown += [
@@ -236,14 +225,5 @@ def draw_sweep(points: list[tuple[int, dict[str, float]]], path: Path, title: st
 
 
 def save(figure, path: Path) -> None:
-    """Written beside, then renamed."""
-    beside = path.with_name(f"{path.stem}.part{path.suffix}")
-    try:
-        figure.savefig(beside, bbox_inches="tight")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def show(table: Table) -> None:
-    Console().print(table)
+    with replacing(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:], bbox_inches="tight")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .layout import Job, Layout
 from .memory import Memory, memory
-from .model import PlanError, count
+from .model import PlanError, ceil_div, count
 from .time import Constants, StepTime, constants_of, step_time
 
 FIT = 0.92  # of a GPU's memory: the rest the driver and fragments take
@@ -57,13 +57,18 @@ class Row:
         return self.flops_per_gpu / self.job.hardware.peak(self.job.dtype)
 
 
+def row_of(job: Job, layout: Layout, constants: Constants) -> Row:
+    """For a layout that is one of the model's."""
+    return Row(job, layout, step_time(job, layout, constants), memory(job, layout))
+
+
 def predict(job: Job, layout: Layout, constants: Constants | None = None) -> Row:
     """
     Raises:
         PlanError: the layout is none of that model.
     """
     layout.check(job.model, job.seq)
-    return Row(job, layout, step_time(job, layout, constants or constants_of(job.hardware)), memory(job, layout))
+    return row_of(job, layout, constants or constants_of(job.hardware))
 
 
 def _divisors(n: int, most: int | None = None) -> list[int]:
@@ -74,14 +79,14 @@ def _divisors(n: int, most: int | None = None) -> list[int]:
 
 def _slots(layers: int, chunks: int) -> int:
     """Blocks that as many chunks would have if all were as long as the longest."""
-    return -(-layers // chunks) * chunks
+    return ceil_div(layers, chunks) * chunks
 
 
 def layouts(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -> Iterator[Layout]:
     """All that the planner compares: TP inside a node, PP that divides the blocks, DP the rest."""
     model = job.model
     for tp in _divisors(gpus, min(job.hardware.gpus_per_node, model.heads)):
-        for pp in _divisors(gpus // tp, min(model.layers, most_pp or model.layers)):
+        for pp in _divisors(gpus // tp, min(model.layers, model.layers if most_pp is None else most_pp)):
             dp = gpus // (tp * pp)
             # Stages may be short of blocks (126 over 16), by a tenth at most.
             if global_batch % dp or _slots(model.layers, pp) > 1.1 * model.layers:
@@ -144,10 +149,10 @@ def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -
     """
     count("gpus", gpus)
     count("global_batch", global_batch)
+    if most_pp is not None:
+        count("max_pp", most_pp)
     constants = constants_of(job.hardware)
-    rows = [
-        Row(job, layout, step_time(job, layout, constants), memory(job, layout)) for layout in layouts(job, gpus, global_batch, most_pp)
-    ]
+    rows = [row_of(job, layout, constants) for layout in layouts(job, gpus, global_batch, most_pp)]
     if not rows:
         raise PlanError(
             f"{gpus} GPUs cannot share {global_batch} sequences: no TP (of at most {job.hardware.gpus_per_node}) x PP x DP of them has a DP "
@@ -169,7 +174,7 @@ def _what_would_fit(job: Job, gpus: int, global_batch: int, most_pp: int | None,
     more = gpus
     while more < 16384:
         more *= 2
-        batch = -(-global_batch // more) * more
+        batch = ceil_div(global_batch, more) * more
         if any(memory(job, layout).total <= FIT * job.hardware.memory_bytes for layout in layouts(job, more, batch, most_pp)):
             return f"{text}; {more} GPUs would do, or as many of {smallest.memory.total / FIT / 1e9:.0f} GB each"
     return f"{text}; GPUs of {smallest.memory.total / FIT / 1e9:.0f} GB each would do"

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from .hardware import Hardware, bus_share
 from .layout import Job, Layout
-from .memory import element_bytes, local_parameters
-from .model import DATA, Linear, near
+from .memory import element_bytes, local_parameters, message_bytes
+from .model import DATA, ceil_div, near
 
 TILE = 128  # rows and columns of a GEMM's tile
 
@@ -63,7 +63,7 @@ def gemm_seconds(m: int, n: int, k: int, job: Job, c: Constants, batch: int = 1,
     """[m, k] x [k, n], `batch` of them in one launch: whole waves of tiles over the multiprocessors, each K deep."""
     if not m or not n or not k:
         return 0.0
-    tiles = -(-m // TILE) * -(-n // TILE) * batch
+    tiles = ceil_div(m, TILE) * ceil_div(n, TILE) * batch
     waves = tiles / job.hardware.multiprocessors + c.tail
     tile = 2 * TILE * TILE * k / (job.hardware.peak(job.dtype) / job.hardware.multiprocessors)
     seconds = waves * tile / (efficiency or c.gemm)
@@ -100,23 +100,18 @@ def block(job: Job, layout: Layout, c: Constants) -> Block:
     rows, seq = layout.micro_batch * job.seq, job.seq
     old = job.software == "megatron-2021"
 
-    def shapes(linear: Linear) -> tuple[int, int]:
-        if linear.split == "column":
-            return -(-linear.outputs // tp), linear.inputs
-        return linear.outputs, -(-linear.inputs // tp)
-
     forward = backward = 0.0
     for linear in model.linears.values():
-        n, k = shapes(linear)
+        shard = linear.shard(tp)
+        n, k = shard.outputs, shard.inputs
         forward += gemm_seconds(rows, n, k, job, c)
         backward += gemm_seconds(rows, k, n, job, c) + gemm_seconds(n, k, rows, job, c)
 
-    heads, head_dim = -(-model.heads // tp), model.head_dim
-    element = element_bytes(job)
-    bandwidth = c.memory * hardware.memory_bytes_per_s * 2 / element  # the counts below are of 16-bit elements
-    kv = 2 * -(-model.kv_heads // tp) * head_dim
+    heads, head_dim = ceil_div(model.heads, tp), model.head_dim
+    bandwidth = c.memory * hardware.memory_bytes_per_s * 2 / element_bytes(job)  # the counts below are of 16-bit elements
+    kv = 2 * ceil_div(model.kv_heads, tp) * head_dim
     inner = heads * head_dim
-    up = -(-model.ffn // tp)
+    up = ceil_div(model.ffn, tp)
     # Bytes an element: what the passes between the matrix products read and write, forward and backward.
     whole = rows * model.hidden / (tp if layout.sequence_parallel else 1)  # of the norms, dropout and residual
     if old:
@@ -135,9 +130,9 @@ def block(job: Job, layout: Layout, c: Constants) -> Block:
         forward += (16 * whole + rows * (4 * (inner + kv) + (6 if model.gated else 4) * up)) / bandwidth
         backward += (24 * whole + rows * (4 * (inner + kv) + (10 if model.gated else 6) * up)) / bandwidth
     link = hardware.link.bus_bytes_per_s * c.link
-    if tp > hardware.gpus_per_node:
+    if layout.crosses("tp", hardware):
         link = min(link, hardware.gpus_per_node * hardware.network.bus_bytes_per_s * c.network)
-    reduce = ring(element * rows * model.hidden, tp, 2, link, c)
+    reduce = ring(message_bytes(job, layout), tp, 2, link, c)
     host = c.host * (1 + c.skew * ((tp - 1) / 7) ** 2)
     passes, exposed = [], []
     for gpu, queue in ((forward + core, host), (backward + core_back, 1.5 * host)):
@@ -170,7 +165,7 @@ class StepTime:
 def head_seconds(job: Job, layout: Layout, c: Constants) -> tuple[float, float]:
     """(forward and backward of the output layer and the loss, of the embedding), one micro-batch."""
     model, rows = job.model, layout.micro_batch * job.seq
-    vocab = -(-model.vocab // layout.tp)
+    vocab = ceil_div(model.vocab, layout.tp)
     bandwidth = c.memory * job.hardware.memory_bytes_per_s * 2 / element_bytes(job)
     gemms = gemm_seconds(rows, vocab, model.hidden, job, c) + gemm_seconds(rows, model.hidden, vocab, job, c) + gemm_seconds(vocab, model.hidden, rows, job, c)  # fmt: skip
     passes = 36 if job.software == "megatron-2021" else 12  # logits to float32, maximum, exponentials, gradients
@@ -192,11 +187,8 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
 
     per_block = one.forward + one.backward + again + tp_block
     first, last = embedding + head_reduce / 2, head + head_reduce / 2
-    message = element_bytes(job) * layout.micro_batch * job.seq * model.hidden / layout.tp
-    across = layout.tp * layout.dp >= hardware.gpus_per_node  # the stages are in nodes of their own
-    wire = hardware.network.bus_bytes_per_s * c.network if across else hardware.link.bus_bytes_per_s * c.link
-    send = 0.0 if p == 1 else c.send + message / wire
-    sends = 0.0 if p == 1 else 2 * v * send
+    wire = hardware.network.bus_bytes_per_s * c.network if layout.crosses("pp", hardware) else hardware.link.bus_bytes_per_s * c.link
+    sends = 0.0 if p == 1 else 2 * v * (c.send + message_bytes(job, layout) / layout.tp / wire)
     stage = fullest * per_block
     slowest = stage + (max(first, last) if p > 1 else first + last) + sends
     total = model.layers * per_block + first + last + p * sends
@@ -208,7 +200,7 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
     pp_exposed = m * sends
     bubble = 0.0 if p == 1 else max(0.0, pipeline - compute - recompute - tp_exposed - pp_exposed)
 
-    dp_all, dp_hidden = data_parallel_seconds(job, layout, c, m, compute)
+    dp_all, dp_hidden = data_parallel_seconds(job, layout, c, compute)
     local = local_parameters(job.model, layout)
     shared = local / (layout.dp if layout.zero else 1)
     optimizer = c.update * shared / (c.memory * hardware.memory_bytes_per_s) + c.step
@@ -217,17 +209,16 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
     )
 
 
-def data_parallel_seconds(job: Job, layout: Layout, c: Constants, m: int, compute: float) -> tuple[float, float]:
+def data_parallel_seconds(job: Job, layout: Layout, c: Constants, compute: float) -> tuple[float, float]:
     """(all, hidden) of the data-parallel collectives of a step."""
-    hardware, dp = job.hardware, layout.dp
+    hardware, dp, m = job.hardware, layout.dp, layout.micro_batches
     if dp == 1:
         return 0.0, 0.0
-    local = local_parameters(job.model, layout)
-    per_node = max(1, hardware.gpus_per_node // layout.tp)  # of one data-parallel group
     bus = hardware.link.bus_bytes_per_s * c.link
-    if dp > per_node:
+    if layout.crosses("dp", hardware):
+        per_node = max(1, hardware.gpus_per_node // layout.tp)  # of one data-parallel group
         bus = min(bus, per_node * hardware.network.bus_bytes_per_s * c.network)
-    message = element_bytes(job) * local
+    message = element_bytes(job) * local_parameters(job.model, layout)
     half = ring(message, dp, 1, bus, c)  # a reduce-scatter of gradients, or an all-gather of parameters
     total = {0: ring(message, dp, 2, bus, c), 1: 2 * half, 2: (m + 1) * half, 3: 3 * m * half}[layout.zero]
     if job.software == "megatron-2021":

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-import re
 import statistics
 from pathlib import Path
 
-from ..files import write_whole
-from .fit import Measured, best_published, groups, published, single_node
-from .model import DATA
+from ..files import fill, write_whole
+from .fit import Measured, best_published, groups, published
+from .model import DATA, PlanError
 from .report import pyplot, save
 from .search import Row
 
 Pairs = dict[str, list[tuple[Measured, Row]]]
-
-
-def _errors(rows: list[tuple[Measured, Row]]) -> list[float]:
-    return [predicted.step_s / row.seconds - 1 for row, predicted in rows]
 
 
 def error_lines(found: Pairs) -> list[str]:
@@ -29,7 +26,7 @@ def error_lines(found: Pairs) -> list[str]:
         "published": [pair for name, rows in found.items() if not name.startswith("vTrain") for pair in rows],
     }
     for name, rows in {**together, **dict(sorted(found.items()))}.items():
-        e = _errors(rows)
+        e = [row.error(predicted) for row, predicted in rows]
         lines.append(f"| {name} | {len(e)} | {statistics.mean(map(abs, e)):.1%} | {statistics.mean(e):+.1%} | {max(e, key=abs):+.1%} |")
     return lines
 
@@ -43,33 +40,33 @@ def published_lines() -> list[str]:
         predicted, first = best_published(row)
         size = f"{row.job.model.parameters / 1e9:.3g}B"
         lines.append(
-            f"| {row.group}, {size} | {predicted.layout.words()} | {row.seconds:.2f} s | {predicted.step_s:.2f} s | {predicted.step_s / row.seconds - 1:+.1%} | "
+            f"| {row.group}, {size} | {predicted.layout.words()} | {row.seconds:.2f} s | {predicted.step_s:.2f} s | {row.error(predicted):+.1%} | "
             f"{predicted.memory.total / 1e9:.0f} GB | {first.layout.words()} | {max(0.0, predicted.step_s / first.step_s - 1):.1%} |"
         )
     return lines
 
 
-def choices() -> list[tuple[int, float]]:
+def choices(found: Pairs) -> list[tuple[int, float]]:
     """Of every model and batch of the single node that was measured in several layouts: how many, and how much slower (measured) the
     layout is that the planner puts first than the fastest measured."""
     cases: dict = {}
-    for row in single_node():
-        cases.setdefault((row.job, row.layout.gpus, row.layout.global_batch), []).append(row)
-    found = []
-    for rows in cases.values():
-        if len(rows) > 1:
-            first = min(rows, key=lambda row: row.predict().step_s)
-            found.append((len(rows), first.seconds / min(row.seconds for row in rows) - 1))
-    return found
+    for row, predicted in (pair for name, rows in found.items() if name.startswith("vTrain") for pair in rows):
+        cases.setdefault((row.job, row.layout.gpus, row.layout.global_batch), []).append((predicted.step_s, row.seconds))
+    lost = []
+    for times in cases.values():
+        if len(times) > 1:
+            _, of_first = min(times)
+            lost.append((len(times), of_first / min(seconds for _, seconds in times) - 1))
+    return lost
 
 
-def choice_lines() -> list[str]:
-    found = choices()
-    losses = [loss for _, loss in found]
+def choice_lines(found: Pairs) -> list[str]:
+    lost = choices(found)
+    losses = [loss for _, loss in lost]
     right = sum(loss == 0 for loss in losses)
     near = sum(loss <= 0.03 for loss in losses)
     return [
-        f"Of {len(found)} models and batches that were measured in several layouts ({sum(n for n, _ in found)} rows), the planner's first is the fastest measured in "
+        f"Of {len(lost)} models and batches that were measured in several layouts ({sum(n for n, _ in lost)} rows), the planner's first is the fastest measured in "
         f"{right}, within 3% of it in {near}; on average it is {statistics.mean(losses):.1%} slower than the fastest, at most {max(losses):.1%}."
     ]
 
@@ -81,17 +78,19 @@ def constants_lines() -> list[str]:
 
 
 def print_errors() -> None:
-    print("\n".join([*error_lines(groups()), "", *published_lines(), "", *choice_lines()]))
+    found = groups()
+    print("\n".join([*error_lines(found), "", *published_lines(), "", *choice_lines(found)]))
 
 
 def write_rows(found: Pairs, path: Path) -> None:
-    lines = ["group,hidden,blocks,layout,batch,measured_s,predicted_s,error"]
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["group", "hidden", "blocks", "layout", "batch", "measured_s", "predicted_s", "error"])
     for group, rows in found.items():
         for row, predicted in rows:
-            model, words = row.job.model, predicted.layout.words()
-            figures = f"{row.seconds:.4f},{predicted.step_s:.4f},{predicted.step_s / row.seconds - 1:+.4f}"
-            lines.append(f'"{group}",{model.hidden},{model.layers},"{words}",{row.layout.global_batch},{figures}')
-    write_whole(path, "\n".join(lines) + "\n")
+            sizes = [row.job.model.hidden, row.job.model.layers, predicted.layout.words(), row.layout.global_batch]
+            lines.writerow([group, *sizes, f"{row.seconds:.4f}", f"{predicted.step_s:.4f}", f"{row.error(predicted):+.4f}"])
+    write_whole(path, text.getvalue())
 
 
 def draw(found: Pairs, path: Path) -> None:
@@ -114,14 +113,15 @@ def draw(found: Pairs, path: Path) -> None:
 def write_page(page: Path) -> None:
     """Fills the page's sections `<!-- name -->` to `<!-- /name -->`; draws images/planner.png and writes planner-rows.csv beside it."""
     found, text = groups(), page.read_text()
-    sections = {"errors": error_lines(found), "published": published_lines(), "choices": choice_lines(), "constants": constants_lines()}
-    for name, lines in sections.items():
-        mark = f"<!-- {name} -->"
-        assert mark in text, f"{page} has no section {mark}"
-        text = re.sub(
-            rf"{mark}.*<!-- /{name} -->", "\n".join([mark, "", *lines, "", f"<!-- /{name} -->"]).replace("\\", r"\\"), text, flags=re.S
-        )
+    sections = {
+        "errors": error_lines(found),
+        "published": published_lines(),
+        "choices": choice_lines(found),
+        "constants": constants_lines(),
+    }
+    if missing := [name for name in sections if f"<!-- {name} -->" not in text]:
+        raise PlanError(f"{page} has no section <!-- {missing[0]} --> ... <!-- /{missing[0]} --> to fill")
     write_rows(found, page.with_name("planner-rows.csv"))
     (page.parent / "images").mkdir(exist_ok=True)
     draw(found, page.parent / "images" / "planner.png")
-    write_whole(page, text)
+    write_whole(page, fill(text, {name: [*lines, ""] for name, lines in sections.items()}))
