@@ -10,9 +10,15 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 # What the torch in use was built for decides, never torch.cuda.is_available(): a builder has no GPU.
-use_cuda = torch.version.cuda is not None and CUDA_HOME is not None and os.environ.get("TPKERNELS_BUILD_CUDA") != "0"
+use_cuda = (
+    torch.version.cuda is not None
+    and CUDA_HOME is not None
+    and os.environ.get("TPKERNELS_BUILD_CUDA") != "0"
+)
 if torch.version.cuda is not None and not use_cuda:
-    print(f"tpkernels: building without CUDA kernels: torch is for CUDA {torch.version.cuda}, CUDA_HOME={CUDA_HOME}")
+    print(
+        f"tpkernels: building without CUDA kernels: torch is for CUDA {torch.version.cuda}, CUDA_HOME={CUDA_HOME}"
+    )
 
 # The CPU kernels are compiled once for each instruction set, as torch's own are, and chosen at run time.
 x86 = platform.machine() in ("x86_64", "AMD64")
@@ -21,7 +27,14 @@ INSTRUCTION_SETS = {"DEFAULT": []}
 if x86:
     INSTRUCTION_SETS |= {
         "AVX2": AVX2,
-        "AVX512": [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"],
+        "AVX512": [
+            *AVX2,
+            "-mavx512f",
+            "-mavx512bw",
+            "-mavx512vl",
+            "-mavx512dq",
+            "-mprefer-vector-width=512",
+        ],
     }
 CXX_FLAGS = ["-O3", "-fvisibility=hidden"]
 # at::parallel_for is a header's. No OpenMP library is linked: its symbols come from the one that torch brought, with torch's threads.
@@ -42,7 +55,11 @@ class BuildKernels(BuildExtension):
         super().build_extension(extension)
 
 
-sources = sorted(path for folder in (".", "overlap", "fused", "cpu", "shm") for path in glob.glob(f"csrc/{folder}/*.cpp"))
+sources = sorted(
+    path
+    for folder in (".", "overlap", "fused", "cpu", "shm")
+    for path in glob.glob(f"csrc/{folder}/*.cpp")
+)
 if use_cuda:
     sources += sorted(glob.glob("csrc/cuda/*.cu"))
 Extension = CUDAExtension if use_cuda else CppExtension
@@ -52,7 +69,12 @@ def nvtx_headers():
     """Of the nvidia-nvtx wheel, for builds without a CUDA toolkit, which has its own. Where there are none the ranges are left out."""
     packages = importlib.util.find_spec("nvidia")
     folders = packages.submodule_search_locations if packages else []
-    return [root for folder in folders for root in glob.glob(f"{folder}/*/include") if os.path.exists(f"{root}/nvtx3/nvToolsExt.h")][:1]
+    return [
+        root
+        for folder in folders
+        for root in glob.glob(f"{folder}/*/include")
+        if os.path.exists(f"{root}/nvtx3/nvToolsExt.h")
+    ][:1]
 
 
 setup(

@@ -8,7 +8,9 @@ import sys
 def main() -> None:
     if sys.argv[1:2] == ["plan"]:
         spec = importlib.util.find_spec("tpkernels")
-        sys.modules["tpkernels"] = importlib.util.module_from_spec(spec)  # its submodules are found; the planner needs no more
+        sys.modules["tpkernels"] = importlib.util.module_from_spec(
+            spec
+        )  # its submodules are found; the planner needs no more
     from tpkernels.cli import app
 
     app()

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import layers
 
-CONTENDERS = ["tpkernels", *layers.PARTS, "tpkernels, 4 chunks", *(peer for peer in layers.PEERS if peer != "torch.compile")]
+CONTENDERS = [
+    "tpkernels",
+    *layers.PARTS,
+    "tpkernels, 4 chunks",
+    *(peer for peer in layers.PEERS if peer != "torch.compile"),
+]
 CASES = layers.cases("training")  # forward is the GEMM alone
 SMOKE = [dict(ranks=2, dtype="float32", mode="training", tokens=16, hidden=64)]
 components = layers.components

@@ -27,9 +27,21 @@ def gradient(output, grad, *inputs):
 
 def activations(dtype):
     for name in ("relu", "gelu", "gelu_tanh", "silu"):
-        x, bias, grad = (torch.randn(*shape, dtype=dtype) for shape in ((ROWS, COLUMNS), (COLUMNS,), (ROWS, COLUMNS)))
-        torchs = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "silu": F.silu}[name]
-        yield f"bias+{name}", lambda f=torchs, x=x, b=bias: f(x + b), lambda n=name, x=x, b=bias: OPS.bias_act(x, b, n)
+        x, bias, grad = (
+            torch.randn(*shape, dtype=dtype)
+            for shape in ((ROWS, COLUMNS), (COLUMNS,), (ROWS, COLUMNS))
+        )
+        torchs = {
+            "relu": F.relu,
+            "gelu": F.gelu,
+            "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+            "silu": F.silu,
+        }[name]
+        yield (
+            f"bias+{name}",
+            lambda f=torchs, x=x, b=bias: f(x + b),
+            lambda n=name, x=x, b=bias: OPS.bias_act(x, b, n),
+        )
         xg, bg = x.clone().requires_grad_(), bias.clone().requires_grad_()
         ours = lambda n=name, g=grad, x=x, b=bias: OPS.bias_act_backward(g, x, b, n, True)  # noqa: E731
         yield f"bias+{name} backward", gradient(torchs(xg + bg), grad, xg, bg), ours
@@ -46,27 +58,50 @@ def norms(dtype):
     size = (COLUMNS,)
     xg, wg, bg = (t.clone().requires_grad_() for t in (x, weight, bias))
     for rms in (False, True):
-        name, b, leaves = ("rms_norm", None, (xg, wg)) if rms else ("layer_norm", bias, (xg, wg, bg))
-        torchs = (lambda x, w, b: F.rms_norm(x, size, w, 1e-5)) if rms else (lambda x, w, b: F.layer_norm(x, size, w, b, 1e-5))
-        yield name, lambda f=torchs: f(x, weight, bias), lambda b=b, r=rms: OPS.norm(x, None, weight, b, 1e-5, r)
+        name, b, leaves = (
+            ("rms_norm", None, (xg, wg)) if rms else ("layer_norm", bias, (xg, wg, bg))
+        )
+        torchs = (
+            (lambda x, w, b: F.rms_norm(x, size, w, 1e-5))
+            if rms
+            else (lambda x, w, b: F.layer_norm(x, size, w, b, 1e-5))
+        )
+        yield (
+            name,
+            lambda f=torchs: f(x, weight, bias),
+            lambda b=b, r=rms: OPS.norm(x, None, weight, b, 1e-5, r),
+        )
         yield (
             f"residual+{name}",
             lambda f=torchs: f(x + residual, weight, bias),
             lambda b=b, r=rms: OPS.norm(x, residual, weight, b, 1e-5, r),
         )
         _, _, mean, rstd = OPS.norm(x, None, weight, b, 1e-5, rms)
-        ours = lambda m=mean, s=rstd, r=rms: OPS.norm_backward(grad, None, x, weight, m, s, r, True, not r)  # noqa: E731
+
+        def ours(m=mean, s=rstd, r=rms):
+            return OPS.norm_backward(grad, None, x, weight, m, s, r, True, not r)
+
         yield f"{name} backward", gradient(torchs(xg, wg, bg), grad, *leaves), ours
 
 
 def others(dtype):
-    logits, target = torch.randn(ROWS, VOCABULARY, dtype=dtype), torch.randint(0, VOCABULARY, (ROWS,))
+    logits, target = (
+        torch.randn(ROWS, VOCABULARY, dtype=dtype),
+        torch.randint(0, VOCABULARY, (ROWS,)),
+    )
     ones = torch.ones(ROWS)
 
     def stats():
         z = logits.float()
         top = z.amax(1)
-        return torch.stack([top, (z - top[:, None]).exp().sum(1), z.gather(1, target[:, None]).squeeze(1), z.sum(1)])
+        return torch.stack(
+            [
+                top,
+                (z - top[:, None]).exp().sum(1),
+                z.gather(1, target[:, None]).squeeze(1),
+                z.sum(1),
+            ]
+        )
 
     def grad():
         p = (logits.float() - norm[:, None]).exp()
@@ -94,7 +129,11 @@ def others(dtype):
     yield "rotary interleaved", lambda: rotate(q), lambda: OPS.rotary(q, cos, sin, True, False)
     bias = torch.randn(COLUMNS, dtype=dtype)
     y, residual = x.clone(), torch.zeros_like(x)
-    yield "bias+residual", lambda: (y + bias).add_(residual), lambda: OPS.add_bias_residual_(y, bias, residual)
+    yield (
+        "bias+residual",
+        lambda: (y + bias).add_(residual),
+        lambda: OPS.add_bias_residual_(y, bias, residual),
+    )
 
 
 def cases(dtype):
@@ -119,7 +158,9 @@ def test_fused(benchmark, name, dtype, which):
     benchmark.group = f"{name} {str(dtype)[6:]}"
     with torch.device("cuda" if CUDA else "cpu"):
         eager, fused = next(calls for found, *calls in cases(dtype) if found == name)
-        benchmark.pedantic(finished({"eager": eager, "fused": fused}[which]), rounds=ROUNDS, warmup_rounds=5)
+        benchmark.pedantic(
+            finished({"eager": eager, "fused": fused}[which]), rounds=ROUNDS, warmup_rounds=5
+        )
 
 
 def paired(first, second):
@@ -142,14 +183,21 @@ def main():
     parser.add_argument("--only", default="", help="the ops whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    where = torch.cuda.get_device_name() if CUDA else f"{torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s)"
+    where = (
+        torch.cuda.get_device_name()
+        if CUDA
+        else f"{torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s)"
+    )
     print(f"torch {torch.__version__}, {where}, [{ROWS}, {COLUMNS}], median ms")
     torch.set_default_device("cuda" if CUDA else "cpu")
     for dtype in DTYPES:
         for name, eager, fused in cases(dtype):
             if options.only in name:
                 a, b = paired(finished(eager), finished(fused))
-                print(f"{str(dtype)[6:]:9} {name:28} eager {a:7.3f}  fused {b:7.3f}  {a / b:5.2f}x", flush=True)
+                print(
+                    f"{str(dtype)[6:]:9} {name:28} eager {a:7.3f}  fused {b:7.3f}  {a / b:5.2f}x",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from measure import close
 
 FEATURES = 64  # hidden; the row layer is [4 * 64 / ranks, 64]
 CONTENDERS = ["tpkernels", "by hand", "DTensor", "megatron-core", "fairscale"]
-CASES = [dict(ranks=ranks, layer=layer, mode=mode) for ranks, mode in ((1, "forward"), (2, "training")) for layer in ("row", "column")]
+CASES = [
+    dict(ranks=ranks, layer=layer, mode=mode)
+    for ranks, mode in ((1, "forward"), (2, "training"))
+    for layer in ("row", "column")
+]
 SMOKE = CASES[-1:]
 
 
@@ -42,10 +46,18 @@ def contenders(world, names: list[str], layer: str, mode: str) -> dict[str, timi
     made = layers.contenders(world, names, layer, "float32", mode, 1, FEATURES)
     full = stock.make(layer, FEATURES, torch.float32, world.device)
     dim, training = (1, mode == "training") if layer == "row" else (0, mode == "training")
-    weight = full.weight.detach().chunk(world.size, dim)[world.rank].clone().requires_grad_(training)
-    bias = (full.bias.detach().chunk(world.size)[world.rank] if dim == 0 else full.bias.detach()).clone().requires_grad_(training)
+    weight = (
+        full.weight.detach().chunk(world.size, dim)[world.rank].clone().requires_grad_(training)
+    )
+    bias = (
+        (full.bias.detach().chunk(world.size)[world.rank] if dim == 0 else full.bias.detach())
+        .clone()
+        .requires_grad_(training)
+    )
     x = torch.randn(1, weight.shape[1], device=world.device, requires_grad=training)
-    call = by_hand(world, layer, mode, weight, bias, x, torch.randn(1, weight.shape[0], device=world.device))
+    call = by_hand(
+        world, layer, mode, weight, bias, x, torch.randn(1, weight.shape[0], device=world.device)
+    )
     expected = F.linear(x, weight, bias).detach()
     verify = (lambda: close(call(), expected, 1e-5)) if world.size == 1 else None
     return made | {"by hand": timing.Contender(call, verify)}

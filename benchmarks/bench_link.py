@@ -35,16 +35,28 @@ def measure(rows: int, which: str, rounds: int) -> tuple[list[list[float]], str]
     """Seconds of each variant in each round, and why auto does what it does."""
     group, backward = tpk.group.resolve_group(dist.group.WORLD), which == "backward"
     alone = [dist.new_group([rank]) for rank in range(group.size)][group.rank].group_name
-    chunks = tpk.schedule.choose("auto", rows, FEATURES * DTYPE.itemsize, group, INNER, DTYPE, backward).chunks
+    chunks = tpk.schedule.choose(
+        "auto", rows, FEATURES * DTYPE.itemsize, group, INNER, DTYPE, backward
+    ).chunks
     a, message = torch.randn(rows, INNER), torch.zeros(rows, FEATURES)
-    x, weight = torch.randn(rows, FEATURES), torch.randn(INNER, FEATURES) if backward else torch.randn(FEATURES, INNER)
+    x, weight = (
+        torch.randn(rows, FEATURES),
+        torch.randn(INNER, FEATURES) if backward else torch.randn(FEATURES, INNER),
+    )
 
     def op(name, chunks):
         if backward:
-            return lambda: torch.ops.tpkernels.column_linear_backward([a], x, [weight], True, [True], [False], name, chunks, "bench")
+            return lambda: torch.ops.tpkernels.column_linear_backward(
+                [a], x, [weight], True, [True], [False], name, chunks, "bench"
+            )
         return lambda: torch.ops.tpkernels.row_linear(a, weight, None, None, name, chunks, "bench")
 
-    calls = op(alone, 1), lambda: dist.all_reduce(message), op(group.name, 1), op(group.name, chunks)
+    calls = (
+        op(alone, 1),
+        lambda: dist.all_reduce(message),
+        op(group.name, 1),
+        op(group.name, chunks),
+    )
     times = [[] for _ in calls]
     for _ in range(rounds + 1):
         for call, seconds in zip(calls, times, strict=True):
@@ -52,16 +64,24 @@ def measure(rows: int, which: str, rounds: int) -> tuple[list[list[float]], str]
             start = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - start)
-    return [seconds[1:] for seconds in times], explain("auto", rows, FEATURES, group, INNER, DTYPE, backward)
+    return [seconds[1:] for seconds in times], explain(
+        "auto", rows, FEATURES, group, INNER, DTYPE, backward
+    )
 
 
 def info(times: list[list[float]]) -> dict[str, float]:
     """Medians over the rounds' own ratios."""
     rounds = list(zip(*times, strict=True))
     return {
-        "auto against overlap=False": statistics.median(serial / auto for _, _, serial, auto in rounds),
-        "ideal against overlap=False": statistics.median(serial / max(gemm, message) for gemm, message, serial, _ in rounds),
-        "hidden": statistics.median((gemm + message - auto) / min(gemm, message) for gemm, message, _, auto in rounds),
+        "auto against overlap=False": statistics.median(
+            serial / auto for _, _, serial, auto in rounds
+        ),
+        "ideal against overlap=False": statistics.median(
+            serial / max(gemm, message) for gemm, message, serial, _ in rounds
+        ),
+        "hidden": statistics.median(
+            (gemm + message - auto) / min(gemm, message) for gemm, message, _, auto in rounds
+        ),
     }
 
 
@@ -124,10 +144,17 @@ def main(rates):
             for rows in ROUNDS:
                 for which in PASSES:
                     times, why = lab.times(rate, rows, which)
-                    medians = " ".join(f"{1e3 * statistics.median(seconds):7.1f}" for seconds in times)
+                    medians = " ".join(
+                        f"{1e3 * statistics.median(seconds):7.1f}" for seconds in times
+                    )
                     gain, ideal, hidden = info(times).values()
-                    chunks = next(line for line in why.splitlines() if line.startswith("schedule:")).removeprefix("schedule: ")
-                    print(f"{rate:6g} {rows:5} {which:8} {medians}     {gain:9.2f}x {ideal:11.2f}x {hidden:7.0%}  {chunks}", flush=True)
+                    chunks = next(
+                        line for line in why.splitlines() if line.startswith("schedule:")
+                    ).removeprefix("schedule: ")
+                    print(
+                        f"{rate:6g} {rows:5} {which:8} {medians}     {gain:9.2f}x {ideal:11.2f}x {hidden:7.0%}  {chunks}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

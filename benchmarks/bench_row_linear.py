@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import layers
 
-CONTENDERS = ["tpkernels", *layers.PARTS, "tpkernels, 4 chunks", *(peer for peer in layers.PEERS if peer != "torch.compile")]
+CONTENDERS = [
+    "tpkernels",
+    *layers.PARTS,
+    "tpkernels, 4 chunks",
+    *(peer for peer in layers.PEERS if peer != "torch.compile"),
+]
 CASES = layers.cases("forward") + layers.cases("training")
-SMOKE = [dict(ranks=2, dtype="float32", mode=mode, tokens=16, hidden=64) for mode in ("forward", "training")]
+SMOKE = [
+    dict(ranks=2, dtype="float32", mode=mode, tokens=16, hidden=64)
+    for mode in ("forward", "training")
+]
 components = layers.components
 
 

@@ -22,13 +22,25 @@ from team import Team
 
 def pytest_addoption(parser):
     group = parser.getgroup("tpkernels")
-    group.addoption("--smoke", action="store_true", help="one tiny case a file, without peers: does it run?")
-    group.addoption("--seconds", type=float, default=measure.Effort.seconds, help="about how long the rounds of one case take")
+    group.addoption(
+        "--smoke", action="store_true", help="one tiny case a file, without peers: does it run?"
+    )
+    group.addoption(
+        "--seconds",
+        type=float,
+        default=measure.Effort.seconds,
+        help="about how long the rounds of one case take",
+    )
 
 
 def pytest_ignore_collect(collection_path, config):
     """A smoke run is of the files that `replay`: the others have sizes of their own."""
-    return True if config.getoption("--smoke") and collection_path.name in ("bench_fused.py", "bench_link.py") else None
+    return (
+        True
+        if config.getoption("--smoke")
+        and collection_path.name in ("bench_fused.py", "bench_link.py")
+        else None
+    )
 
 
 def pytest_configure(config):
@@ -51,18 +63,38 @@ def pytest_generate_tests(metafunc):
     if "replay" in metafunc.fixturenames:
         module, smoke = metafunc.module, metafunc.config.getoption("--smoke")
         cases = module.SMOKE if smoke else module.CASES
-        contenders = [name for name in module.CONTENDERS if not smoke or name.partition(",")[0] not in peers.SLOW_TO_START]
-        metafunc.parametrize("replay", [test(module, params, name) for params in cases for name in contenders], indirect=True)
+        contenders = [
+            name
+            for name in module.CONTENDERS
+            if not smoke or name.partition(",")[0] not in peers.SLOW_TO_START
+        ]
+        metafunc.parametrize(
+            "replay",
+            [test(module, params, name) for params in cases for name in contenders],
+            indirect=True,
+        )
 
 
 def test(module, params: dict, contender: str):
-    mark = pytest.mark.benchmark(timer=clock.now, group=f"{module.__name__.removeprefix('bench_')}: {label(params)}")
-    return pytest.param((params, contender), id=f"{label(params)}-{contender}".replace(", ", "-").replace(" ", ""), marks=mark)
+    mark = pytest.mark.benchmark(
+        timer=clock.now, group=f"{module.__name__.removeprefix('bench_')}: {label(params)}"
+    )
+    return pytest.param(
+        (params, contender),
+        id=f"{label(params)}-{contender}".replace(", ", "-").replace(" ", ""),
+        marks=mark,
+    )
 
 
 def pytest_collection_modifyitems(items):
     """Cases of one number of ranks follow each other: the ranks are started once."""
-    items.sort(key=lambda item: item.callspec.params["replay"][0]["ranks"] if "replay" in getattr(item, "fixturenames", ()) else 0)
+    items.sort(
+        key=lambda item: (
+            item.callspec.params["replay"][0]["ranks"]
+            if "replay" in getattr(item, "fixturenames", ())
+            else 0
+        )
+    )
 
 
 class Clock:
@@ -88,8 +120,12 @@ class Suite:
             if "replay" in getattr(item, "fixturenames", ()):
                 params, contender = item.callspec.params["replay"]
                 self.wanted.setdefault(self.key(item.module.__name__, params), []).append(contender)
-        names = {name.partition(",")[0] for wanted in self.wanted.values() for name in wanted} | {"tpkernels"}
-        self.absent = {name: why for name in names & peers.MODULES.keys() if (why := peers.unavailable(name))}
+        names = {name.partition(",")[0] for wanted in self.wanted.values() for name in wanted} | {
+            "tpkernels"
+        }
+        self.absent = {
+            name: why for name in names & peers.MODULES.keys() if (why := peers.unavailable(name))
+        }
         self.peers = [name for name in peers.MODULES if name in names and name not in self.absent]
 
     @staticmethod
@@ -99,7 +135,9 @@ class Suite:
     def measured(self, module: str, params: dict) -> dict:
         key, ranks = self.key(module, params), params["ranks"]
         if key in self.failures:
-            pytest.fail(f"measured with the others of this case, which failed: {self.failures[key]}")
+            pytest.fail(
+                f"measured with the others of this case, which failed: {self.failures[key]}"
+            )
         if key not in self.results:
             if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
                 pytest.skip(f"needs {ranks} GPUs, has {torch.cuda.device_count()}")
@@ -109,7 +147,9 @@ class Suite:
                     self.team = Team(ranks, self.peers)
                 names = dict.fromkeys(["tpkernels", *self.wanted[key]])
                 wanted = [name for name in names if name.partition(",")[0] not in self.absent]
-                self.results[key] = self.team.run("measure", "case", module, wanted, params, self.effort)[0]
+                self.results[key] = self.team.run(
+                    "measure", "case", module, wanted, params, self.effort
+                )[0]
             except RuntimeError as error:
                 self.failures[key] = str(error).strip().splitlines()[-1]
                 raise
@@ -145,11 +185,18 @@ def replay(request, benchmark, suite):
             pytest.skip(f"{name} does not do this case")
         rounds = result["rounds"]
         benchmark.extra_info.update(
-            name=module.__name__.removeprefix("bench_"), contender=name, params=params, memory=result["memory"][name]
+            name=module.__name__.removeprefix("bench_"),
+            contender=name,
+            params=params,
+            memory=result["memory"][name],
         )
         if name == "tpkernels":
             benchmark.extra_info["components"] = module.components(rounds)
-            ratios = {other: timing.ratio(rounds[other], rounds[name]) for other in rounds if other != name and rounds[other][0]}
+            ratios = {
+                other: timing.ratio(rounds[other], rounds[name])
+                for other in rounds
+                if other != name and rounds[other][0]
+            }
             benchmark.extra_info["ratios"] = ratios
         times = [time for one in rounds[name] for time in one]
         left = iter(times)

@@ -23,7 +23,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-NO_GPU = None if GPUS else "no GPU here" if torch.version.cuda else f"torch {torch.__version__} was not built for CUDA"
+NO_GPU = (
+    None
+    if GPUS
+    else "no GPU here"
+    if torch.version.cuda
+    else f"torch {torch.__version__} was not built for CUDA"
+)
 # One GPU serves two ranks: the kernels, not NCCL, run then, and no time means anything.
 SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"} if GPUS == 1 else {}
 
@@ -52,14 +58,24 @@ class Result:
 def pytest_counts(output: str) -> dict:
     summary = re.findall(r"^=* ?(\d+ [a-z]+.*) in [\d.]+s", output, re.M)
     return (
-        {word: int(count) for count, word in re.findall(r"(\d+) (passed|failed|skipped|errors?|xfailed)", summary[-1])} if summary else {}
+        {
+            word: int(count)
+            for count, word in re.findall(
+                r"(\d+) (passed|failed|skipped|errors?|xfailed)", summary[-1]
+            )
+        }
+        if summary
+        else {}
     )
 
 
 def from_json(path: Path) -> Callable[[str], dict]:
     def read(output: str) -> dict:
         runs = json.loads(path.read_text())["benchmarks"] if path.exists() else []
-        return {run["fullname"]: {key: run["stats"][key] for key in ("min", "median", "iqr", "rounds")} for run in runs}
+        return {
+            run["fullname"]: {key: run["stats"][key] for key in ("min", "median", "iqr", "rounds")}
+            for run in runs
+        }
 
     return read
 
@@ -77,18 +93,47 @@ def steps(folder: Path) -> Iterator[Step]:
     no_compiler = NO_GPU if not torch.version.cuda else None
     yield Step("environment", [python, "-m", "tpkernels", "env", "--json"], figures=json.loads)
     yield Step("topology", ["nvidia-smi", "topo", "-m"], missing("nvidia-smi"))
-    install = [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
+    install = [
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--no-build-isolation",
+        "--no-deps",
+        "--editable",
+        ".",
+    ]
     yield Step("build", install, no_compiler, 3600)
     yield Step("tests", [*gpu_tests, "tests"], NO_GPU, 3600, pytest_counts, SHARED)
     for tool in ("memcheck", "synccheck", "racecheck"):
-        sanitizer = ["compute-sanitizer", "--tool", tool, "--target-processes", "all", "--error-exitcode", "9"]
+        sanitizer = [
+            "compute-sanitizer",
+            "--tool",
+            tool,
+            "--target-processes",
+            "all",
+            "--error-exitcode",
+            "9",
+        ]
         command = [*sanitizer, *gpu_tests, "tests/gpu/test_peer_kernels.py", "-k", "sums or layers"]
-        yield Step(f"compute-sanitizer {tool}", command, missing("compute-sanitizer"), 3600, pytest_counts, SHARED)
+        yield Step(
+            f"compute-sanitizer {tool}",
+            command,
+            missing("compute-sanitizer"),
+            3600,
+            pytest_counts,
+            SHARED,
+        )
     yield Step("tuning", [*torchrun, "-m", "tpkernels", "tune"], NO_GPU)
     suite = [python, "-m", "pytest", "-q", "benchmarks", "--ignore=benchmarks/bench_link.py"]
     pedantic = [*suite, "--benchmark-only", f"--benchmark-json={bench}"]
     yield Step("benchmarks", pedantic, NO_GPU, 3600, from_json(bench))
-    yield Step("profile", ["bash", "benchmarks/nsys.sh", ranks, str(folder / "profiles")], missing("nsys"), environment={"PYTHON": python})
+    yield Step(
+        "profile",
+        ["bash", "benchmarks/nsys.sh", ranks, str(folder / "profiles")],
+        missing("nsys"),
+        environment={"PYTHON": python},
+    )
 
 
 def run(step: Step, folder: Path) -> Result:
@@ -109,7 +154,9 @@ def run(step: Step, folder: Path) -> Result:
                 env=environment,
                 timeout=step.timeout,
             )
-        result.status, result.why = ("passed", "") if done.returncode == 0 else ("failed", f"exit status {done.returncode}")
+        result.status, result.why = (
+            ("passed", "") if done.returncode == 0 else ("failed", f"exit status {done.returncode}")
+        )
     except (subprocess.TimeoutExpired, OSError) as error:
         result.status, result.why = "failed", str(error)
     result.seconds = round(time.monotonic() - began, 1)
@@ -140,10 +187,17 @@ def write(path: Path, text: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "gpu-day", help="folder of the JSON file, the page and the logs")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "gpu-day",
+        help="folder of the JSON file, the page and the logs",
+    )
     folder = parser.parse_args().out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit or "unknown",
@@ -157,7 +211,10 @@ def main() -> int:
         results.append(run(step, folder))
         print(f"{results[-1].status} {results[-1].why}".rstrip())
         # After each step: whatever ends the day early, what was found is kept.
-        write(folder / "gpu-day.json", json.dumps({**facts, "steps": [asdict(r) for r in results]}, indent=1))
+        write(
+            folder / "gpu-day.json",
+            json.dumps({**facts, "steps": [asdict(r) for r in results]}, indent=1),
+        )
         write(folder / "gpu-day.md", page(facts, results))
     print(f"{folder / 'gpu-day.md'} and gpu-day.json")
     return int(any(r.status == "failed" for r in results))

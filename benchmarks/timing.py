@@ -21,18 +21,26 @@ import torch
 
 BLOCK_SECONDS, MAX_CALLS = 0.02, 30  # of a block; one call at least
 MIN_ROUNDS, MAX_ROUNDS = 5, 31
-LONG_CALL, VERY_LONG_CALL = 0.05, 0.25  # seconds; of calls up to the first three are dropped from a block, up to the second one
+LONG_CALL, VERY_LONG_CALL = (
+    0.05,
+    0.25,
+)  # seconds; of calls up to the first three are dropped from a block, up to the second one
 FLUSH_BYTES = 256 << 20  # more than any GPU's L2
 
 # Both make NCCL's collectives wait for, or record events on, the host's side: nothing overlaps any more (pytorch#143890).
-BREAK_OVERLAP = {"TORCH_NCCL_ENABLE_TIMING": ("1", "Y", "YES", "T", "TRUE"), "TORCH_DISTRIBUTED_DEBUG": ("DETAIL",)}
+BREAK_OVERLAP = {
+    "TORCH_NCCL_ENABLE_TIMING": ("1", "Y", "YES", "T", "TRUE"),
+    "TORCH_DISTRIBUTED_DEBUG": ("DETAIL",),
+}
 
 
 def refuse_environment(environ=os.environ) -> None:
     """Raises RuntimeError where a variable is set that breaks the overlap that is to be measured."""
     for name, values in BREAK_OVERLAP.items():
         if environ.get(name, "").upper() in values:
-            raise RuntimeError(f"{name}={environ[name]} breaks the overlap that these benchmarks measure: unset {name}")
+            raise RuntimeError(
+                f"{name}={environ[name]} breaks the overlap that these benchmarks measure: unset {name}"
+            )
 
 
 @dataclass
@@ -56,7 +64,10 @@ def block(call: Callable, count: int, device: str) -> list[float]:
             times.append(time.perf_counter())
         return [b - a for a, b in zip(times, times[1:], strict=False)]
     scratch = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(count)
+    ]
     for start, end in events:
         scratch.zero_()
         start.record()
@@ -66,7 +77,9 @@ def block(call: Callable, count: int, device: str) -> list[float]:
     return [start.elapsed_time(end) / 1e3 for start, end in events]
 
 
-def paired(contenders: dict[str, Contender], world, seconds: float, smoke: bool = False) -> dict[str, list[list[float]]]:
+def paired(
+    contenders: dict[str, Contender], world, seconds: float, smoke: bool = False
+) -> dict[str, list[list[float]]]:
     """For each contender its rounds, each the seconds of the calls that count. All ranks call it; rank 0 decides how many.
 
     Args:
@@ -88,12 +101,21 @@ def paired(contenders: dict[str, Contender], world, seconds: float, smoke: bool 
         estimates = {}
         for name in contenders:
             first = world.broadcast(run(name, 1))
-            estimates[name] = first[0] if first[0] > LONG_CALL else statistics.median(world.broadcast(run(name, 3)))
+            estimates[name] = (
+                first[0]
+                if first[0] > LONG_CALL
+                else statistics.median(world.broadcast(run(name, 3)))
+            )
         for name, estimate in estimates.items():
             calls = max(1, min(MAX_CALLS, round(BLOCK_SECONDS / max(estimate, 1e-7))))
-            plan[name] = (0 if estimate > VERY_LONG_CALL else 1 if estimate > LONG_CALL else 3, calls)
+            plan[name] = (
+                0 if estimate > VERY_LONG_CALL else 1 if estimate > LONG_CALL else 3,
+                calls,
+            )
         one_round = sum(estimates[name] * sum(plan[name]) for name in plan)
-        rounds = world.broadcast(max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-7)))))
+        rounds = world.broadcast(
+            max(MIN_ROUNDS, min(MAX_ROUNDS, int(seconds / max(one_round, 1e-7))))
+        )
     results: dict[str, list[list[float]]] = {name: [] for name in contenders}
     order, dice = list(contenders), random.Random(0)
     for _ in range(rounds):
@@ -112,7 +134,12 @@ def medians(rounds: list[list[float]]) -> list[float]:
 def summary(values: list[float]) -> dict:
     """Median, 10th and 90th percentile."""
     tenths = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values
-    return {"median": statistics.median(values), "p10": tenths[0], "p90": tenths[-1], "rounds": len(values)}
+    return {
+        "median": statistics.median(values),
+        "p10": tenths[0],
+        "p90": tenths[-1],
+        "rounds": len(values),
+    }
 
 
 def ratio(other: list[list[float]], ours: list[list[float]]) -> dict:

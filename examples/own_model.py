@@ -35,8 +35,13 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
 
     def forward(self, x):
-        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
+        return self.out(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
 
 
 class Model(nn.Module):
@@ -46,7 +51,9 @@ class Model(nn.Module):
         self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
 
     def forward(self, ids):
-        return F.cross_entropy(self.head(self.blocks(self.embedding(ids)))[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        return F.cross_entropy(
+            self.head(self.blocks(self.embedding(ids)))[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        )
 
 
 PLAN = {

@@ -14,8 +14,13 @@ from tpkernels.kernels import activation, cross_entropy, dropout, linear, norm, 
 
 ROWS, HIDDEN, FFN, VOCAB = 256, 4096, 8192, 32768
 POINTERS = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 CACHED = ("weight", "bias", "gate_bias", "up_bias", "seed")
 ANNOTATED = {"tl.int64": "i64", "tl.uint32": "u32"}
 
@@ -29,7 +34,11 @@ def _activation(op, gated, separate=False, rows=ROWS, features=FFN):
     act, width = ("swiglu", 2 * features) if gated else ("gelu_tanh", features)
     x, bias = _random(rows, width), _random(width)
     tensors = dict(zip(("gate", "up"), x.chunk(2, -1), strict=True)) if separate else dict(x=x)
-    biases = dict(zip(("gate_bias", "up_bias"), bias.chunk(2), strict=True)) if separate else dict(bias=bias)
+    biases = (
+        dict(zip(("gate_bias", "up_bias"), bias.chunk(2), strict=True))
+        if separate
+        else dict(bias=bias)
+    )
     if op.endswith("backward"):
         inputs = dict(grad=_random(rows, features), **tensors, **biases)
         return inputs, lambda: activation.OPS[op](*inputs.values(), act, True)
@@ -44,12 +53,18 @@ def _norm(rms, features=HIDDEN, residual=True):
     if not rms:
         inputs["bias"] = _random(features)
     get = inputs.get
-    return inputs, lambda: norm.norm(get("x"), get("residual"), get("weight"), get("bias"), 1e-6, rms)
+    return inputs, lambda: norm.norm(
+        get("x"), get("residual"), get("weight"), get("bias"), 1e-6, rms
+    )
 
 
 def _norm_backward(rms, features=HIDDEN, rows=ROWS):
     inputs = {name: _random(rows, features) for name in ("grad", "grad_sum", "sum")}
-    inputs |= dict(weight=_random(features), mean=_random(0 if rms else rows, dtype=torch.float32), rstd=torch.ones(rows))
+    inputs |= dict(
+        weight=_random(features),
+        mean=_random(0 if rms else rows, dtype=torch.float32),
+        rstd=torch.ones(rows),
+    )
     return inputs, lambda: norm.norm_backward(*inputs.values(), rms, True, not rms)
 
 
@@ -65,7 +80,10 @@ def _stats():
 def _grad(in_place):
     inputs = _logits() | dict(log_norm=torch.full((ROWS,), 11.0), scale=torch.ones(ROWS))
     if in_place:
-        return inputs, lambda: [cross_entropy.vocab_ce_grad_(*inputs.values(), 0, 1.0, 0.0), inputs["logits"]][1:]
+        return inputs, lambda: [
+            cross_entropy.vocab_ce_grad_(*inputs.values(), 0, 1.0, 0.0),
+            inputs["logits"],
+        ][1:]
     return inputs, lambda: [cross_entropy.vocab_ce_grad(*inputs.values(), 0, 1.0, 0.0)]
 
 
@@ -76,7 +94,11 @@ def _dropout():
 
 def _rotary(interleaved, rotated):
     """Queries [B, H, T, D] as attention layers have them: a transposed view."""
-    inputs = dict(x=_random(2, 64, 32, 128).transpose(1, 2), cos=_random(64, rotated // 2), sin=_random(64, rotated // 2))
+    inputs = dict(
+        x=_random(2, 64, 32, 128).transpose(1, 2),
+        cos=_random(64, rotated // 2),
+        sin=_random(64, rotated // 2),
+    )
     return inputs, lambda: [rotary.rotary(*inputs.values(), interleaved, False)]
 
 
@@ -109,8 +131,12 @@ CASES = {
 }
 # As many rows as a training step has: what the partial sums add to the bytes is then small too.
 TALL = {
-    "bias_act_backward, 4096 rows": lambda: _activation("bias_act_backward", False, rows=4096, features=1024),
-    "bias_act_backward gated, 4096 rows": lambda: _activation("bias_act_backward", True, rows=4096, features=1024),
+    "bias_act_backward, 4096 rows": lambda: _activation(
+        "bias_act_backward", False, rows=4096, features=1024
+    ),
+    "bias_act_backward gated, 4096 rows": lambda: _activation(
+        "bias_act_backward", True, rows=4096, features=1024
+    ),
     "norm_backward rms, 4096 rows": lambda: _norm_backward(True, 1024, 4096),
     "norm_backward, 4096 rows": lambda: _norm_backward(False, 1024, 4096),
 }
@@ -145,21 +171,37 @@ def _specification(kernel, args, kwargs) -> dict:
     """As triton's launcher specialises: None and 1 become constants, and what is divisible by 16 is known to be."""
     names, annotations = kernel.arg_names, kernel.fn.__annotations__
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
-    values = dict(zip(names, args, strict=False)) | {name: value for name, value in kwargs.items() if name not in options}
+    values = dict(zip(names, args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name not in options
+    }
     signature, constexprs, divisible = {}, {}, []
     for name, value in values.items():
         if isinstance(value, torch.Tensor):
             signature[name] = POINTERS[value.dtype]
             if value.data_ptr() % 16 == 0:
                 divisible.append(name)
-        elif value is None or annotations.get(name) == "tl.constexpr" or (value == 1 and name not in annotations):
+        elif (
+            value is None
+            or annotations.get(name) == "tl.constexpr"
+            or (value == 1 and name not in annotations)
+        ):
             constexprs[name] = value
         else:
-            signature[name] = ANNOTATED[annotations[name]] if name in annotations else "i32" if -(2**31) <= value < 2**31 else "i64"
+            signature[name] = (
+                ANNOTATED[annotations[name]]
+                if name in annotations
+                else "i32"
+                if -(2**31) <= value < 2**31
+                else "i64"
+            )
             if value % 16 == 0:
                 divisible.append(name)
     return dict(
-        kernel=kernel, signature=signature, constexprs=constexprs, divisible=divisible, **{"num_warps": 4, "num_stages": 3, **options}
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        divisible=divisible,
+        **{"num_warps": 4, "num_stages": 3, **options},
     )
 
 
@@ -180,11 +222,25 @@ def specs() -> list[dict]:
         inputs, call = case()
         with recorded_launches() as launches:
             call()
-        scratch = sum(t.nbytes for kernel, args, _ in launches if kernel.__name__ == "sum_partials_kernel" for t in args[:1])
+        scratch = sum(
+            t.nbytes
+            for kernel, args, _ in launches
+            if kernel.__name__ == "sum_partials_kernel"
+            for t in args[:1]
+        )
         found += [
-            dict(name=f"{name}: {kernel.__name__}", **_specification(kernel, args, kwargs),
-                 kind="memory" if name in CASES | TALL else "gemm" if name in GEMMS else "memory, read again", launch=lambda case=case: _launch(case),
-                 cached=[name for name in inputs if name in CACHED], scratch=scratch)
+            dict(
+                name=f"{name}: {kernel.__name__}",
+                **_specification(kernel, args, kwargs),
+                kind="memory"
+                if name in CASES | TALL
+                else "gemm"
+                if name in GEMMS
+                else "memory, read again",
+                launch=lambda case=case: _launch(case),
+                cached=[name for name in inputs if name in CACHED],
+                scratch=scratch,
+            )
             for kernel, args, kwargs in launches
-        ]  # fmt: skip
+        ]
     return found

@@ -9,7 +9,9 @@ sys.path[:0] = [os.path.dirname(__file__), os.path.join(os.path.dirname(__file__
 from pool import Pool  # noqa: E402
 
 # The kernels' tests need triton's interpreter, which test_kernels.py starts in a process of its own, or a GPU.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["kernels"]
+collect_ignore = (
+    [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["kernels"]
+)
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +27,8 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU and a CUDA build of torch: `make gpu-day` on such a machine runs it"))
+                item.add_marker(
+                    pytest.mark.skip(
+                        reason="needs a GPU and a CUDA build of torch: `make gpu-day` on such a machine runs it"
+                    )
+                )

@@ -18,7 +18,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import ProcessGroup, Work, _register_process_group, _unregister_process_group
+from torch._C._distributed_c10d import (
+    ProcessGroup,
+    Work,
+    _register_process_group,
+    _unregister_process_group,
+)
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -41,7 +46,9 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     """The bytes that `tensor` touches."""
     if not tensor.numel():
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(
+        (size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
     return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
@@ -65,15 +72,24 @@ class _Work(Work):
     def deliver(self) -> None:
         if self.delivered.is_set():
             return
-        result = self.collective()  # whatever became of this rank's buffer: the other ranks take part in it
+        result = (
+            self.collective()
+        )  # whatever became of this rank's buffer: the other ranks take part in it
         dtype, *layout = self.layout
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storages[0].cdata)
         if storage is None:
-            self.group.violation(f"collective {self.index}: its buffer was freed before it was delivered")
+            self.group.violation(
+                f"collective {self.index}: its buffer was freed before it was delivered"
+            )
         else:
             out = torch.empty(0, dtype=dtype).set_(storage, *layout)
-            if not torch.equal(out.isnan() if dtype.is_floating_point else out == _poison(out), torch.ones_like(out, dtype=torch.bool)):
-                self.group.violation(f"collective {self.index}: its buffer was written to in flight")
+            if not torch.equal(
+                out.isnan() if dtype.is_floating_point else out == _poison(out),
+                torch.ones_like(out, dtype=torch.bool),
+            ):
+                self.group.violation(
+                    f"collective {self.index}: its buffer was written to in flight"
+                )
             out.copy_(result)
         self.delivered.set()
 
@@ -162,7 +178,9 @@ class Deferred(ProcessGroup):
         self.events.append(("wait", work.index))
         if work.waits > 1:
             raise self.violation(f"collective {work.index}: waited for {work.waits} times")
-        freed = any(storage.expired() for storage in work.storages)  # in "delayed" mode it may have been delivered before
+        freed = any(
+            storage.expired() for storage in work.storages
+        )  # in "delayed" mode it may have been delivered before
         if self.lazy:
             for earlier in self.works[: work.index + 1]:
                 earlier.deliver()
@@ -206,10 +224,17 @@ class Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, group = kwargs or {}, self.group
         if func.namespace == "c10d":
-            assert func is torch.ops.c10d._allgather_base_.default and ProcessGroup.unbox(args[2]) is group, func
-            async_op = args[3] if len(args) > 3 else func._schema.arguments[3].default_value  # a default is left out
+            assert (
+                func is torch.ops.c10d._allgather_base_.default
+                and ProcessGroup.unbox(args[2]) is group
+            ), func
+            async_op = (
+                args[3] if len(args) > 3 else func._schema.arguments[3].default_value
+            )  # a default is left out
             return args[0], group.gather_base(args[0], args[1], async_op).boxed()
-        if func.namespace.startswith("tpk") and self.depth == 0:  # the engine's op: straight to its kernel, with this mode on inside it
+        if (
+            func.namespace.startswith("tpk") and self.depth == 0
+        ):  # the engine's op: straight to its kernel, with this mode on inside it
             self.depth = 1
             try:
                 with self:
@@ -222,7 +247,11 @@ class Trace(TorchDispatchMode):
             if tensors:
                 group.events.append(("op", name))
             for work in group.in_flight:
-                if any(a < end and start < b for start, end in map(_span, tensors) for a, b in work.spans):
+                if any(
+                    a < end and start < b
+                    for start, end in map(_span, tensors)
+                    for a, b in work.spans
+                ):
                     group.violation(f"collective {work.index}: {name} touches its buffer in flight")
         try:
             return func(*args, **kwargs)

@@ -14,7 +14,11 @@ def output(command: str) -> str:
     code = "from tpkernels_command import main; main()"
     environment = {**os.environ, "COLUMNS": "215", "NO_COLOR": "1"}
     run = subprocess.run(
-        [sys.executable, "-c", code, *shlex.split(command)[1:]], capture_output=True, text=True, timeout=120, env=environment
+        [sys.executable, "-c", code, *shlex.split(command)[1:]],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
     )
     assert run.returncode == 0, run.stderr
     return "".join(f"{line.rstrip()}\n" for line in run.stdout.strip().splitlines())

@@ -12,8 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ROW_LAUNCH = "    pending.push_back(channel.all_reduce(slice, i));\n  }\n  // Every GEMM"
 ROW_GEMM = "      linear_out(slice, x_i, weight, gemm_adds_bias ? bias : std::nullopt, grad);\n"
 ROW_WAIT = "    pending[i].wait();\n"
-ROW_EPILOGUE = "  for (size_t i = 0; i < count; i++) {\n    pending[i].wait();\n    if (!rest) continue;\n"
-COLUMN_LAUNCH = "        pending.push_back(channel.all_reduce(slice, i));\n      }\n    }\n    auto shape"
+ROW_EPILOGUE = (
+    "  for (size_t i = 0; i < count; i++) {\n    pending[i].wait();\n    if (!rest) continue;\n"
+)
+COLUMN_LAUNCH = (
+    "        pending.push_back(channel.all_reduce(slice, i));\n      }\n    }\n    auto shape"
+)
 COLUMN_WAIT = "  for (auto& p : pending) p.wait();\n  return grads;"
 COLUMN_GEMMS = "          gradients.input_out(slice, bounds[i]);\n"
 LEAK = "new std::vector<Pending>(std::move(pending));"
@@ -31,7 +35,9 @@ LOSS_LAUNCH = "      pending.push_back(channel.all_reduce(slice, i));\n    }\n  
 LOSS_GEMM = "      LinearGrads({logits}, x, weight).input_out(slice, 0);\n"
 LOSS_WAIT = "  for (auto& p : pending) p.wait();\n  std::vector<at::Tensor> results"
 LOSS_WEIGHT = "    if (weight_grad) add_weight_grad_(d_weight, logits, x);\n"
-LOSS_BIAS = "    if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));\n"
+LOSS_BIAS = (
+    "    if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));\n"
+)
 LOSS_GRADIENT = "    to_gradient_(logits, t, log_norm, scale->narrow(0, begin, size), first, 1 - smoothing, smoothing / num_classes);\n"
 NOW = "    channel.all_reduce_now(std::move(staged), slice, here);\n"
 NOW_FLAT = "    all_reduce_now({flat, nullptr}, flat, {});\n    return {};\n"
@@ -47,8 +53,16 @@ MUTANTS: list[tuple[str, ...]] = [
         "  return out.view(shape);\n}\n\n}  // namespace",
         f"  {LEAK}\n  return out.view(shape);\n}}\n\n}}  // namespace",
     ),
-    ("row_linear: waits before the next GEMM", ROW_LAUNCH, ROW_LAUNCH.replace("\n  }", "\n    pending.back().wait();\n  }", 1)),
-    ("row_linear: waits one chunk behind", ROW_LAUNCH, ROW_LAUNCH.replace("\n  }", "\n    if (i > 0) pending[i - 1].wait();\n  }", 1)),
+    (
+        "row_linear: waits before the next GEMM",
+        ROW_LAUNCH,
+        ROW_LAUNCH.replace("\n  }", "\n    pending.back().wait();\n  }", 1),
+    ),
+    (
+        "row_linear: waits one chunk behind",
+        ROW_LAUNCH,
+        ROW_LAUNCH.replace("\n  }", "\n    if (i > 0) pending[i - 1].wait();\n  }", 1),
+    ),
     (
         "row_linear: launches before the GEMM",
         ROW_GEMM,
@@ -63,9 +77,17 @@ MUTANTS: list[tuple[str, ...]] = [
         "      slice.add_(rest_i);\n    }\n",
         "      slice.add_(rest_i);\n    }\n    pending[i].wait();\n",
     ),
-    ("row_linear: epilogue after the previous chunk's wait", ROW_WAIT, "    if (i > 0) pending[i - 1].wait();\n"),
+    (
+        "row_linear: epilogue after the previous chunk's wait",
+        ROW_WAIT,
+        "    if (i > 0) pending[i - 1].wait();\n",
+    ),
     ("row_linear: waits for the first chunk only", ROW_WAIT, "    pending[0].wait();\n"),
-    ("row_linear: all waits before the epilogue", ROW_WAIT, "    for (auto& p : pending) p.wait();\n"),
+    (
+        "row_linear: all waits before the epilogue",
+        ROW_WAIT,
+        "    for (auto& p : pending) p.wait();\n",
+    ),
     ("column_linear_backward: wait left to the destructor", COLUMN_WAIT, "  return grads;"),
     ("column_linear_backward: never waits", COLUMN_WAIT, f"  {LEAK}\n  return grads;"),
     (
@@ -76,7 +98,9 @@ MUTANTS: list[tuple[str, ...]] = [
     (
         "column_linear_backward: waits before the weights' GEMMs",
         COLUMN_LAUNCH,
-        COLUMN_LAUNCH.replace("    }\n    auto", "    }\n    for (auto& p : pending) p.wait();\n    auto"),
+        COLUMN_LAUNCH.replace(
+            "    }\n    auto", "    }\n    for (auto& p : pending) p.wait();\n    auto"
+        ),
     ),
     (
         "column_linear_backward: launches before the GEMMs",
@@ -101,7 +125,11 @@ MUTANTS: list[tuple[str, ...]] = [
         REDUCE_WAIT.replace(".wait()", "") + "\n  p.wait();",
     ),
     ("all_gather: wait left to the destructor", GATHER, GATHER.replace(".wait()", "")),
-    ("all_gather: never waits", GATHER, "  new Pending(channel.all_gather(out, self.contiguous()));"),
+    (
+        "all_gather: never waits",
+        GATHER,
+        "  new Pending(channel.all_gather(out, self.contiguous()));",
+    ),
     (
         "all_gather: its shard is freed before its wait",
         "{flat_out, flat_shard}",
@@ -117,7 +145,11 @@ MUTANTS: list[tuple[str, ...]] = [
         EMBEDDING,
         "auto p = Channel(group, tag).all_reduce(out);\n  out.masked_fill_(outside.unsqueeze(1), 0);\n  p.wait();",
     ),
-    ("all_reduce: not asynchronous", "options.asyncOp = !(synchronous() && chunks == 1);", "options.asyncOp = false;"),
+    (
+        "all_reduce: not asynchronous",
+        "options.asyncOp = !(synchronous() && chunks == 1);",
+        "options.asyncOp = false;",
+    ),
     (
         "all_gather: not asynchronous",
         "  options.asyncOp = !synchronous();",
@@ -125,18 +157,34 @@ MUTANTS: list[tuple[str, ...]] = [
     ),
     ("Pending: does not hold its tensors", HOLD, "work_(std::move(work)) {}"),
     ("Pending: frees its tensors before its wait", WAIT, "    tensors_.clear();\n" + WAIT),
-    ("Pending: destructor frees its tensors before its wait", DESTRUCTOR, "    tensors_.clear();\n" + DESTRUCTOR),
+    (
+        "Pending: destructor frees its tensors before its wait",
+        DESTRUCTOR,
+        "    tensors_.clear();\n" + DESTRUCTOR,
+    ),
     ("Pending: destructor does not wait", DESTRUCTOR, DESTRUCTOR.replace("wait();", "")),
     ("Pending: waits twice", WAIT, WAIT.replace("work->wait();", "work->wait(), work->wait();")),
     ("Pending: keeps its work after the wait", WAIT, WAIT.replace("std::move(work_)", "work_")),
-    ("Pending: waits again after a wait that throws", WAIT, "    if (work_) work_->wait();\n    work_.reset();\n    tensors_.clear();"),
+    (
+        "Pending: waits again after a wait that throws",
+        WAIT,
+        "    if (work_) work_->wait();\n    work_.reset();\n    tensors_.clear();",
+    ),
     (
         "Pending: moving it copies its work",
         "Pending(Pending&&) = default;",
         "Pending(Pending&& other) : tensors_(other.tensors_), work_(other.work_) {}",
     ),
-    ("vocab_ce: the maximum's wait left to the destructor", MAXIMUM, MAXIMUM.replace(".wait()", "")),
-    ("vocab_ce: never waits for the maximum", MAXIMUM, MAXIMUM.replace("channel", "new Pending(channel").replace(".wait()", ")")),
+    (
+        "vocab_ce: the maximum's wait left to the destructor",
+        MAXIMUM,
+        MAXIMUM.replace(".wait()", ""),
+    ),
+    (
+        "vocab_ce: never waits for the maximum",
+        MAXIMUM,
+        MAXIMUM.replace("channel", "new Pending(channel").replace(".wait()", ")"),
+    ),
     (
         "vocab_ce: launches the maximum before it is there",
         MAXIMUM,
@@ -147,7 +195,8 @@ MUTANTS: list[tuple[str, ...]] = [
     (
         "vocab_ce: fills in the widths in flight",
         "  peaks[rows + 1].fill_(-width);\n" + MAXIMUM,
-        MAXIMUM.replace("channel", "auto p = channel").replace(".wait()", "") + "  peaks[rows + 1].fill_(-width);\n  p.wait();\n",
+        MAXIMUM.replace("channel", "auto p = channel").replace(".wait()", "")
+        + "  peaks[rows + 1].fill_(-width);\n  p.wait();\n",
     ),
     (
         "vocab_ce: reads the maximum before its wait",
@@ -157,10 +206,22 @@ MUTANTS: list[tuple[str, ...]] = [
         f"  p.wait();\n{SUMS}",
     ),
     ("vocab_ce: sums the maxima", MAXIMUM, MAXIMUM.replace("MAX", "SUM")),
-    ("vocab_ce: takes the maximum of the sums", SUMS, SUMS.replace("sums", "sums, 0, c10d::ReduceOp::MAX")),
+    (
+        "vocab_ce: takes the maximum of the sums",
+        SUMS,
+        SUMS.replace("sums", "sums, 0, c10d::ReduceOp::MAX"),
+    ),
     ("vocab_ce: the sums' wait left to the destructor", SUMS, SUMS.replace(".wait()", "")),
-    ("vocab_ce: never waits for the sums", SUMS, SUMS.replace("channel", "new Pending(channel").replace(".wait()", ")")),
-    ("vocab_ce: launches the sums before the last of them is there", SMOOTHED + SUMS, SUMS + SMOOTHED),
+    (
+        "vocab_ce: never waits for the sums",
+        SUMS,
+        SUMS.replace("channel", "new Pending(channel").replace(".wait()", ")"),
+    ),
+    (
+        "vocab_ce: launches the sums before the last of them is there",
+        SMOOTHED + SUMS,
+        SUMS + SMOOTHED,
+    ),
     (
         "vocab_ce: reads the sums before their wait",
         SUMS,
@@ -168,7 +229,11 @@ MUTANTS: list[tuple[str, ...]] = [
         "  auto loss = log_sum",
         "  p.wait();\n  auto loss = log_sum",
     ),
-    ("vocab_linear_ce: wait left to the destructor", LOSS_WAIT, "  std::vector<at::Tensor> results"),
+    (
+        "vocab_linear_ce: wait left to the destructor",
+        LOSS_WAIT,
+        "  std::vector<at::Tensor> results",
+    ),
     ("vocab_linear_ce: never waits", LOSS_WAIT, f"  {LEAK}\n  std::vector<at::Tensor> results"),
     (
         "vocab_linear_ce: waits for the first chunk only",
@@ -180,9 +245,21 @@ MUTANTS: list[tuple[str, ...]] = [
         LOSS_LAUNCH,
         LOSS_LAUNCH.replace("\n    }", "\n      pending.back().wait();\n    }"),
     ),
-    ("vocab_linear_ce: waits before the bias' gradient", LOSS_BIAS, "    if (input_grad) pending.back().wait();\n" + LOSS_BIAS),
-    ("vocab_linear_ce: waits before the next chunk's logits", LOSS_BIAS, LOSS_BIAS + "    if (input_grad) pending.back().wait();\n"),
-    ("vocab_linear_ce: waits one chunk behind", LOSS_BIAS, LOSS_BIAS + "    if (input_grad && i > 0) pending[i - 1].wait();\n"),
+    (
+        "vocab_linear_ce: waits before the bias' gradient",
+        LOSS_BIAS,
+        "    if (input_grad) pending.back().wait();\n" + LOSS_BIAS,
+    ),
+    (
+        "vocab_linear_ce: waits before the next chunk's logits",
+        LOSS_BIAS,
+        LOSS_BIAS + "    if (input_grad) pending.back().wait();\n",
+    ),
+    (
+        "vocab_linear_ce: waits one chunk behind",
+        LOSS_BIAS,
+        LOSS_BIAS + "    if (input_grad && i > 0) pending[i - 1].wait();\n",
+    ),
     (
         "vocab_linear_ce: launches before the GEMM",
         LOSS_GEMM + LOSS_LAUNCH,
@@ -193,7 +270,8 @@ MUTANTS: list[tuple[str, ...]] = [
         LOSS_LAUNCH,
         "    }\n    if (weight_grad)",
         LOSS_BIAS,
-        "    if (input_grad) pending.push_back(channel.all_reduce(d_input.narrow(0, begin, size), i));\n" + LOSS_BIAS,
+        "    if (input_grad) pending.push_back(channel.all_reduce(d_input.narrow(0, begin, size), i));\n"
+        + LOSS_BIAS,
     ),
     (
         "vocab_linear_ce: launches after all chunks",
@@ -208,23 +286,46 @@ MUTANTS: list[tuple[str, ...]] = [
         "auto slice = d_input.narrow(0, begin, size);",
         "auto slice = d_input.narrow(0, 0, size);",
     ),
-    ("vocab_linear_ce: the weight's gradient from the logits", LOSS_WEIGHT, "", LOSS_GRADIENT, LOSS_WEIGHT + LOSS_GRADIENT),
+    (
+        "vocab_linear_ce: the weight's gradient from the logits",
+        LOSS_WEIGHT,
+        "",
+        LOSS_GRADIENT,
+        LOSS_WEIGHT + LOSS_GRADIENT,
+    ),
     (
         "vocab_linear_ce: the next chunk's logits before the bias' gradient",
         LOSS_BIAS,
         "    const auto next = std::min(size, rows - begin - size);\n    auto next_logits = logits.narrow(0, 0, next);\n"
-        "    if (next) at::mm_out(next_logits, input.narrow(0, begin + size, next), weight.t());\n" + LOSS_BIAS,
+        "    if (next) at::mm_out(next_logits, input.narrow(0, begin + size, next), weight.t());\n"
+        + LOSS_BIAS,
     ),
-    ("peers: the GEMM adds the bias too", PART, PART.replace("std::nullopt", "channel.rank() == 0 ? bias : std::nullopt")),
+    (
+        "peers: the GEMM adds the bias too",
+        PART,
+        PART.replace("std::nullopt", "channel.rank() == 0 ? bias : std::nullopt"),
+    ),
     ("peers: the bias is left out", "    if (bias) epilogue.bias = bias->contiguous();\n", ""),
-    ("peers: the bias is read as if contiguous", "epilogue.bias = bias->contiguous();", "epilogue.bias = *bias;"),
+    (
+        "peers: the bias is read as if contiguous",
+        "epilogue.bias = bias->contiguous();",
+        "epilogue.bias = *bias;",
+    ),
     (
         "peers: the residual is left out",
         "    if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();\n",
         "",
     ),
-    ("peers: the residual is read as if contiguous", "reshape(out.sizes()).contiguous();", "reshape(out.sizes());"),
-    ("peers: the epilogue is applied again", NOW, NOW + "    if (here.residual.defined()) slice.add_(here.residual);\n"),
+    (
+        "peers: the residual is read as if contiguous",
+        "reshape(out.sizes()).contiguous();",
+        "reshape(out.sizes());",
+    ),
+    (
+        "peers: the epilogue is applied again",
+        NOW,
+        NOW + "    if (here.residual.defined()) slice.add_(here.residual);\n",
+    ),
     ("peers: the sum is taken again", NOW, NOW + "    channel.all_reduce(slice).wait();\n"),
     (
         "peers: the sum is taken before the GEMM",
@@ -239,16 +340,32 @@ MUTANTS: list[tuple[str, ...]] = [
         "peers->all_reduce(std::move(staged), out, epilogue);",
         "peers->all_reduce(std::move(staged), out, {});",
     ),
-    ("peers: not logged", 'log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});', ";"),
+    (
+        "peers: not logged",
+        'log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});',
+        ";",
+    ),
     ("peers: taken for several chunks", FITS, FITS.replace("chunks == 1 && ", "")),
     ("peers: taken for nothing", FITS, FITS.replace("buffer.numel() && ", "")),
     ("peers: taken for what does not fit", FITS, FITS.replace(" && peers->takes(buffer)", "")),
     ("peers: taken for a maximum", "op == c10d::ReduceOp::SUM && fits_peers", "fits_peers"),
     ("peers: never taken", FITS, "return false;"),
-    ("peers: the norm takes a pass of its own", " && channel.peers->norms()) epilogue.normed", " && false) epilogue.normed"),
+    (
+        "peers: the norm takes a pass of its own",
+        " && channel.peers->norms()) epilogue.normed",
+        " && false) epilogue.normed",
+    ),
     ("peers: of a group that is gone", "if (peers && !peers->serves(*group)) peers = nullptr;", ""),
-    ("peers: none where they serve", "if (peers && !peers->serves(*group)) peers = nullptr;", "peers = nullptr;"),
-    ("peers: the norm is taken again", "  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};\n", ""),
+    (
+        "peers: none where they serve",
+        "if (peers && !peers->serves(*group)) peers = nullptr;",
+        "peers = nullptr;",
+    ),
+    (
+        "peers: the norm is taken again",
+        "  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};\n",
+        "",
+    ),
     (
         "peers: the norm's weight is read as if contiguous",
         "norm_weight.to(weight.scalar_type()).contiguous();",
@@ -258,7 +375,10 @@ MUTANTS: list[tuple[str, ...]] = [
 ]
 
 # What all ops share, and their files: a mutant of one of these is that file alone, beside the shared part of the engine as it is.
-SHARED, SOURCES = ("../op.h", "../cpu/packed.cpp", "../cpu/gemm.cpp", "comm.cpp"), ("linear.cpp", "loss.cpp")
+SHARED, SOURCES = (
+    ("../op.h", "../cpu/packed.cpp", "../cpu/gemm.cpp", "comm.cpp"),
+    ("linear.cpp", "loss.cpp"),
+)
 
 # In place of csrc/cuda/peer.cu: the kernel's result, by the group's own all-reduce.
 PEERS = """
@@ -350,7 +470,9 @@ def mutated(name: str, edits: tuple[str, ...], parts: dict[str, str]) -> dict[st
     for old, new in zip(edits[::2], edits[1::2], strict=True):
         places = [part for part, text in parts.items() if old in text]
         fits = len(places) == 1 and parts[places[0]].count(old) == 1
-        assert fits, f"mutant '{name}' does not fit the engine: {sum(text.count(old) for text in parts.values())} times {old!r}"
+        assert fits, (
+            f"mutant '{name}' does not fit the engine: {sum(text.count(old) for text in parts.values())} times {old!r}"
+        )
         parts[places[0]] = parts[places[0]].replace(old, new)
     return parts
 
@@ -361,18 +483,28 @@ def mutants_source() -> str:
     parts = {name: engine_text(name, seen, system) for name in (*SHARED, *SOURCES)}
     registration = (ROOT / "csrc/registration.cpp").read_text()
     literals = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)', registration)
-    schemas = {schema.partition("(")[0]: schema for schema in ("".join(re.findall('"(.*?)"', literal)) for literal in literals)}
+    schemas = {
+        schema.partition("(")[0]: schema
+        for schema in ("".join(re.findall('"(.*?)"', literal)) for literal in literals)
+    }
     ops = re.findall(r'm\.impl\("(\w+)", &tpkernels::(\w+)\)', registration)
     text = "".join(system) + PEERS
     for i, (name, *edits) in enumerate([("the engine",), *MUTANTS]):
         copy = mutated(name, edits, parts)
         changed = {part for part in parts if copy[part] != parts[part]}
         alone = bool(changed) and changed <= set(SOURCES)
-        engine = "".join(copy[part] for part in changed) if alone else "".join(copy.values()) + TEST_PEERS
+        engine = (
+            "".join(copy[part] for part in changed)
+            if alone
+            else "".join(copy.values()) + TEST_PEERS
+        )
         opening = rf"\1 mutant_{i}" + (" { using namespace mutant_0;" if alone else " {")
         text += re.sub(r"^(namespace) tpkernels {", opening, engine, flags=re.M)
         here = [(op, f) for op, f in ops if re.search(rf"^\w.* {f}\(", engine, flags=re.M)]
         assert len(here) >= (2 if alone else 8), here
-        impls = (f'  m.def("{schemas[op]}", torch::dispatch(c10::DispatchKey::CPU, &mutant_{i}::{f}));\n' for op, f in here)
+        impls = (
+            f'  m.def("{schemas[op]}", torch::dispatch(c10::DispatchKey::CPU, &mutant_{i}::{f}));\n'
+            for op, f in here
+        )
         text += LIBRARY.format(i=i, shared=0 if alone else i, ops="".join(impls))
     return text

@@ -16,9 +16,13 @@ def assert_same_grads(stock, split, tolerance=2e-5):
     largest = max(p.grad.abs().max() for p in stock.parameters() if p.grad is not None)
     for name, parameter in stock.named_parameters():
         if parameter.grad is None:
-            assert name not in grads or not grads[name].any(), f"{name} has a gradient that the unsplit model's has not"
+            assert name not in grads or not grads[name].any(), (
+                f"{name} has a gradient that the unsplit model's has not"
+            )
             continue
-        error = (grads[name] - parameter.grad).abs().max() / parameter.grad.abs().max().clamp_min(1e-3 * largest)
+        error = (grads[name] - parameter.grad).abs().max() / parameter.grad.abs().max().clamp_min(
+            1e-3 * largest
+        )
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
@@ -26,7 +30,9 @@ def count_all_reduces(run):
     """Counted from outside, by torch's profiler, and what `run` returned."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run()
-    return sum(event.count for event in profile.key_averages() if event.key == "c10d::allreduce_"), result
+    return sum(
+        event.count for event in profile.key_averages() if event.key == "c10d::allreduce_"
+    ), result
 
 
 def wide(dtype):
@@ -38,5 +44,10 @@ def assert_as_accurate(name, ours, twin, truth):
     """max|ours - truth| < 2 max|the twin in the same dtype - truth| + 1e-6"""
     assert ours.shape == truth.shape, name
     if truth.numel():
-        error, bound = (ours - truth).abs().max(), 2 * (twin - truth).abs().max() + 1e-6 * truth.abs().max().clamp_min(1)
-        assert error < bound, f"{name} {ours.dtype} on {dist.get_world_size() if dist.is_initialized() else 1}: {error:.2e} >= {bound:.2e}"
+        error, bound = (
+            (ours - truth).abs().max(),
+            2 * (twin - truth).abs().max() + 1e-6 * truth.abs().max().clamp_min(1),
+        )
+        assert error < bound, (
+            f"{name} {ours.dtype} on {dist.get_world_size() if dist.is_initialized() else 1}: {error:.2e} >= {bound:.2e}"
+        )

@@ -26,17 +26,30 @@ def _serve(rank: int, pipe, threads: int, backend: str) -> None:
         torch.cuda.set_device(rank)
     while (job := pipe.recv()) is not None:
         module, name, args, size, store = job
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), XDG_CACHE_HOME=os.path.dirname(store))
+        os.environ.update(
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE=str(size),
+            XDG_CACHE_HOME=os.path.dirname(store),
+        )
         try:
             function = getattr(importlib.import_module(module), name)
-            dist.init_process_group(backend, store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=60))
+            dist.init_process_group(
+                backend,
+                store=dist.FileStore(store, size),
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=60),
+            )
             torch.manual_seed(0)
             pipe.send(("ok", function(*args)))
             pipe.recv()  # nobody leaves before all have arrived: gloo takes a peer that is gone for a failure, even while connecting
         except BaseException as error:
             if dist.is_initialized():  # its peers then fail at once instead of waiting for it
                 dist.destroy_process_group()
-            pipe.send(("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"))
+            pipe.send(
+                ("error", f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+            )
             pipe.recv()
         finally:
             if dist.is_initialized():
@@ -53,7 +66,11 @@ class Pool:
         context = mp.get_context("spawn")
         while len(self.workers) < size:
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(len(self.workers), there, self.threads, self.backend), daemon=True)
+            process = context.Process(
+                target=_serve,
+                args=(len(self.workers), there, self.threads, self.backend),
+                daemon=True,
+            )
             process.start()
             there.close()
             self.workers.append((process, here))
@@ -82,7 +99,10 @@ class Pool:
                     deadline = time.monotonic() + 10  # its peers may wait for it in a collective
         if waiting:
             self.close()
-            failure = failure or f"ranks {sorted(waiting.values())} of {size} did not return in {timeout} s: a hang"
+            failure = (
+                failure
+                or f"ranks {sorted(waiting.values())} of {size} did not return in {timeout} s: a hang"
+            )
         for _, pipe in self.workers[:size]:
             pipe.send("leave")
         if failure:

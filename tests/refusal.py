@@ -25,5 +25,7 @@ def assert_refused(results, expected):
         for name, (kind, *words) in expected.items():
             raised, message, log = seen[name]
             if raised != kind.__name__ or log or any(word not in message for word in words):
-                wrong.append(f"rank {rank}, {name}: {raised}: {message!r}, started {log}; expected {kind.__name__} with {words}")
+                wrong.append(
+                    f"rank {rank}, {name}: {raised}: {message!r}, started {log}; expected {kind.__name__} with {words}"
+                )
     assert not wrong, "\n".join(wrong)

@@ -27,7 +27,9 @@ class Alone:
         return value
 
 
-@pytest.mark.parametrize(("name", "value"), [("TORCH_NCCL_ENABLE_TIMING", "1"), ("TORCH_DISTRIBUTED_DEBUG", "detail")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("TORCH_NCCL_ENABLE_TIMING", "1"), ("TORCH_DISTRIBUTED_DEBUG", "detail")]
+)
 def test_refuses_what_breaks_overlap(name, value):
     with pytest.raises(RuntimeError, match=f"{name}={value}.*unset {name}"):
         timing.refuse_environment({name: value})
@@ -35,8 +37,13 @@ def test_refuses_what_breaks_overlap(name, value):
 
 
 def test_ratio_is_taken_round_by_round():
-    ours, other = [[1.0, 1.0, 9.0], [10.0, 10.0, 10.0], [2.0]], [[2.0], [30.0, 30.0], [8.0, 8.0, 0.1]]
-    ratio = timing.ratio(other, ours)  # of the rounds' medians: 2, 3 and 4; not of all times together
+    ours, other = (
+        [[1.0, 1.0, 9.0], [10.0, 10.0, 10.0], [2.0]],
+        [[2.0], [30.0, 30.0], [8.0, 8.0, 0.1]],
+    )
+    ratio = timing.ratio(
+        other, ours
+    )  # of the rounds' medians: 2, 3 and 4; not of all times together
     assert (ratio["median"], ratio["rounds"]) == (3.0, 3)
     assert ratio["p10"] == pytest.approx(2.2) and ratio["p90"] == pytest.approx(3.8)
     assert timing.difference(other, ours)["median"] == 6.0
@@ -45,7 +52,11 @@ def test_ratio_is_taken_round_by_round():
 
 @pytest.mark.parametrize(("overlapped", "share"), [(5.0, 0.0), (3.0, 1.0), (4.0, 0.5), (6.0, -0.5)])
 def test_hidden_share(overlapped, share):
-    assert timing.hidden_share(3.0, 2.0, overlapped) == share == timing.hidden_share(2.0, 3.0, overlapped)
+    assert (
+        timing.hidden_share(3.0, 2.0, overlapped)
+        == share
+        == timing.hidden_share(2.0, 3.0, overlapped)
+    )
 
 
 def test_paired_counts_the_same_calls_of_each():
@@ -60,13 +71,17 @@ def test_paired_counts_the_same_calls_of_each():
     rounds = timing.paired({name: contender(name) for name in calls}, Alone(), seconds=0.01)
     assert calls["a"] == calls["b"]
     assert len(rounds["a"]) == len(rounds["b"]) >= timing.MIN_ROUNDS
-    assert all(len(times) == timing.MAX_CALLS for times in rounds["a"])  # the first three of each block are not among them
+    assert all(
+        len(times) == timing.MAX_CALLS for times in rounds["a"]
+    )  # the first three of each block are not among them
     assert calls["a"] == 4 + len(rounds["a"]) * (3 + timing.MAX_CALLS)
 
 
 def test_peak_is_what_a_call_holds():
     size = 64 << 20
-    assert 0.9 * size < timing.peak(lambda: bytearray(b"\x01") * size, "cpu") < 2 * size  # the kernel counts pages in batches
+    assert (
+        0.9 * size < timing.peak(lambda: bytearray(b"\x01") * size, "cpu") < 2 * size
+    )  # the kernel counts pages in batches
 
 
 def rank_one_fails(world):
@@ -99,18 +114,38 @@ def test_every_benchmark_runs_and_is_drawn(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
     found = [record["extra_info"] for record in json.loads(results.read_text())["benchmarks"]]
-    measured = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")} - {"fused", "link"}
+    measured = {
+        path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")
+    } - {"fused", "link"}
     assert {info["name"] for info in found} == measured
     ours = [info for info in found if info["contender"] == "tpkernels"]
     assert all(info["ratios"].keys() >= {"torch"} for info in ours if info["name"] != "layer_cost")
     mlp = next(info for info in ours if info["name"] == "mlp")
-    assert mlp["components"].keys() == {"overlapped", "serial", "GEMM", "all-reduce", "ideal", "hidden"}
+    assert mlp["components"].keys() == {
+        "overlapped",
+        "serial",
+        "GEMM",
+        "all-reduce",
+        "ideal",
+        "hidden",
+    }
     assert mlp["memory"]["parameters"] > 0
 
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- mlp -->\nold\n<!-- /mlp -->\nafter\n")
-    command = [sys.executable, "benchmarks/plot.py", "--page", str(page), "--tables-only", str(results)]
+    command = [
+        sys.executable,
+        "benchmarks/plot.py",
+        "--page",
+        str(page),
+        "--tables-only",
+        str(results),
+    ]
     subprocess.run(command, cwd=ROOT, check=True, timeout=100)
     text = page.read_text()
-    assert text.startswith("before\n<!-- mlp -->\n") and text.endswith("<!-- /mlp -->\nafter\n") and "old" not in text
+    assert (
+        text.startswith("before\n<!-- mlp -->\n")
+        and text.endswith("<!-- /mlp -->\nafter\n")
+        and "old" not in text
+    )
     assert "tpkernels" in text and "16 tokens" in text

@@ -34,13 +34,17 @@ def split_run(logits, target, dloss=None, **options):
     split = Split.chunks(logits.shape[-1], world, dim=-1)
     mine = split.shard(logits, rank).clone().requires_grad_()
     with tpk.log_collectives() as forward:
-        loss = tpf.vocab_parallel_cross_entropy(mine, target, group=group, num_classes=logits.shape[-1], **options)
+        loss = tpf.vocab_parallel_cross_entropy(
+            mine, target, group=group, num_classes=logits.shape[-1], **options
+        )
     with tpk.log_collectives() as backward:
         loss.backward(torch.ones_like(loss) if dloss is None else dloss)
     assert not backward
     assert {c.op for c in forward} <= {"all_reduce"} and len(forward) <= 3
     size = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    assert sum(c.bytes for c in forward) <= (4 * target.numel() + 2) * size.itemsize  # a few numbers a token, not its logits
+    assert (
+        sum(c.bytes for c in forward) <= (4 * target.numel() + 2) * size.itemsize
+    )  # a few numbers a token, not its logits
     assert loss.dtype == size and mine.grad.dtype == logits.dtype
     padded = torch.zeros(*mine.shape[:-1], split.stored_size, dtype=mine.dtype)
     padded[..., : mine.shape[-1]] = mine.grad
@@ -51,7 +55,9 @@ def split_run(logits, target, dloss=None, **options):
 
 def stock_run(logits, target, dloss=None, reduction="mean", **options):
     stock = logits.detach().clone().requires_grad_()
-    loss = F.cross_entropy(stock.reshape(-1, stock.shape[-1]), target.reshape(-1), reduction=reduction, **options)
+    loss = F.cross_entropy(
+        stock.reshape(-1, stock.shape[-1]), target.reshape(-1), reduction=reduction, **options
+    )
     loss = loss.view(target.shape) if reduction == "none" else loss
     loss.backward(torch.ones_like(loss) if dloss is None else dloss.to(loss.dtype))
     return loss.detach(), stock.grad
@@ -59,24 +65,43 @@ def stock_run(logits, target, dloss=None, reduction="mean", **options):
 
 def assert_as_accurate_as_torch(logits, target, dloss=None, **options):
     """max|ours - wide| < 2 max|torch in the same dtype - wide| + 1e-6; wide: float32 for half precision, float64 for float32."""
-    wide = stock_run(logits.to(torch.float64 if logits.dtype == torch.float32 else torch.float32), target, dloss, **options)
+    wide = stock_run(
+        logits.to(torch.float64 if logits.dtype == torch.float32 else torch.float32),
+        target,
+        dloss,
+        **options,
+    )
     if logits.dtype != torch.float32:
         assert_close(reference.vocab_cross_entropy(logits.chunk(3, -1), target, **options), wide[0])
-    ours, torchs = split_run(logits, target, dloss, **options), stock_run(logits, target, dloss, **options)
+    ours, torchs = (
+        split_run(logits, target, dloss, **options),
+        stock_run(logits, target, dloss, **options),
+    )
     for name, a, b, want in zip(("loss", "gradient"), ours, torchs, wide, strict=True):
-        error, bound = (a - want).abs().max(), 2 * (b - want).abs().max() + 1e-6 * want.abs().max().clamp_min(1)
-        assert error < bound, f"{name} of {logits.dtype} {tuple(logits.shape)} {options}: {error:.2e}, torch's {bound:.2e}"
+        error, bound = (
+            (a - want).abs().max(),
+            2 * (b - want).abs().max() + 1e-6 * want.abs().max().clamp_min(1),
+        )
+        assert error < bound, (
+            f"{name} of {logits.dtype} {tuple(logits.shape)} {options}: {error:.2e}, torch's {bound:.2e}"
+        )
 
 
 def numerics():
-    for classes, dtype in itertools.product((331, 5), (torch.float32, torch.bfloat16, torch.float16)):
+    for classes, dtype in itertools.product(
+        (331, 5), (torch.float32, torch.bfloat16, torch.float16)
+    ):
         for reduction, smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
             tokens = (4, 9) if reduction == "none" else (37,)
             logits, target = whole_logits(tokens, classes, dtype), some_targets(tokens, classes)
             dloss = torch.rand(tokens) if reduction == "none" else torch.tensor(0.7)
-            assert_as_accurate_as_torch(logits, target, dloss, reduction=reduction, label_smoothing=smoothing)
+            assert_as_accurate_as_torch(
+                logits, target, dloss, reduction=reduction, label_smoothing=smoothing
+            )
         target = some_targets((37,), classes).masked_fill_(torch.arange(37) == 3, 2)
-        assert_as_accurate_as_torch(whole_logits((37,), classes, dtype), target.clamp_min(0), ignore_index=2)
+        assert_as_accurate_as_torch(
+            whole_logits((37,), classes, dtype), target.clamp_min(0), ignore_index=2
+        )
         assert_as_accurate_as_torch(whole_logits((), classes, dtype), torch.tensor(classes - 1))
 
 
@@ -88,7 +113,11 @@ def test_as_accurate_as_torch(pool, ranks):
 def extremes():
     for classes, smoothing in itertools.product((331, 5), (0.0, 0.1)):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert_as_accurate_as_torch(whole_logits((37,), classes, dtype, 1e4), some_targets((37,), classes), label_smoothing=smoothing)
+            assert_as_accurate_as_torch(
+                whole_logits((37,), classes, dtype, 1e4),
+                some_targets((37,), classes),
+                label_smoothing=smoothing,
+            )
         same = dict(equal_nan=True, atol=1e-6, rtol=1e-6)
         logits, target = whole_logits((37,), classes), some_targets((37,), classes).clamp_min(0)
         masked = torch.rand(logits.shape) < 0.4
@@ -99,7 +128,9 @@ def extremes():
         logits.masked_fill_(masked, -torch.inf)
         for reduction in REDUCTIONS:
             options = dict(reduction=reduction, label_smoothing=smoothing)
-            assert_close(split_run(logits, target, **options), stock_run(logits, target, **options), **same)
+            assert_close(
+                split_run(logits, target, **options), stock_run(logits, target, **options), **same
+            )
             fine = target.masked_fill((torch.arange(37) == 5) | (torch.arange(37) == 6), -100)
             loss, grad = stock_run(logits, fine, **options)
             grad[5:7] = 0  # torch's own is NaN for an ignored row of nothing but -inf
@@ -123,7 +154,9 @@ def other_layouts():
     view = logits.transpose(0, 1)  # not contiguous, as is its shard
     assert_close(split_run(view, target.t())[0], want)
     shard = Split.chunks(332, world, dim=-1).shard(logits, rank)
-    assert_close(tpf.vocab_parallel_cross_entropy(shard, target, group=group), want)  # an even split needs no num_classes
+    assert_close(
+        tpf.vocab_parallel_cross_entropy(shard, target, group=group), want
+    )  # an even split needs no num_classes
     loss = tpf.vocab_parallel_cross_entropy(shard, target, group=group, num_classes=332)
     losses = [torch.empty_like(loss) for _ in range(world)]
     dist.all_gather(losses, loss)
@@ -141,7 +174,9 @@ def refused():
     logits, target = torch.zeros(4, width), torch.zeros(4, dtype=torch.long)
 
     def loss(logits=logits, target=target, **options):
-        return lambda: tpf.vocab_parallel_cross_entropy(logits, target, **{"group": group, "num_classes": 331, **options})
+        return lambda: tpf.vocab_parallel_cross_entropy(
+            logits, target, **{"group": group, "num_classes": 331, **options}
+        )
 
     return refusals(
         {
@@ -194,7 +229,9 @@ def test_uneven_shards_without_num_classes(pool, classes, target):
 def test_a_large_vocabulary_is_summed_accurately(dtype):
     """Where a running sum over all classes, as torch's log_softmax on CPUs has, is off by 1e-5."""
     logits = torch.randn(16, 49_152, generator=torch.Generator().manual_seed(0)).to(dtype)
-    top, sums, _, total = torch.ops.tpkernels.vocab_ce_stats(logits, torch.zeros(16, dtype=torch.int64), 0)
+    top, sums, _, total = torch.ops.tpkernels.vocab_ce_stats(
+        logits, torch.zeros(16, dtype=torch.int64), 0
+    )
     wide = logits.double()
     want = (wide - top.double()[:, None]).exp().sum(1)
     assert ((sums - want).abs() / want).max() < 5e-7

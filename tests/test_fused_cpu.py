@@ -24,7 +24,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 def activate(x, activation):
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    return {"relu": F.relu, "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "silu": F.silu}[activation](x)
+    return {"relu": F.relu, "relu2": lambda x: F.relu(x).square(), "gelu": F.gelu, "silu": F.silu}[
+        activation
+    ](x)
 
 
 def bias_act(input, bias, activation):
@@ -62,14 +64,21 @@ def vocab_ce_stats(logits, target, first):
 
 def vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere):
     columns = torch.arange(first, first + logits.shape[1])
-    grad = (logits - log_norm[:, None]).exp() - everywhere - on_target * (columns == target[:, None]).to(logits.dtype)
+    grad = (
+        (logits - log_norm[:, None]).exp()
+        - everywhere
+        - on_target * (columns == target[:, None]).to(logits.dtype)
+    )
     return torch.where(scale[:, None] == 0, 0, grad * scale[:, None])
 
 
 def philox(seed, row, column):
     """The 32 random bits of one element: Philox4x32-7, in Python's integers."""
     low = 2**32 - 1
-    key, counter = [seed & low, seed >> 32 & low], [column // 4 & low, row & low, row >> 32 & low, 0]
+    key, counter = (
+        [seed & low, seed >> 32 & low],
+        [column // 4 & low, row & low, row >> 32 & low, 0],
+    )
     for _ in range(7):
         a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [b >> 32 ^ counter[1] ^ key[0], b & low, a >> 32 ^ counter[3] ^ key[1], a & low]
@@ -89,9 +98,14 @@ def rotary(input, cos, sin, interleaved, inverse):
     half = cos.shape[-1]
     cos, sin = (t.unsqueeze(-3) for t in (cos, -sin if inverse else sin))
     head, rest = input.split([2 * half, input.shape[-1] - 2 * half], -1)
-    x1, x2 = (head[..., ::2], head[..., 1::2]) if interleaved else (head[..., :half], head[..., half:])
+    x1, x2 = (
+        (head[..., ::2], head[..., 1::2]) if interleaved else (head[..., :half], head[..., half:])
+    )
     y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    return torch.cat([torch.stack([y1, y2], -1).flatten(-2) if interleaved else torch.cat([y1, y2], -1), rest], -1)
+    return torch.cat(
+        [torch.stack([y1, y2], -1).flatten(-2) if interleaved else torch.cat([y1, y2], -1), rest],
+        -1,
+    )
 
 
 # ---- how they are compared ------------------------------------------------------------------------------------------------------
@@ -99,7 +113,11 @@ def rotary(input, cos, sin, interleaved, inverse):
 
 def wide(t):
     """In float64, which is exact enough to be the truth."""
-    return t.detach().double().requires_grad_(t.requires_grad) if torch.is_tensor(t) and t.is_floating_point() else t
+    return (
+        t.detach().double().requires_grad_(t.requires_grad)
+        if torch.is_tensor(t) and t.is_floating_point()
+        else t
+    )
 
 
 def check(outs, twin, args):
@@ -112,7 +130,9 @@ def check(outs, twin, args):
         if out.numel():
             error, allowed = ((x.double() - truth).abs().max() for x in (out, plain))
             slack *= max(1, truth.abs().max())
-            assert error < 2 * allowed + slack, f"error {error:.2e}, torch in {plain.dtype}: {allowed:.2e}"
+            assert error < 2 * allowed + slack, (
+                f"error {error:.2e}, torch in {plain.dtype}: {allowed:.2e}"
+            )
 
 
 def with_grads(function):
@@ -145,7 +165,10 @@ class Eager:
     """The ops as a device without kernels of its own runs them."""
 
     def __getattr__(self, name):
-        return functools.partial(getattr(OPS, name).default.redispatch, torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1))
+        return functools.partial(
+            getattr(OPS, name).default.redispatch,
+            torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1),
+        )
 
 
 @pytest.fixture(params=[OPS, Eager()], ids=["kernel", "eager"])
@@ -159,7 +182,13 @@ def _seed():
 
 
 CASES = [((6,), n, "contiguous") for n in COLUMNS]
-CASES += [((), 33, "half"), ((2, 3), 17, "half"), ((2, 9), 33, "transposed"), ((0,), 7, "transposed"), ((200,), 129, "half")]
+CASES += [
+    ((), 33, "half"),
+    ((2, 3), 17, "half"),
+    ((2, 9), 33, "transposed"),
+    ((0,), 7, "transposed"),
+    ((200,), 129, "half"),
+]
 cases = pytest.mark.parametrize("leading,columns,layout", CASES, ids=str)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 activations = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -177,7 +206,11 @@ def test_bias_act(ops, activation, with_bias, leading, columns, layout, dtype):
     x = make(*leading, width, dtype=dtype, layout=layout, grad=True)
     bias = make(width, dtype=dtype, grad=True) if with_bias else None
     grad = make(*leading, columns, dtype=dtype, layout=layout)
-    check([ops.bias_act(*detached(x, bias), activation)], lambda *a: [bias_act(*a)], (x, bias, activation))
+    check(
+        [ops.bias_act(*detached(x, bias), activation)],
+        lambda *a: [bias_act(*a)],
+        (x, bias, activation),
+    )
     grads = ops.bias_act_backward(grad, *detached(x, bias), activation, with_bias)
     check(grads, with_grads(bias_act), (x, bias, activation, grad))
 
@@ -190,7 +223,11 @@ def test_gated_act(ops, activation, with_bias, leading, columns, layout, dtype):
     gate, up = (make(*leading, columns, dtype=dtype, layout=layout, grad=True) for _ in range(2))
     biases = [make(columns, dtype=dtype, grad=True) if with_bias else None for _ in range(2)]
     grad = make(*leading, columns, dtype=dtype, layout=layout)
-    check([ops.gated_act(*detached(gate, up, *biases), activation)], lambda *a: [gated_act(*a)], (gate, up, *biases, activation))
+    check(
+        [ops.gated_act(*detached(gate, up, *biases), activation)],
+        lambda *a: [gated_act(*a)],
+        (gate, up, *biases, activation),
+    )
     grads = ops.gated_act_backward(grad, *detached(gate, up, *biases), activation, with_bias)
     check(grads, with_grads(gated_act), (gate, up, *biases, activation, grad))
 
@@ -200,19 +237,34 @@ def test_gated_act(ops, activation, with_bias, leading, columns, layout, dtype):
 def test_bias_act_exact(ops, activation, dtype):
     x, bias, grad = (torch.randint(-4, 5, shape).to(dtype) for shape in [(5, 33), (33,), (5, 33)])
     x, bias = x.requires_grad_(), bias.requires_grad_()
-    torch.testing.assert_close(ops.bias_act(*detached(x, bias), activation), bias_act(*detached(x, bias), activation), rtol=0, atol=0)
+    torch.testing.assert_close(
+        ops.bias_act(*detached(x, bias), activation),
+        bias_act(*detached(x, bias), activation),
+        rtol=0,
+        atol=0,
+    )
     grads = ops.bias_act_backward(grad, *detached(x, bias), activation, True)
     for ours, torchs in zip(grads, with_grads(bias_act)(x, bias, activation, grad), strict=True):
         torch.testing.assert_close(ours, torchs, rtol=0, atol=0)
 
 
 def test_activations_of_large_input():
-    x = torch.tensor([-torch.inf, -1e4, -90.0, -12.0, -0.0, 0.0, 12.0, 90.0, 1e4, torch.inf, torch.nan])
+    x = torch.tensor(
+        [-torch.inf, -1e4, -90.0, -12.0, -0.0, 0.0, 12.0, 90.0, 1e4, torch.inf, torch.nan]
+    )
     for activation in ("relu", "relu2", "gelu", "gelu_tanh", "silu"):
         out = OPS.bias_act(x, None, activation)
         # Where torch's own kernels are taken, an infinity gives what they give: NaN for gelu on some instruction sets.
-        kept = slice(1, None) if torch.backends.cpu.get_cpu_capability() == "AVX512" else x.isfinite()
-        torch.testing.assert_close(out[kept].double(), activate(x.double(), activation)[kept], atol=1e-6, rtol=1e-6, equal_nan=True)
+        kept = (
+            slice(1, None) if torch.backends.cpu.get_cpu_capability() == "AVX512" else x.isfinite()
+        )
+        torch.testing.assert_close(
+            out[kept].double(),
+            activate(x.double(), activation)[kept],
+            atol=1e-6,
+            rtol=1e-6,
+            equal_nan=True,
+        )
         (grad,) = OPS.bias_act_backward(torch.ones(8), x[1:-2].clone(), None, activation, False)
         assert grad.isfinite().all()
 
@@ -253,12 +305,24 @@ def test_norm(ops, rms, with_residual, with_weight, leading, columns, layout, dt
         if not rms:
             torch.testing.assert_close(mean.double(), statistic.mean(1), atol=1e-6, rtol=1e-5)
             statistic = statistic - statistic.mean(1, keepdim=True)
-        torch.testing.assert_close(rstd.double(), (statistic.square().mean(1) + eps).rsqrt(), atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            rstd.double(), (statistic.square().mean(1) + eps).rsqrt(), atol=1e-6, rtol=1e-4
+        )
     check([y], lambda *a: [norm(*a)[0]], (h, None, weight, bias, eps, rms))
     if columns < 2:  # LayerNorm of one column is constant: its gradient is rounding
         return
-    grad, grad_sum = make(*leading, columns, dtype=dtype, layout=layout), make(*leading, columns, dtype=dtype)
-    args = (grad, grad_sum if with_residual else None, h, weight.detach() if with_weight else None, mean, rstd)
+    grad, grad_sum = (
+        make(*leading, columns, dtype=dtype, layout=layout),
+        make(*leading, columns, dtype=dtype),
+    )
+    args = (
+        grad,
+        grad_sum if with_residual else None,
+        h,
+        weight.detach() if with_weight else None,
+        mean,
+        rstd,
+    )
     grads = ops.norm_backward(*args, rms, with_weight, bias is not None)
 
     def backward(h, weight, bias, grad, grad_sum):
@@ -316,7 +380,9 @@ def test_vocab_ce_of_minus_infinity(ops):
     stats = ops.vocab_ce_stats(logits, target, 0)
     torch.testing.assert_close(stats, vocab_ce_stats(logits, target, 0))
     assert stats[0, 0] == -torch.inf and stats[1, 0] == 0
-    grad = ops.vocab_ce_grad(logits, target, stats[0] + stats[1].log(), torch.tensor([0.0, 1.0, 1.0]), 0, 1.0, 0.0)
+    grad = ops.vocab_ce_grad(
+        logits, target, stats[0] + stats[1].log(), torch.tensor([0.0, 1.0, 1.0]), 0, 1.0, 0.0
+    )
     assert grad.isfinite().all() and not grad[0].any()
     torch.testing.assert_close(grad.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
 
@@ -326,7 +392,9 @@ def test_vocab_ce_of_minus_infinity(ops):
 
 @dtypes
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@pytest.mark.parametrize("leading,columns", [((3,), n) for n in COLUMNS] + [((), 5), ((2, 2), 9), ((0,), 4)])
+@pytest.mark.parametrize(
+    "leading,columns", [((3,), n) for n in COLUMNS] + [((), 5), ((2, 2), 9), ((0,), 4)]
+)
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_dropout_is_philox(ops, p, leading, columns, layout, dtype):
     x, seed = make(*leading, columns, dtype=dtype, layout=layout), torch.tensor(-(2**62) + 12345)
@@ -339,7 +407,9 @@ def test_dropout_of_a_slice_is_the_slice_of_the_whole(ops):
     whole = ops.dropout(x, seed, 0.5, 0, 0)
     for rows, columns in (((3, 20), (0, 100)), ((0, 40), (50, 100)), ((7, 8), (33, 71))):
         part = x[slice(*rows), slice(*columns)]
-        assert torch.equal(ops.dropout(part, seed, 0.5, rows[0], columns[0]), whole[slice(*rows), slice(*columns)])
+        assert torch.equal(
+            ops.dropout(part, seed, 0.5, rows[0], columns[0]), whole[slice(*rows), slice(*columns)]
+        )
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -356,7 +426,9 @@ def test_dropout_keeps_its_share(ops, p):
 
 
 @dtypes
-@pytest.mark.parametrize("features,rotated", [(16, 16), (34, 34), (80, 20), (6, 2), (8, 0), (128, 128)])
+@pytest.mark.parametrize(
+    "features,rotated", [(16, 16), (34, 34), (80, 20), (6, 2), (8, 0), (128, 128)]
+)
 @pytest.mark.parametrize("layout", ["bhtd", "bthd", "packed", "dbth"])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rotary(ops, interleaved, layout, features, rotated, dtype):
@@ -403,7 +475,9 @@ def everything(dtype):
         yield from OPS.norm_backward(grad, residual, total, weight, mean, rstd, rms, True, not rms)
     stats = OPS.vocab_ce_stats(x, target, 0)
     yield stats
-    yield OPS.vocab_ce_grad(x, target, stats[0] + stats[1].log(), torch.rand(300, dtype=stats.dtype), 0, 1.0, 0.0)
+    yield OPS.vocab_ce_grad(
+        x, target, stats[0] + stats[1].log(), torch.rand(300, dtype=stats.dtype), 0, 1.0, 0.0
+    )
     yield OPS.dropout(x, seed, 0.1, 0, 0)
     angle = torch.randn(300, 25)
     yield OPS.rotary(x.view(1, 300, 20, 50).transpose(1, 2), angle.cos(), angle.sin(), False, False)
@@ -428,9 +502,31 @@ def test_threads_do_not_change_bits(dtype):
 CAPABILITIES = ["default", "avx2", "avx512"]
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES[: CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower())])
-@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="is itself the run on a lower instruction set")
+@pytest.mark.parametrize(
+    "capability",
+    CAPABILITIES[: CAPABILITIES.index(torch.backends.cpu.get_cpu_capability().lower())],
+)
+@pytest.mark.skipif(
+    "ATEN_CPU_CAPABILITY" in os.environ, reason="is itself the run on a lower instruction set"
+)
 def test_lower_instruction_sets(capability):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "not eager", __file__]
-    run = subprocess.run(command, env=os.environ | {"ATEN_CPU_CAPABILITY": capability}, capture_output=True, text=True, timeout=500)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "not eager",
+        __file__,
+    ]
+    run = subprocess.run(
+        command,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
     assert run.returncode == 0, run.stdout[-3000:]

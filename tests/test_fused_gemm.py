@@ -20,9 +20,17 @@ def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, d
 def test_where_the_schedule_takes_it():
     assert not fuses((9, 0), 16, 4096, 512, False, device="cpu")
     assert not fuses((9, 0), 16, 4096, 512, False, dtype=torch.float32)
-    assert fuses((9, 0), 4, 4096, 8192, True)  # so few rows that the weights' bytes decide: Triton's GEMM is no slower
-    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses((9, 0), 8192, 8192, 8192, True)  # long sums: cuBLAS
-    between = [k for k in range(256, 8192, 256) if fuses((9, 0), 8192, 8192, k, False) and not fuses((9, 0), 8192, 8192, k, True)]
+    assert fuses(
+        (9, 0), 4, 4096, 8192, True
+    )  # so few rows that the weights' bytes decide: Triton's GEMM is no slower
+    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses(
+        (9, 0), 8192, 8192, 8192, True
+    )  # long sums: cuBLAS
+    between = [
+        k
+        for k in range(256, 8192, 256)
+        if fuses((9, 0), 8192, 8192, k, False) and not fuses((9, 0), 8192, 8192, k, True)
+    ]
     assert between  # a pre-activation that need not be stored is worth more
     assert fuses((12, 0), 8192, 8192, 512, True)  # a chip that is not in the table
 
@@ -52,13 +60,17 @@ def layers_with_and_without():
                 x.grad = None
                 with torch.no_grad():
                     results.append(layer(x))
-            frozen = ColumnParallelLinear(12, 22, activation="gelu", group=group).requires_grad_(False)
+            frozen = ColumnParallelLinear(12, 22, activation="gelu", group=group).requires_grad_(
+                False
+            )
             frozen(x).sum().backward()
             results += [x.grad]
             weight_only = ColumnParallelLinear(12, 22, False, activation="silu", group=group)
             weight_only(x.detach()).sum().backward()
             results += [weight_only.weight.grad]
-        assert calls == ([True, False] * 3 + [True, True] if fused else [])  # the pre-activation is stored for a gradient only
+        assert calls == (
+            [True, False] * 3 + [True, True] if fused else []
+        )  # the pre-activation is stored for a gradient only
         found.append((results, [(c.tag, c.bytes) for c in log]))
     (plain, sent), (fused, sent_too) = found
     assert sent == sent_too

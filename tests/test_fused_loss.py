@@ -32,7 +32,14 @@ def split_loss(x, w, b, target, classes, dloss=1.0, **options):
     leaf = x.detach().clone().requires_grad_()
     mine = [None if t is None else split.shard(t, rank).clone().requires_grad_() for t in (w, b)]
     loss = tpf.vocab_parallel_linear_cross_entropy(
-        leaf, mine[0], target, mine[1], num_classes=classes, group=group, ignore_index=IGNORED, **options
+        leaf,
+        mine[0],
+        target,
+        mine[1],
+        num_classes=classes,
+        group=group,
+        ignore_index=IGNORED,
+        **options,
     )
     (loss * dloss).backward()
     grads = [leaf.grad]
@@ -50,34 +57,60 @@ def stock_loss(x, w, b, target, dtype, dloss=1.0, **options):
     logits = F.linear(*leaves)
     logits.retain_grad()
     loss = F.cross_entropy(
-        logits.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)), target.flatten(), ignore_index=IGNORED, **options
+        logits.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)),
+        target.flatten(),
+        ignore_index=IGNORED,
+        **options,
     )
     (loss * dloss).backward()
     world = dist.get_world_size()
     shards = [
-        [Split.chunks(len(w), world, dim).shard(t, r) for r in range(world)] for t, dim in ((logits.grad, -1), (leaves[1].detach(), 0))
+        [Split.chunks(len(w), world, dim).shard(t, r) for r in range(world)]
+        for t, dim in ((logits.grad, -1), (leaves[1].detach(), 0))
     ]
     dx = reference.column_linear_input_grad(*shards)
     return [loss.detach(), dx, *(t.grad for t in leaves[1:] if t is not None)]
 
 
 def losses_like_the_unsplit_models():
-    cases = itertools.cycle(itertools.product((1, 7, 64, None), (0.0, 0.1)))  # chunk_rows, smoothing
-    kinds = ((331, torch.float32), (331, torch.bfloat16), (5, torch.float32))  # of five roundings the largest says little
-    for (classes, dtype), reduction, with_bias in itertools.product(kinds, ("mean", "sum"), (True, False)):
+    cases = itertools.cycle(
+        itertools.product((1, 7, 64, None), (0.0, 0.1))
+    )  # chunk_rows, smoothing
+    kinds = (
+        (331, torch.float32),
+        (331, torch.bfloat16),
+        (5, torch.float32),
+    )  # of five roundings the largest says little
+    for (classes, dtype), reduction, with_bias in itertools.product(
+        kinds, ("mean", "sum"), (True, False)
+    ):
         for _ in range(2 if dtype == torch.float32 else 4):
             chunk_rows, smoothing = next(cases)
-            x, w, b = torch.randn(2, 11, 16), torch.randn(classes, 16) / 2, torch.randn(classes) if with_bias else None
+            x, w, b = (
+                torch.randn(2, 11, 16),
+                torch.randn(classes, 16) / 2,
+                torch.randn(classes) if with_bias else None,
+            )
             x, w, b = (None if t is None else t.to(dtype) for t in (x, w, b))
             target, dloss = some_targets(22, classes).view(2, 11), 0.7
-            if dtype != torch.float32:  # backward's factor is a power of two: it rounds the gradients no further
-                target, dloss = torch.randint(classes, (22,)).index_fill(0, torch.randperm(22)[:6], IGNORED).view(2, 11), 0.5
+            if (
+                dtype != torch.float32
+            ):  # backward's factor is a power of two: it rounds the gradients no further
+                target, dloss = (
+                    torch.randint(classes, (22,))
+                    .index_fill(0, torch.randperm(22)[:6], IGNORED)
+                    .view(2, 11),
+                    0.5,
+                )
             options = dict(reduction=reduction, label_smoothing=smoothing, dloss=dloss)
             ours = split_loss(x, w, b, target, classes, chunk_rows=chunk_rows, **options)
             truth, twin = (stock_loss(x, w, b, target, d, **options) for d in (wide(dtype), dtype))
             assert ours[0].dtype == torch.float32 and all(grad.dtype == dtype for grad in ours[1:])
             for name, *values in zip(("loss", "dx", "dw", "db"), ours, twin, truth, strict=False):
-                assert_as_accurate(f"{name} of {classes} in chunks of {chunk_rows}, {reduction}, smoothing {smoothing}", *values)
+                assert_as_accurate(
+                    f"{name} of {classes} in chunks of {chunk_rows}, {reduction}, smoothing {smoothing}",
+                    *values,
+                )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
@@ -91,7 +124,9 @@ def empty_and_ignored():
         x, target = torch.randn(*shape, 16), torch.full(shape, IGNORED)
         options = dict(reduction=reduction)
         assert_close(
-            split_loss(x, w, b, target, 5, chunk_rows=2, **options), stock_loss(x, w, b, target, torch.float32, **options), equal_nan=True
+            split_loss(x, w, b, target, 5, chunk_rows=2, **options),
+            stock_loss(x, w, b, target, torch.float32, **options),
+            equal_nan=True,
         )
 
 
@@ -111,7 +146,11 @@ class Allocations(TorchDispatchMode):
             with self:
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
-        sizes = [t.untyped_storage().nbytes() // t.itemsize for t in tree_leaves(result) if torch.is_tensor(t)]
+        sizes = [
+            t.untyped_storage().nbytes() // t.itemsize
+            for t in tree_leaves(result)
+            if torch.is_tensor(t)
+        ]
         self.largest = max([self.largest, *sizes])
         return result
 
@@ -123,7 +162,9 @@ def loss_memory_and_collectives():
     w, b = torch.randn(width, features, requires_grad=True), torch.randn(width, requires_grad=True)
 
     def loss(chunk_rows=32, **options):
-        return tpf.vocab_parallel_linear_cross_entropy(x, w, target, b, num_classes=classes, group=group, chunk_rows=chunk_rows, **options)
+        return tpf.vocab_parallel_linear_cross_entropy(
+            x, w, target, b, num_classes=classes, group=group, chunk_rows=chunk_rows, **options
+        )
 
     for grad in (False, True):
         with torch.set_grad_enabled(grad), Allocations() as seen, tpk.log_collectives() as log:
@@ -183,7 +224,9 @@ def loss_refused():
     w, b = (torch.zeros(chunk_sizes(331, world)[rank], *rest) for rest in ((6,), ()))
 
     def loss(x=x, w=w, target=target, b=b, **options):
-        return lambda: tpf.vocab_parallel_linear_cross_entropy(x, w, target, b, **{"group": group, "num_classes": 331, **options})
+        return lambda: tpf.vocab_parallel_linear_cross_entropy(
+            x, w, target, b, **{"group": group, "num_classes": 331, **options}
+        )
 
     return refusals(
         {

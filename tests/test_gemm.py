@@ -25,11 +25,17 @@ GEMMS = [
     for library in (Library.aten, Library.mkl, Library.onednn)
     for widened in (False, True)
     for packed in (False, True)
-    if _C.has_library(library) and packed >= (library == Library.mkl) and not (packed and library == Library.aten)
+    if _C.has_library(library)
+    and packed >= (library == Library.mkl)
+    and not (packed and library == Library.aten)
 ]
 IDS = [f"{g[0].name}{'-wide' * g[1]}{'-packed' * g[2]}" for g in GEMMS]
-PACKED = next((g for g in GEMMS if g == (Library.onednn, False, True)), None) or next((g for g in GEMMS if g[2]), None)
-needs_packing = pytest.mark.skipif(PACKED is None, reason="this torch has neither MKL nor oneDNN: nothing is packed")
+PACKED = next((g for g in GEMMS if g == (Library.onednn, False, True)), None) or next(
+    (g for g in GEMMS if g[2]), None
+)
+needs_packing = pytest.mark.skipif(
+    PACKED is None, reason="this torch has neither MKL nor oneDNN: nothing is packed"
+)
 
 
 @contextlib.contextmanager
@@ -49,7 +55,10 @@ def choice_again():
 
 def can(gemm, dtype):
     """oneDNN takes half types as they are on some machines only."""
-    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    supported = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
     narrow_onednn = gemm[0] == Library.onednn and not gemm[1] and dtype in supported
     return not narrow_onednn or getattr(torch.ops.mkldnn, supported[dtype])()
 
@@ -59,24 +68,45 @@ def integers(*shape, dtype=torch.float32):
     return torch.randint(-1, 2, shape).to(dtype)
 
 
-SHAPES = [(1, 300, 7), (5, 64, 96), (130, 33, 17), (0, 8, 8), (4, 0, 8), (4, 8, 0), (1, 1, 1), (3, 2, 1030)]
+SHAPES = [
+    (1, 300, 7),
+    (5, 64, 96),
+    (130, 33, 17),
+    (0, 8, 8),
+    (4, 0, 8),
+    (4, 8, 0),
+    (1, 1, 1),
+    (3, 2, 1030),
+]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 @pytest.mark.parametrize("gemm", GEMMS, ids=IDS)
 def test_every_gemm_is_exact_on_integers(gemm, dtype):
     if not can(gemm, dtype):
         pytest.skip("oneDNN has no arithmetic for this dtype on this machine")
     for rows, k, n in SHAPES:
-        x, w, b, dy = (integers(*shape, dtype=dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+        x, w, b, dy = (
+            integers(*shape, dtype=dtype) for shape in ((rows, k), (n, k), (n,), (rows, n))
+        )
         layouts = [
             (x, w),
-            (integers(rows, 2 * k, dtype=dtype)[:, :k], w.t().contiguous().t()),  # strided rows, a transposed weight
-            (integers(k, rows, dtype=dtype).t(), integers(n, 2 * k, dtype=dtype)[:, ::2][:, :k]),  # nothing contiguous
+            (
+                integers(rows, 2 * k, dtype=dtype)[:, :k],
+                w.t().contiguous().t(),
+            ),  # strided rows, a transposed weight
+            (
+                integers(k, rows, dtype=dtype).t(),
+                integers(n, 2 * k, dtype=dtype)[:, ::2][:, :k],
+            ),  # nothing contiguous
         ]
         for x, w in layouts:
             for bias in (None, b):
-                want = F.linear(x.double(), w.double(), None if bias is None else bias.double()).to(dtype)
+                want = F.linear(x.double(), w.double(), None if bias is None else bias.double()).to(
+                    dtype
+                )
                 with forced(gemm):
                     for _ in range(3):  # unpacked, packed, from the cache
                         assert_close(OPS.linear(x, w, bias, False), want, **EXACT)
@@ -85,7 +115,11 @@ def test_every_gemm_is_exact_on_integers(gemm, dtype):
                         assert_close(OPS.linear(x[0], w, bias, False), want[0], **EXACT)
             with forced(gemm):
                 dx, dw, db = OPS.row_linear_backward(dy, x, w, True)
-            for ours, truth in ((dx, dy.double() @ w.double()), (dw, dy.double().t() @ x.double()), (db, dy.double().sum(0))):
+            for ours, truth in (
+                (dx, dy.double() @ w.double()),
+                (dw, dy.double().t() @ x.double()),
+                (db, dy.double().sum(0)),
+            ):
                 assert_close(ours, truth.to(dtype), **EXACT)
 
 
@@ -95,7 +129,9 @@ def test_every_gemm_is_as_accurate_as_torch(gemm, dtype):
     if not can(gemm, dtype):
         pytest.skip("oneDNN has no arithmetic for this dtype on this machine")
     rows, k, n = 150, 192, 320
-    x, w, b, dy = (torch.randn(*shape, dtype=dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+    x, w, b, dy = (
+        torch.randn(*shape, dtype=dtype) for shape in ((rows, k), (n, k), (n,), (rows, n))
+    )
     big = wide(dtype)
     with forced(gemm):
         for _ in range(2):
@@ -110,7 +146,11 @@ def test_every_gemm_is_as_accurate_as_torch(gemm, dtype):
 def test_onednn_sums_float32_in_blocks_where_a_gradient_is_wanted():
     rows, k, n = 700, 1030, 2100  # more than one block of rows and of k, the last of each ragged
     x, w, b, dy = integers(rows, k), integers(n, k), integers(n), integers(rows, n)
-    layouts = [(x, w), (x.t().contiguous().t(), w.t().contiguous().t()), (integers(rows, 2 * k)[:, ::2], integers(2 * n, k)[::2])]
+    layouts = [
+        (x, w),
+        (x.t().contiguous().t(), w.t().contiguous().t()),
+        (integers(rows, 2 * k)[:, ::2], integers(2 * n, k)[::2]),
+    ]
     with forced((Library.onednn, False, False)):
         for x, w in layouts:
             for some in (x, x[:7]):  # few rows are left to at::mm
@@ -118,8 +158,15 @@ def test_onednn_sums_float32_in_blocks_where_a_gradient_is_wanted():
             dx, dw = OPS.row_linear_backward(dy, x, w, False)
             assert_close(dx, dy @ w, **EXACT)
             assert_close(dw, dy.t() @ x, **EXACT)
-        x, w, dy = torch.rand(256, 4096), torch.rand(256, 4096), torch.rand(4096, 256)  # one sign: errors grow with the sum
-        y, dw = OPS.linear(x, w, None, True), OPS.row_linear_backward(dy, w.t().contiguous(), None, False)[0]
+        x, w, dy = (
+            torch.rand(256, 4096),
+            torch.rand(256, 4096),
+            torch.rand(4096, 256),
+        )  # one sign: errors grow with the sum
+        y, dw = (
+            OPS.linear(x, w, None, True),
+            OPS.row_linear_backward(dy, w.t().contiguous(), None, False)[0],
+        )
         at_once = OPS.linear(x, w, None, False)
     truth = F.linear(x.double(), w.double())
     assert_as_accurate("y", y, F.linear(x, w), truth)
@@ -140,7 +187,11 @@ def layers(gemm, dtype):
     """Parallel layers, siblings and the fused loss by a forced GEMM, exactly."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     torch.manual_seed(3)
-    x, w, dy = integers(40, 6 * world, dtype=dtype), integers(16, 6 * world, dtype=dtype), integers(40, 16, dtype=dtype)
+    x, w, dy = (
+        integers(40, 6 * world, dtype=dtype),
+        integers(16, 6 * world, dtype=dtype),
+        integers(40, 16, dtype=dtype),
+    )
     mine = [t.chunk(world, 1)[rank].clone().requires_grad_() for t in (x, w)]
     with forced(gemm):
         for chunks in (1, 3):
@@ -153,10 +204,19 @@ def layers(gemm, dtype):
             assert_close(mine[1].grad, (dy.t() @ x).chunk(world, 1)[rank], **EXACT)
             with torch.no_grad():
                 for _ in range(3):
-                    assert_close(tpf.row_parallel_linear(*mine, group=group, overlap=chunks), F.linear(x, w), **EXACT)
-        weights, dys = [integers(n, 12, dtype=dtype) for n in (4, 8)], [integers(40, n, dtype=dtype) for n in (4, 8)]
+                    assert_close(
+                        tpf.row_parallel_linear(*mine, group=group, overlap=chunks),
+                        F.linear(x, w),
+                        **EXACT,
+                    )
+        weights, dys = (
+            [integers(n, 12, dtype=dtype) for n in (4, 8)],
+            [integers(40, n, dtype=dtype) for n in (4, 8)],
+        )
         inner = integers(40, 12, dtype=dtype)
-        dx, *dws = OPS.column_linear_backward(dys, inner, weights, True, [True] * 2, [False] * 2, group.group_name, 3, "column")
+        dx, *dws = OPS.column_linear_backward(
+            dys, inner, weights, True, [True] * 2, [False] * 2, group.group_name, 3, "column"
+        )
         total = sum(dy.float() @ w.float() for dy, w in zip(dys, weights, strict=True))
         assert_close(dx, (world * total).to(dtype), **EXACT)
         for dy, dw in zip(dys, dws, strict=True):
@@ -166,7 +226,9 @@ def layers(gemm, dtype):
         table = torch.randn(3 * world, 8)
         dist.broadcast(table, 0)
         part = table.chunk(world)[rank].clone().requires_grad_()
-        tpf.vocab_parallel_linear_cross_entropy(tall, part, target, group=group, num_classes=3 * world).backward()
+        tpf.vocab_parallel_linear_cross_entropy(
+            tall, part, target, group=group, num_classes=3 * world
+        ).backward()
         ours = tall.grad, part.grad
     whole, tall = table.requires_grad_(), tall.detach().requires_grad_()
     F.cross_entropy(tall @ whole.t(), target).backward()
@@ -199,7 +261,9 @@ EDITS = {
     "data: the first column": lambda w: w.data[:, 0].add_(1),
     "data: the last column": lambda w: w.data[:, -1].add_(1),
     "data: a column inside": lambda w: w.data[:, w.shape[1] // 2].add_(1),
-    "numpy": lambda w: w.detach().float().numpy().__imul__(2) if w.dtype == torch.float32 else w.data.mul_(2),
+    "numpy": lambda w: (
+        w.detach().float().numpy().__imul__(2) if w.dtype == torch.float32 else w.data.mul_(2)
+    ),
     "set_": lambda w: w.data.set_(torch.ones_like(w)),
     "data =": lambda w: setattr(w, "data", torch.ones_like(w)),
 }
@@ -211,7 +275,9 @@ EDITS = {
 @pytest.mark.parametrize("edit", EDITS)
 def test_edits_are_seen(edit, inference, shape):
     if edit == "an element" and inference:
-        pytest.skip("an inference tensor has no version: one element's edit shows only where it is sampled")
+        pytest.skip(
+            "an inference tensor has no version: one element's edit shows only where it is sampled"
+        )
     with torch.inference_mode(inference), forced(PACKED):
         w, x = integers(*shape), integers(4, shape[1])
         settled(w, x)
@@ -302,7 +368,12 @@ def models(dtensor):
         def forward(self, x):
             return self.down_proj(F.gelu(self.up_proj(x)))
 
-    split = tpk.parallelize(Model(), dist.group.WORLD, plan={"up_proj": "colwise", "down_proj": "rowwise"}, dtensor=dtensor)
+    split = tpk.parallelize(
+        Model(),
+        dist.group.WORLD,
+        plan={"up_proj": "colwise", "down_proj": "rowwise"},
+        dtensor=dtensor,
+    )
 
     def local(model, name):
         weight = getattr(model, name).weight
@@ -319,8 +390,13 @@ def models(dtensor):
 
     with forced(PACKED):
         same()
-        assert "packed weights" in split.up_proj.explain(8) and "bytes are held now" in split.down_proj.explain(8)
-        optimizers = [torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False) for model in (split, stock)]
+        assert "packed weights" in split.up_proj.explain(
+            8
+        ) and "bytes are held now" in split.down_proj.explain(8)
+        optimizers = [
+            torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+            for model in (split, stock)
+        ]
         for _ in range(2):
             for model, optimizer in zip((split, stock), optimizers, strict=True):
                 optimizer.zero_grad()
@@ -351,9 +427,18 @@ def test_models(pool, dtensor):
 def layer_calls():
     """The short way and the long way of a layer agree, and errors stay errors."""
     stock = nn.Linear(48, 64)
-    column, row = (cls.from_linear(stock, group=dist.group.WORLD) for cls in (tpk.nn.ColumnParallelLinear, tpk.nn.RowParallelLinear))
+    column, row = (
+        cls.from_linear(stock, group=dist.group.WORLD)
+        for cls in (tpk.nn.ColumnParallelLinear, tpk.nn.RowParallelLinear)
+    )
     for layer in (column, row):
-        for x in (torch.randn(5, 48), torch.randn(48), torch.randn(2, 3, 48), torch.randn(0, 48), torch.randn(48, 4).t()):
+        for x in (
+            torch.randn(5, 48),
+            torch.randn(48),
+            torch.randn(2, 3, 48),
+            torch.randn(0, 48),
+            torch.randn(48, 4).t(),
+        ):
             with torch.no_grad():
                 short = layer(x)
             assert_close(short, stock(x))
@@ -386,5 +471,10 @@ def test_the_choice():
         for rows in (1, 16, 128, 4096):
             assert not _C.choose_gemm(weight, rows, False)[2]
         plain = (Library.aten, False, False)
-        others = [(torch.zeros(16, 16, dtype=dtype), 128), (weight, 0), (weight[:0], 128), (weight.double(), 128)]
+        others = [
+            (torch.zeros(16, 16, dtype=dtype), 128),
+            (weight, 0),
+            (weight[:0], 128),
+            (weight.double(), 128),
+        ]
         assert all(_C.choose_gemm(w, rows, True) == plain for w, rows in others)

@@ -13,14 +13,30 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_day.py"
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything: `make gpu-day` does")
 def test_rehearsal(tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True, timeout=300)
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--out", tmp_path], capture_output=True, text=True, timeout=300
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     day = json.loads((tmp_path / "gpu-day.json").read_text())
     steps = {step["name"]: step for step in day["steps"]}
-    assert steps["environment"]["status"] == "passed" and steps["environment"]["figures"]["torch"] == torch.__version__
-    skipped = {name for name, step in steps.items() if step["status"] == "skipped" and ("GPU" in step["why"] or "CUDA" in step["why"])}
-    assert skipped == steps.keys() - {"environment"} and {"build", "tests", "tuning", "benchmarks", "profile"} <= skipped
+    assert (
+        steps["environment"]["status"] == "passed"
+        and steps["environment"]["figures"]["torch"] == torch.__version__
+    )
+    skipped = {
+        name
+        for name, step in steps.items()
+        if step["status"] == "skipped" and ("GPU" in step["why"] or "CUDA" in step["why"])
+    }
+    assert (
+        skipped == steps.keys() - {"environment"}
+        and {"build", "tests", "tuning", "benchmarks", "profile"} <= skipped
+    )
     assert sum("compute-sanitizer" in name for name in skipped) == 3
     page = (tmp_path / "gpu-day.md").read_text()
     assert all(f"| {name} |" in page for name in steps) and day["commit"] in page
-    assert {path.name for path in tmp_path.iterdir()} == {"gpu-day.json", "gpu-day.md", "environment.log"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "gpu-day.json",
+        "gpu-day.md",
+        "environment.log",
+    }

@@ -11,7 +11,17 @@ TESTS = Path(__file__).parent
 
 def test_triton_kernels_by_the_interpreter(record_property):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=short", "-W", "ignore::RuntimeWarning", TESTS / "kernels"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--no-header",
+            "--tb=short",
+            "-W",
+            "ignore::RuntimeWarning",
+            TESTS / "kernels",
+        ],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,

@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_leaves
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels import _C, reference
-from tpkernels.nn import ColumnParallelLinear, ParallelMLP, ParallelSelfAttention, ParallelTransformerBlock, RowParallelLinear
+from tpkernels.nn import (
+    ColumnParallelLinear,
+    ParallelMLP,
+    ParallelSelfAttention,
+    ParallelTransformerBlock,
+    RowParallelLinear,
+)
 from tpkernels.ops import linear as linear_ops
 from tpkernels.ops.activation import ACTIVATIONS, GATED
 from tpkernels.shard import Split
@@ -22,17 +28,28 @@ from tpkernels.shard import Split
 EXACT = dict(atol=0, rtol=0)
 WHOLE = {  # modules whose input and output are whole on every rank, with 18 features in and out
     "column": lambda **o: ColumnParallelLinear(18, 23, gather_output=True, **o),
-    "column swiglu": lambda **o: ColumnParallelLinear(18, 22, gather_output=True, activation="swiglu", bias=False, **o),
+    "column swiglu": lambda **o: ColumnParallelLinear(
+        18, 22, gather_output=True, activation="swiglu", bias=False, **o
+    ),
     "row": lambda **o: RowParallelLinear(18, 23, input_is_parallel=False, **o),
-    "row in 3 chunks": lambda **o: RowParallelLinear(18, 23, False, input_is_parallel=False, overlap=3, **o),
-    **{f"mlp {a}": lambda a=a, **o: ParallelMLP(18, 27, activation=a, overlap=2, **o) for a in [*ACTIVATIONS, *GATED]},
+    "row in 3 chunks": lambda **o: RowParallelLinear(
+        18, 23, False, input_is_parallel=False, overlap=3, **o
+    ),
+    **{
+        f"mlp {a}": lambda a=a, **o: ParallelMLP(18, 27, activation=a, overlap=2, **o)
+        for a in [*ACTIVATIONS, *GATED]
+    },
     "mlp without bias": lambda **o: ParallelMLP(18, 3, bias=False, **o),
     "attention 9": lambda **o: ParallelSelfAttention(18, 9, **o),
     "attention 9/3": lambda **o: ParallelSelfAttention(18, 9, 3, overlap=2, **o),
     "attention 9/1": lambda **o: ParallelSelfAttention(18, 9, 1, **o),
-    "attention 10/2": lambda **o: ParallelSelfAttention(18, 10, 2, head_dim=4, bias=False, causal=False, **o),
+    "attention 10/2": lambda **o: ParallelSelfAttention(
+        18, 10, 2, head_dim=4, bias=False, causal=False, **o
+    ),
     "block layernorm": lambda **o: ParallelTransformerBlock(18, 9, **o),
-    "block rmsnorm": lambda **o: ParallelTransformerBlock(18, 9, 27, 3, norm="rmsnorm", activation="swiglu", bias=False, overlap=2, **o),
+    "block rmsnorm": lambda **o: ParallelTransformerBlock(
+        18, 9, 27, 3, norm="rmsnorm", activation="swiglu", bias=False, overlap=2, **o
+    ),
 }
 
 
@@ -65,7 +82,9 @@ def assert_same_grads(want, split):
     assert grads.keys() == want.keys()
     largest = max(grad.abs().max() for grad in want.values())
     for name, grad in want.items():
-        error = (grads[name] - grad).abs().max() / (largest if name.endswith("k_proj.bias") else grad.abs().max())
+        error = (grads[name] - grad).abs().max() / (
+            largest if name.endswith("k_proj.bias") else grad.abs().max()
+        )
         assert error < 2e-5, f"{name}: {error:.1e}"
 
 
@@ -128,18 +147,29 @@ def written_out(p, x, heads, kv_heads, norm, activation):
         return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * p[f"{name}.weight"]
 
     y = normed("attention_norm", x)
-    q, k, v = (linear(f"attention.{n}_proj", y).unflatten(-1, (-1, x.shape[-1] // heads)).transpose(1, 2) for n in "qkv")
+    q, k, v = (
+        linear(f"attention.{n}_proj", y).unflatten(-1, (-1, x.shape[-1] // heads)).transpose(1, 2)
+        for n in "qkv"
+    )
     k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
     future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
     scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).masked_fill(future, -torch.inf)
     x = x + linear("attention.o_proj", (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
-    return x + linear("mlp.fc2", reference.bias_act(linear("mlp.fc1", normed("mlp_norm", x)), None, activation))
+    return x + linear(
+        "mlp.fc2", reference.bias_act(linear("mlp.fc1", normed("mlp_norm", x)), None, activation)
+    )
 
 
 def blocks_written_out():
     x = torch.randn(2, 7, 18)
-    for kv_heads, norm, activation in ((9, "layernorm", "gelu"), (3, "rmsnorm", "swiglu"), (1, "rmsnorm", "relu2")):
-        block = ParallelTransformerBlock(18, 9, 27, kv_heads, norm=norm, activation=activation, group=dist.group.WORLD)
+    for kv_heads, norm, activation in (
+        (9, "layernorm", "gelu"),
+        (3, "rmsnorm", "swiglu"),
+        (1, "rmsnorm", "relu2"),
+    ):
+        block = ParallelTransformerBlock(
+            18, 9, 27, kv_heads, norm=norm, activation=activation, group=dist.group.WORLD
+        )
         with torch.no_grad():
             for name, parameter in block.named_parameters():
                 if "norm" in name:
@@ -164,8 +194,13 @@ def the_stock_initialisation():
     for shape in ((18, 23), (5, 3)):
         stock = seeded(partial(nn.Linear, *shape))
         for kind in (ColumnParallelLinear, RowParallelLinear):
-            for layer in (seeded(partial(kind, *shape), group=group), kind.from_linear(stock, group=group)):
-                assert_close(dict(tpk.unsharded_state_dict(layer)), dict(stock.state_dict()), **EXACT)
+            for layer in (
+                seeded(partial(kind, *shape), group=group),
+                kind.from_linear(stock, group=group),
+            ):
+                assert_close(
+                    dict(tpk.unsharded_state_dict(layer)), dict(stock.state_dict()), **EXACT
+                )
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -182,15 +217,21 @@ def from_linear():
     for kind in (ColumnParallelLinear, RowParallelLinear):
         layer = kind.from_linear(stock, group=group)
         assert not layer.training and not layer.weight.requires_grad and layer.bias.requires_grad
-        assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes  # does not keep the whole weight alive
+        assert (
+            layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+        )  # does not keep the whole weight alive
         with torch.no_grad():
             layer.weight.zero_()
         assert torch.equal(stock.weight, before)
     x, bare = torch.randn(4, 18), nn.Linear(18, 24, bias=False)
-    gated = ColumnParallelLinear.from_linear(bare, group=group, activation="geglu", gather_output=True)
+    gated = ColumnParallelLinear.from_linear(
+        bare, group=group, activation="geglu", gather_output=True
+    )
     assert_near(gated(x), reference.bias_act(bare(x), None, "geglu"))
     halves = ColumnParallelLinear.from_linear(bare, group=group, activation="geglu")
-    assert_near(halves(x), halves.output_split.shard(reference.bias_act(bare(x), None, "geglu"), rank))
+    assert_near(
+        halves(x), halves.output_split.shard(reference.bias_act(bare(x), None, "geglu"), rank)
+    )
     assert halves.bias is None
 
 
@@ -207,10 +248,16 @@ def row_options():
         mine = layer.input_split.shard(x, rank)
         assert_near(layer(mine), stock(x))
         assert_near(layer(mine, residual), stock(x) + residual)
-        assert_near(layer(mine, residual.double()), stock(x) + residual.double())  # promotes, as + does
-        whole = RowParallelLinear.from_linear(stock, group=group, overlap=overlap, input_is_parallel=False)
+        assert_near(
+            layer(mine, residual.double()), stock(x) + residual.double()
+        )  # promotes, as + does
+        whole = RowParallelLinear.from_linear(
+            stock, group=group, overlap=overlap, input_is_parallel=False
+        )
         assert_close(whole(x, residual), layer(mine, residual), **EXACT)
-        skipping = RowParallelLinear.from_linear(stock, group=group, overlap=overlap, skip_bias_add=True)
+        skipping = RowParallelLinear.from_linear(
+            stock, group=group, overlap=overlap, skip_bias_add=True
+        )
         for rest in (None, residual):
             out, bias = skipping(mine, rest)
             assert bias is skipping.bias
@@ -251,7 +298,11 @@ def inputs_of_any_shape():
             out.sum().backward()  # a gradient that is not contiguous either
             want.sum().backward()
             assert_near(mine.grad, theirs.grad)
-            for ours, grad in zip(tpk.unsharded_gradients(split).values(), (p.grad for p in whole.parameters()), strict=True):
+            for ours, grad in zip(
+                tpk.unsharded_gradients(split).values(),
+                (p.grad for p in whole.parameters()),
+                strict=True,
+            ):
                 assert_close(ours, grad, atol=1e-4, rtol=1e-4)
 
 
@@ -262,7 +313,9 @@ def test_inputs_of_any_shape(pool, ranks):
 
 def assert_as_accurate(name, ours, twin, wide):
     error, bound = (ours - wide).abs().max(), 2 * (twin - wide).abs().max() + 1e-6
-    assert error < bound, f"{name} {ours.dtype} on {dist.get_world_size()}: {error:.2e}, the twin's {bound:.2e}"
+    assert error < bound, (
+        f"{name} {ours.dtype} on {dist.get_world_size()}: {error:.2e}, the twin's {bound:.2e}"
+    )
 
 
 def numerics(rows=70, k=333, n=35):
@@ -270,28 +323,51 @@ def numerics(rows=70, k=333, n=35):
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         wide = torch.float64 if dtype == torch.float32 else torch.float32
-        x, w, b, residual = (torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n)))
+        x, w, b, residual = (
+            torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n))
+        )
         features = Split.chunks(k, world, -1)
         xs, ws = ([features.shard(t, r) for r in range(world)] for t in (x, w))
         for chunks in (1, 3):
             for rest in (None, residual):
-                out = tpf.row_parallel_linear(xs[rank], ws[rank], b, group=group, residual=rest, overlap=chunks)
-                args = [[t.to(d) for t in xs] for d in (dtype, wide)], [[t.to(d) for t in ws] for d in (dtype, wide)]
+                out = tpf.row_parallel_linear(
+                    xs[rank], ws[rank], b, group=group, residual=rest, overlap=chunks
+                )
+                args = (
+                    [[t.to(d) for t in xs] for d in (dtype, wide)],
+                    [[t.to(d) for t in ws] for d in (dtype, wide)],
+                )
                 twins = [
                     reference.row_linear(a, c, b.to(d), None if rest is None else rest.to(d))
                     for a, c, d in zip(*args, (dtype, wide), strict=True)
                 ]
                 assert_as_accurate("row", out, *twins)
 
-            a, dy = torch.randn(n, k).to(dtype).t(), torch.randn(rows, k).to(dtype)  # [k, n]: k output features
+            a, dy = (
+                torch.randn(n, k).to(dtype).t(),
+                torch.randn(rows, k).to(dtype),
+            )  # [k, n]: k output features
             outputs, columns = Split.chunks(k, world), Split.chunks(k, world, -1)
-            weights, dys = ([split.shard(t, r) for r in range(world)] for split, t in ((outputs, a), (columns, dy)))
+            weights, dys = (
+                [split.shard(t, r) for r in range(world)]
+                for split, t in ((outputs, a), (columns, dy))
+            )
             leaf = residual.clone().requires_grad_()
             y = tpf.column_parallel_linear(leaf, weights[rank], group=group, overlap=chunks)
             y.backward(dys[rank])
-            twins = [reference.column_linear(residual.to(d), [t.to(d) for t in weights], [None] * world)[rank] for d in (dtype, wide)]
+            twins = [
+                reference.column_linear(residual.to(d), [t.to(d) for t in weights], [None] * world)[
+                    rank
+                ]
+                for d in (dtype, wide)
+            ]
             assert_as_accurate("column", y, *twins)
-            twins = [reference.column_linear_input_grad([t.to(d) for t in dys], [t.to(d) for t in weights]) for d in (dtype, wide)]
+            twins = [
+                reference.column_linear_input_grad(
+                    [t.to(d) for t in dys], [t.to(d) for t in weights]
+                )
+                for d in (dtype, wide)
+            ]
             assert_as_accurate("column's dx", leaf.grad, *twins)
 
 
@@ -302,7 +378,11 @@ def test_as_accurate_as_partials_in_rank_order(pool, ranks):
 
 def explanations():
     group, ranks = dist.group.WORLD, dist.get_world_size()
-    for overlap, reason in (("auto", "CPU"), (False, "overlap=False"), (3, "overlap=3 was asked for")):
+    for overlap, reason in (
+        ("auto", "CPU"),
+        (False, "overlap=False"),
+        (3, "overlap=3 was asked for"),
+    ):
         for layer, features in (
             (ColumnParallelLinear(18, 23, group=group, overlap=overlap), 18),
             (RowParallelLinear(18, 23, group=group, overlap=overlap), 23),
@@ -353,8 +433,15 @@ def auto_is_one_chunk():
         seen.append([recorder.calls, out, leaf.grad, [p.grad for p in mlp.parameters()], log])
     for ours, theirs in zip(*map(tree_leaves, seen), strict=True):
         assert torch.equal(ours, theirs) if torch.is_tensor(ours) else ours == theirs
-    reduced = [(name, *args[-2:]) for name, args, _ in recorder.calls if name in ("row_linear", "column_linear_backward")]
-    assert reduced == [("row_linear", 1, "row_forward"), ("column_linear_backward", 1, "column_backward")]
+    reduced = [
+        (name, *args[-2:])
+        for name, args, _ in recorder.calls
+        if name in ("row_linear", "column_linear_backward")
+    ]
+    assert reduced == [
+        ("row_linear", 1, "row_forward"),
+        ("column_linear_backward", 1, "column_backward"),
+    ]
 
 
 def test_auto_on_cpus_is_the_path_of_one_chunk(pool):
@@ -362,9 +449,14 @@ def test_auto_on_cpus_is_the_path_of_one_chunk(pool):
 
 
 def gemms_and_collectives(run):
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, tpk.log_collectives() as log:
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        tpk.log_collectives() as log,
+    ):
         run()
-    return sum(e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")), len(log)
+    return sum(
+        e.count for e in profile.key_averages() if e.key in ("aten::mm", "aten::addmm")
+    ), len(log)
 
 
 def nothing_unneeded():
@@ -380,7 +472,9 @@ def nothing_unneeded():
             layer.bias.requires_grad_("bias" not in frozen)
             out = layer(x)
             with Recorder() as recorder:
-                gemms, collectives = gemms_and_collectives(lambda: out.backward(torch.ones_like(out)))  # noqa: B023
+                gemms, collectives = gemms_and_collectives(
+                    lambda: out.backward(torch.ones_like(out))  # noqa: B023
+                )
             wanted = {"input": x, "weight": layer.weight, "bias": layer.bias}
             assert {name for name, t in wanted.items() if t.grad is None} == set(frozen)
             assert gemms == 2 - ("input" in frozen) - ("weight" in frozen)
@@ -397,7 +491,10 @@ def test_what_needs_no_gradient_is_neither_computed_nor_sent(pool):
 
 
 def a_block_communicates_four_times():
-    for kv_heads, norm in ((9, "layernorm"), (3, "rmsnorm")):  # the KV projections stay divided on 2 and 3 ranks
+    for kv_heads, norm in (
+        (9, "layernorm"),
+        (3, "rmsnorm"),
+    ):  # the KV projections stay divided on 2 and 3 ranks
         block = ParallelTransformerBlock(18, 9, 27, kv_heads, norm=norm, group=dist.group.WORLD)
         x = torch.randn(2, 5, 18, requires_grad=True)
         with tpk.log_collectives() as forward:

@@ -37,27 +37,45 @@ def exact(chunks, rows, k, n, dtype, device="cpu"):
     gx, gw, gb, gr = (t.grad for t in leaves)
 
     features = Split.chunks(k, world, 1)
-    mine = [features.shard(t, rank).clone().requires_grad_() for t in (x, w)] + [t.clone().requires_grad_() for t in (b, residual)]
-    y = tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, residual=mine[3], overlap=chunks)
+    mine = [features.shard(t, rank).clone().requires_grad_() for t in (x, w)] + [
+        t.clone().requires_grad_() for t in (b, residual)
+    ]
+    y = tpf.row_parallel_linear(
+        mine[0], mine[1], mine[2], group=group, residual=mine[3], overlap=chunks
+    )
     y.backward(dy)
     assert_close(y, out, **EXACT)
-    for ours, want in zip(mine, (features.shard(gx, rank), features.shard(gw, rank), gb, gr), strict=True):
+    for ours, want in zip(
+        mine, (features.shard(gx, rank), features.shard(gw, rank), gb, gr), strict=True
+    ):
         assert_close(ours.grad, want, **EXACT)
-    assert_close(tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, overlap=chunks), F.linear(x, w, b), **EXACT)
     assert_close(
-        tpf.row_parallel_linear(mine[0], mine[1], group=group, residual=residual, overlap=chunks), F.linear(x, w) + residual, **EXACT
+        tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, overlap=chunks),
+        F.linear(x, w, b),
+        **EXACT,
+    )
+    assert_close(
+        tpf.row_parallel_linear(mine[0], mine[1], group=group, residual=residual, overlap=chunks),
+        F.linear(x, w) + residual,
+        **EXACT,
     )
 
     outputs = Split.chunks(n, world)
-    mine = [x.clone().requires_grad_()] + [outputs.shard(t, rank).clone().requires_grad_() for t in (w, b)]
+    mine = [x.clone().requires_grad_()] + [
+        outputs.shard(t, rank).clone().requires_grad_() for t in (w, b)
+    ]
     y = tpf.column_parallel_linear(*mine, group=group, overlap=chunks)
     columns = Split.chunks(n, world, -1)
     assert_close(y, columns.shard(F.linear(x, w, b), rank), **EXACT)
     y.backward(columns.shard(dy, rank))
-    for ours, want in zip(mine, (gx, outputs.shard(gw, rank), outputs.shard(gb, rank)), strict=True):
+    for ours, want in zip(
+        mine, (gx, outputs.shard(gw, rank), outputs.shard(gb, rank)), strict=True
+    ):
         assert_close(ours.grad, want, **EXACT)
 
-    whole = tpf.column_parallel_linear(*mine, group=group, gather_output=True, out_split=columns, overlap=chunks)
+    whole = tpf.column_parallel_linear(
+        *mine, group=group, gather_output=True, out_split=columns, overlap=chunks
+    )
     assert_close(whole, F.linear(x, w, b), **EXACT)
 
 
@@ -93,8 +111,15 @@ def disagreement(kind):
         del os.environ["TPKERNELS_DEBUG"]
 
 
-@pytest.mark.parametrize("kind, differing", [("chunks", "chunk 0 of 2"), ("rows", "[255, 3]"), ("order", "all_gather for gather_output")])
+@pytest.mark.parametrize(
+    "kind, differing",
+    [("chunks", "chunk 0 of 2"), ("rows", "[255, 3]"), ("order", "all_gather for gather_output")],
+)
 def test_debug_names_the_ranks_that_disagree(pool, kind, differing):
     messages = pool.run(2, disagreement, kind)
     for message in messages:
-        assert "different collectives" in message and "rank 0: all_reduce for row_forward" in message and differing in message
+        assert (
+            "different collectives" in message
+            and "rank 0: all_reduce for row_forward" in message
+            and differing in message
+        )

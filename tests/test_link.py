@@ -27,14 +27,25 @@ def overlapped(folder):
         for p in linear.parameters():
             p.copy_(torch.randint(-3, 4, p.shape))
     row = tpk.nn.RowParallelLinear.from_linear(linear, group=group, input_is_parallel=False)
-    assert "1 chunk of 2048 rows" in row.explain(2048) and "tpk.tune(group) has not been run" in row.explain(2048)
-    for _ in range(3):  # on a machine that is busy with something else a measurement may find nothing to gain
-        with mock.patch.multiple("tpkernels.schedule.tune", FEATURES={"cpu": 1024}, ROWS={"cpu": (128, 512, 2048)}, BESIDE=4 << 20):
+    assert "1 chunk of 2048 rows" in row.explain(
+        2048
+    ) and "tpk.tune(group) has not been run" in row.explain(2048)
+    for _ in range(
+        3
+    ):  # on a machine that is busy with something else a measurement may find nothing to gain
+        with mock.patch.multiple(
+            "tpkernels.schedule.tune",
+            FEATURES={"cpu": 1024},
+            ROWS={"cpu": (128, 512, 2048)},
+            BESIDE=4 << 20,
+        ):
             table = tpk.tune(group, dtypes=[torch.float32])
         with tpk.log_collectives() as log:
             out = row(x)
         assert_close(out, linear(x), atol=0, rtol=0)
-        assert f"schedule: {log[0].chunks} chunk" in row.explain(2048) and table.place in row.explain(2048)
+        assert f"schedule: {log[0].chunks} chunk" in row.explain(
+            2048
+        ) and table.place in row.explain(2048)
         if len(log) > 1:
             break
     return len(log), table.place

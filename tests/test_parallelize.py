@@ -27,7 +27,9 @@ def equal_to_unsplit(family, dtensor):
     with torch.no_grad():
         items = torch.tensor(37)
         scaled = model(ids, labels=labels, num_items_in_batch=items).loss
-        assert abs(scaled - stock(ids, labels=labels, num_items_in_batch=items).loss) < 1e-5 * scaled
+        assert (
+            abs(scaled - stock(ids, labels=labels, num_items_in_batch=items).loss) < 1e-5 * scaled
+        )
     loss.backward()
     want_loss.backward()
     assert_same_grads(stock, model)
@@ -44,7 +46,10 @@ def equal_to_unsplit(family, dtensor):
         options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None)
         mask = torch.ones_like(ids[:, :9])
         mask[0, :3] = 0
-        tokens = [m.generate(ids[:, :9], attention_mask=mask, cache_implementation=cache, **options) for m in (model, stock)]
+        tokens = [
+            m.generate(ids[:, :9], attention_mask=mask, cache_implementation=cache, **options)
+            for m in (model, stock)
+        ]
         assert torch.equal(*tokens)
 
 
@@ -74,9 +79,15 @@ def collectives_of_a_block(family, dtensor):
         backward, _ = count_all_reduces(output.loss.backward)
     tags = [c.tag for c in log]
     assert tags.count("column_backward") == 2 * blocks
-    assert backward == len(tags) == 2 * blocks + tags.count("head_backward") + tags.count("replicated_gradients")
+    assert (
+        backward
+        == len(tags)
+        == 2 * blocks + tags.count("head_backward") + tags.count("replicated_gradients")
+    )
     assert tags.count("head_backward") == 1
-    replicated = family == "qwen3" or dist.get_world_size() > 3  # q_norm and k_norm; KV heads on more ranks than there are
+    replicated = (
+        family == "qwen3" or dist.get_world_size() > 3
+    )  # q_norm and k_norm; KV heads on more ranks than there are
     assert tags.count("replicated_gradients") == (blocks if replicated else 0)
 
 
@@ -111,13 +122,26 @@ def runs(case, dtensor):
         f(stock), f(model)
 
     if case.startswith("checkpointing"):
-        each(lambda m: (m.train(), m.gradient_checkpointing_enable(dict(use_reentrant=case.endswith("reentrant")))))
+        each(
+            lambda m: (
+                m.train(),
+                m.gradient_checkpointing_enable(dict(use_reentrant=case.endswith("reentrant"))),
+            )
+        )
         if case.endswith(" reentrant"):
             each(lambda m: m.enable_input_require_grads())
     if case == "frozen weights":
-        each(lambda m: [p.requires_grad_("up_proj" in n or "embed" in n) for n, p in m.named_parameters()])
+        each(
+            lambda m: [
+                p.requires_grad_("up_proj" in n or "embed" in n) for n, p in m.named_parameters()
+            ]
+        )
     if case == "frozen input":
-        each(lambda m: [p.requires_grad_("layers.1" in n and "proj" in n) for n, p in m.named_parameters()])
+        each(
+            lambda m: [
+                p.requires_grad_("layers.1" in n and "proj" in n) for n, p in m.named_parameters()
+            ]
+        )
     if case == "deepcopy":
         model = copy.deepcopy(model)
 
@@ -139,13 +163,20 @@ def runs(case, dtensor):
     step(stock)
     assert_same_grads(stock, model)
     blocks = 2
-    wanted = {"two graphs": 4, "two graphs backward in turn": 4, "retain_graph": 4, "frozen input": None}.get(case, 2)
+    wanted = {
+        "two graphs": 4,
+        "two graphs backward in turn": 4,
+        "retain_graph": 4,
+        "frozen input": None,
+    }.get(case, 2)
     backward = sum(c.tag == "column_backward" for c in log)
     # Nothing before layer 1 needs a gradient: its attention's input does not, its MLP's does.
     assert backward == (wanted * blocks if wanted else 1)
     for module in model.modules():
         if getattr(module, "region", None) is not None:
-            assert module.region.input is None and not module.region.outputs  # nothing is kept alive
+            assert (
+                module.region.input is None and not module.region.outputs
+            )  # nothing is kept alive
 
 
 @pytest.mark.parametrize(
@@ -174,7 +205,9 @@ class Lora(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.base = base
         self.down = nn.Parameter(torch.randn(4, 72, generator=generator) * 0.1, requires_grad=False)
-        self.up = nn.Parameter(torch.randn(width, 4, generator=generator) * 0.1, requires_grad=False)
+        self.up = nn.Parameter(
+            torch.randn(width, 4, generator=generator) * 0.1, requires_grad=False
+        )
 
     def forward(self, x):
         return self.base(x * 1.0) + F.linear(F.linear(x.detach(), self.down), self.up)
@@ -186,7 +219,9 @@ class Attention(nn.Module):
     def __init__(self, skip=False):
         super().__init__()
         self.num_heads, self.head_dim, self.skip = 9, 8, skip
-        self.wq, self.wk, self.wv, self.extra = (nn.Linear(72, 72, bias=b) for b in (True, False, True, False))
+        self.wq, self.wk, self.wv, self.extra = (
+            nn.Linear(72, 72, bias=b) for b in (True, False, True, False)
+        )
         self.wo = nn.Linear(72, 72)
 
     def forward(self, x, memory=None):
@@ -197,7 +232,11 @@ class Attention(nn.Module):
         )
         if not self.skip:
             q = q + self.extra(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-        return self.wo(F.scaled_dot_product_attention(q, k, v, is_causal=x.shape == memory.shape).transpose(1, 2).flatten(2))
+        return self.wo(
+            F.scaled_dot_product_attention(q, k, v, is_causal=x.shape == memory.shape)
+            .transpose(1, 2)
+            .flatten(2)
+        )
 
 
 class Quantised(nn.Linear):
@@ -213,13 +252,19 @@ def own_attention(case, wanted):
     stock = Attention(skip=case == "skipped sibling")
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, PLAN, dtensor=False)
     generator = torch.Generator().manual_seed(1)
-    x, memory = torch.randn(2, 5, 72, generator=generator), torch.randn(2, 7, 72, generator=generator)
+    x, memory = (
+        torch.randn(2, 5, 72, generator=generator),
+        torch.randn(2, 7, 72, generator=generator),
+    )
     inputs = [x, memory] if case == "cross-attention" else [x]
     if case == "wrapped sibling":
         first = sum(model.wk.out_split.sizes[: dist.get_rank()])
         stock.wk = Lora(stock.wk, 72, 3)
         wrapped = Lora(model.wk, 72, 3)
-        wrapped.up = nn.Parameter(wrapped.up[first : first + model.wk.out_split.sizes[dist.get_rank()]], requires_grad=False)
+        wrapped.up = nn.Parameter(
+            wrapped.up[first : first + model.wk.out_split.sizes[dist.get_rank()]],
+            requires_grad=False,
+        )
         model.wk = wrapped
     if case == "hooked sibling":
         model.wv.register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
@@ -238,7 +283,14 @@ def own_attention(case, wanted):
 
 
 @pytest.mark.parametrize(
-    "case, wanted", [("one input", 1), ("cross-attention", 3), ("skipped sibling", 1), ("wrapped sibling", 2), ("hooked sibling", 4)]
+    "case, wanted",
+    [
+        ("one input", 1),
+        ("cross-attention", 3),
+        ("skipped sibling", 1),
+        ("wrapped sibling", 2),
+        ("hooked sibling", 4),
+    ],
 )
 def test_siblings_that_do_not_share_stay_right(pool, case, wanted):
     pool.run(2, own_attention, case, wanted)
@@ -271,7 +323,9 @@ def loss_parallel_logits():
     ids, labels = families.batch()
     want = stock(ids, labels=labels)
     output = model(ids, labels=labels)
-    assert isinstance(output.logits, DTensor) and output.logits.placements == (Shard(2),)  # the last dimension
+    assert isinstance(output.logits, DTensor) and output.logits.placements == (
+        Shard(2),
+    )  # the last dimension
     assert (output.logits.full_tensor() - want.logits).abs().max() < 1e-3
     loss, logits, *_ = model(ids, labels=labels, return_dict=False)
     assert torch.equal(loss, output.loss) and isinstance(logits, DTensor)
@@ -298,7 +352,10 @@ class OwnLossHead(nn.Module):
     def __init__(self, stock):
         super().__init__()
         self.model, self.config = stock, stock.config
-        self.get_output_embeddings, self.get_input_embeddings = stock.get_output_embeddings, stock.get_input_embeddings
+        self.get_output_embeddings, self.get_input_embeddings = (
+            stock.get_output_embeddings,
+            stock.get_input_embeddings,
+        )
 
     def forward(self, ids, labels=None):
         logits = self.model(ids).logits
@@ -328,7 +385,9 @@ def representation(dtensor):
         parameters = dict(model.named_parameters())
         assert parameters["model.norm.weight"].placements == (Replicate(),)
         assert parameters["model.layers.0.mlp.up_proj.weight"].shape == (150, 72)
-        rows = {2: 2 * 48, 3: 72, 4: 4 * 24}[dist.get_world_size()]  # of 8: 6 + 3 heads padded to 6 + 6, 3 + 3 + 3, 3 + 2 + 2 + 2 padded
+        rows = {2: 2 * 48, 3: 72, 4: 4 * 24}[
+            dist.get_world_size()
+        ]  # of 8: 6 + 3 heads padded to 6 + 6, 3 + 3 + 3, 3 + 2 + 2 + 2 padded
         assert parameters["model.layers.0.self_attn.q_proj.weight"].shape == (rows, 72)
     # The round trip is exact, and what another TP size wrote can be read.
     state = tpk.unsharded_state_dict(model)
@@ -386,9 +445,15 @@ def plan_errors():
         with tpk.log_collectives() as log, pytest.raises(ValueError) as error:
             tpk.parallelize(model, dist.group.WORLD, plan, **options)
         assert all(word in str(error.value) for word in words), error.value
-        assert before == {n: p.shape for n, p in model.named_parameters()} and not log  # nothing has changed
+        assert (
+            before == {n: p.shape for n, p in model.named_parameters()} and not log
+        )  # nothing has changed
 
-    refuses({"model.layers.*.self_attn.q": "colwise"}, "matches no module", "model.layers.*.self_attn.q_proj")
+    refuses(
+        {"model.layers.*.self_attn.q": "colwise"},
+        "matches no module",
+        "model.layers.*.self_attn.q_proj",
+    )
     refuses({"model.layers.*.mlp.up_proj": "columnwise"}, "columnwise", *STYLES)
     refuses({"model.norm": "colwise"}, "LlamaRMSNorm", "nn.Linear")
     refuses({"model.layers.*.mlp.up_proj": "embedding_rowwise"}, "nn.Embedding")
@@ -397,9 +462,15 @@ def plan_errors():
     refuses({"0": "colwise"}, "Quantised", model=nn.Sequential(Quantised(8, 6)))
     refuses("guess", "'guess'")
     refuses("auto", "overlap", overlap=True)
-    refuses({"0": "colwise", "1": "rowwise"}, "cannot be split alike", model=nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 8)))
     refuses(
-        {"model.embed_tokens": "embedding_rowwise", "lm_head": "replicate"}, "tied", model=families.make("llama", tie_word_embeddings=True)
+        {"0": "colwise", "1": "rowwise"},
+        "cannot be split alike",
+        model=nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 8)),
+    )
+    refuses(
+        {"model.embed_tokens": "embedding_rowwise", "lm_head": "replicate"},
+        "tied",
+        model=families.make("llama", tie_word_embeddings=True),
     )
     refuses("auto", "carries no tensor-parallel plan", model=nn.Sequential(nn.Linear(2, 2)))
     attention = {k: v for k, v in PLAN.items() if k != "extra"}
@@ -421,7 +492,11 @@ def test_plan_errors(pool):
 
 def extended_plan():
     stock = families.make("llama")
-    plan = {**tpk.auto_plan(stock), "model.layers.1.mlp.*": "replicate", "model.embed_tokens": "replicate"}
+    plan = {
+        **tpk.auto_plan(stock),
+        "model.layers.1.mlp.*": "replicate",
+        "model.embed_tokens": "replicate",
+    }
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, plan)
     assert type(model.model.layers[0].mlp.up_proj) is tpk.nn.ColumnParallelLinear
     ids, labels = families.batch()
@@ -441,13 +516,19 @@ def compiled():
     stock(ids, labels=labels).loss.backward()
     assert_same_grads(stock, model)
     torch.manual_seed(0)
-    mlp, x = tpk.nn.ParallelMLP(8, 24, activation="swiglu", group=dist.group.WORLD), torch.randn(6, 8, requires_grad=True)
+    mlp, x = (
+        tpk.nn.ParallelMLP(8, 24, activation="swiglu", group=dist.group.WORLD),
+        torch.randn(6, 8, requires_grad=True),
+    )
     torch.compile(mlp, backend="aot_eager", fullgraph=True)(x).sum().backward()
     grads = [x.grad, *(p.grad for p in mlp.parameters())]
     for tensor in (x, *mlp.parameters()):
         tensor.grad = None
     mlp(x).sum().backward()
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(grads, (x.grad, *(p.grad for p in mlp.parameters())), strict=True))
+    assert all(
+        torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(grads, (x.grad, *(p.grad for p in mlp.parameters())), strict=True)
+    )
 
 
 def test_torch_compile(pool):
@@ -460,14 +541,20 @@ def other_heads():
 
     ids, _ = families.batch()
     labels = torch.tensor([0, 1])
-    for name, options in (("LlamaModel", {}), ("GPT2Model", {}), ("LlamaForSequenceClassification", dict(labels=labels))):
+    for name, options in (
+        ("LlamaModel", {}),
+        ("GPT2Model", {}),
+        ("LlamaForSequenceClassification", dict(labels=labels)),
+    ):
         config = families.make("gpt2" if "GPT2" in name else "llama").config
         torch.manual_seed(0)
         stock = getattr(transformers, name)(config).eval()
         model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD)
         assert any(isinstance(m, tpk.nn.ColumnParallelLinear) for m in model.modules())
         with torch.no_grad():
-            for mine, want in zip(model(ids, **options)[:2], stock(ids, **options)[:2], strict=True):
+            for mine, want in zip(
+                model(ids, **options)[:2], stock(ids, **options)[:2], strict=True
+            ):
                 if torch.is_tensor(mine):  # not the KV cache, which is split
                     assert (mine - want).abs().max() < 1e-5
 

@@ -18,15 +18,27 @@ DEVICE = torch.device("cpu")
 
 def attempt(built=True, host="here", gpu=None, rendezvous=None, MAX_RANKS=8, **environment):
     """(what was raised or opened, warnings) with the obstacles of one rank put in place."""
-    fake = SimpleNamespace(multicast_ptr=7, buffer_ptrs_dev=8, rank=dist.get_rank(), world_size=dist.get_world_size(), barrier=lambda: None)
+    fake = SimpleNamespace(
+        multicast_ptr=7,
+        buffer_ptrs_dev=8,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        barrier=lambda: None,
+    )
     launched = mock.Mock()
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: built),
-        mock.patch.object(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid=gpu or f"gpu {dist.get_rank()}")),
+        mock.patch.object(
+            torch.cuda,
+            "get_device_properties",
+            lambda device: SimpleNamespace(uuid=gpu or f"gpu {dist.get_rank()}"),
+        ),
         mock.patch.object(peer_memory, "MAX_RANKS", MAX_RANKS),
         mock.patch.object(peer_memory.socket, "gethostname", lambda: host),
-        mock.patch.object(peer_memory, "_rendezvous", rendezvous or (lambda pg, device, size: (fake, "buffer"))),
+        mock.patch.object(
+            peer_memory, "_rendezvous", rendezvous or (lambda pg, device, size: (fake, "buffer"))
+        ),
         mock.patch.object(torch.ops.tpkernels, "open_peer_memory", launched),
         warnings.catch_warnings(record=True) as caught,
     ):
@@ -57,7 +69,12 @@ def refusals():
     }.items():
         memory, told, launched = attempt(**arguments)
         assert launched is None
-        found[name] = (type(memory).__name__, getattr(memory, "reason", str(memory)), told, getattr(memory, "max_bytes", 0))
+        found[name] = (
+            type(memory).__name__,
+            getattr(memory, "reason", str(memory)),
+            told,
+            getattr(memory, "max_bytes", 0),
+        )
     return found
 
 
@@ -75,9 +92,15 @@ def test_refused_on_every_rank_with_one_reason(pool):
     for rank, found in enumerate(results):
         for name, reason in reasons.items():
             kind, said, told, size = found[name]
-            assert kind == ("RuntimeError" if name == "forced" else "PeerMemory") and reason in said and size == 0
+            assert (
+                kind == ("RuntimeError" if name == "forced" else "PeerMemory")
+                and reason in said
+                and size == 0
+            )
             warned = rank == 0 and not name.startswith("forced")
-            assert len(told) == warned and all("go through NCCL" in text and reason in text for text in told)
+            assert len(told) == warned and all(
+                "go through NCCL" in text and reason in text for text in told
+            )
 
 
 def opens():
@@ -86,7 +109,12 @@ def opens():
     memory, told, launched = attempt(gpu="one", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
     assert not told and peer_memory.peer_memory(pg) == memory
     name, buffer, peers, multicast, *rest = launched.args
-    assert (name, buffer, peers, multicast) == (pg.group_name, "buffer", 8, 0)  # the switch only where it was asked for
+    assert (name, buffer, peers, multicast) == (
+        pg.group_name,
+        "buffer",
+        8,
+        0,
+    )  # the switch only where it was asked for
     assert rest == [dist.get_rank(), dist.get_world_size(), memory.max_bytes, memory.one_shot_bytes]
     group = Group(pg, "cuda")
     small, large = memory.max_bytes // 100, memory.max_bytes // 100 + 1

@@ -40,7 +40,9 @@ def stock(name, **changes):
     options.pop("attn_implementation", None)
     config = getattr(transformers, families.CONFIG.get(kind, f"{kind}Config"))(**options)
     config._attn_implementation = "eager"  # its products are plain ones, which torch counts
-    return getattr(transformers, families.MODEL.get(kind, f"{kind}ForCausalLM"))(config).eval(), config
+    return getattr(transformers, families.MODEL.get(kind, f"{kind}ForCausalLM"))(
+        config
+    ).eval(), config
 
 
 VARIANTS = [(name, {}) for name in families.FAMILIES] + [
@@ -64,7 +66,9 @@ VARIANTS = [(name, {}) for name in families.FAMILIES] + [
 ]
 
 
-@pytest.mark.parametrize("name, changes", VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "stock")
+@pytest.mark.parametrize(
+    "name, changes", VARIANTS, ids=lambda v: v if isinstance(v, str) else "-".join(v) or "stock"
+)
 def test_parameters_and_flops_are_the_modules_own(name, changes):
     module, config = stock(name, **changes)
     model = from_config(config.to_dict(), name)
@@ -75,13 +79,31 @@ def test_parameters_and_flops_are_the_modules_own(name, changes):
     with counter, torch.no_grad():
         module(torch.zeros(1, 64, dtype=torch.long), use_cache=False)
     counts = counter.get_flop_counts()
-    rotary = sum(sum(ops.values()) for path, ops in counts.items() if path.endswith(("rotary_emb", "rotary_emb_local")))
+    rotary = sum(
+        sum(ops.values())
+        for path, ops in counts.items()
+        if path.endswith(("rotary_emb", "rotary_emb_local"))
+    )
     assert model.forward_flops(64) == counter.get_total_flops() - rotary
 
 
 def test_named_models_have_their_published_sizes():
-    published = {"llama-7b": 6.74, "llama-13b": 13.02, "llama-70b": 68.98, "llama3-8b": 8.03, "llama3-405b": 405.85, "gpt3-175b": 174.6, "gpt2": 0.1244,
-                 "gpt2-xl": 1.5576, "mistral-7b": 7.24, "qwen2.5-7b": 7.62, "qwen2.5-72b": 72.71, "qwen3-8b": 8.19, "gpt-neox-20b": 20.55, "opt-66b": 65.7}  # fmt: skip
+    published = {
+        "llama-7b": 6.74,
+        "llama-13b": 13.02,
+        "llama-70b": 68.98,
+        "llama3-8b": 8.03,
+        "llama3-405b": 405.85,
+        "gpt3-175b": 174.6,
+        "gpt2": 0.1244,
+        "gpt2-xl": 1.5576,
+        "mistral-7b": 7.24,
+        "qwen2.5-7b": 7.62,
+        "qwen2.5-72b": 72.71,
+        "qwen3-8b": 8.19,
+        "gpt-neox-20b": 20.55,
+        "opt-66b": 65.7,
+    }
     for name, billions in published.items():
         assert load_model(name).parameters / 1e9 == pytest.approx(billions, rel=2e-3), name
 
@@ -117,15 +139,24 @@ def saved_bytes(forward, parameters):
 class Whole(torch.nn.Module):
     def __init__(self, model: Model, dtype):
         super().__init__()
-        norm, options = ("rmsnorm" if model.gated else "layernorm"), dict(group=dist.group.WORLD, dtype=dtype)
+        norm, options = (
+            ("rmsnorm" if model.gated else "layernorm"),
+            dict(group=dist.group.WORLD, dtype=dtype),
+        )
         self.embedding = tpk.nn.VocabParallelEmbedding(model.vocab, model.hidden, **options)
         self.blocks = torch.nn.ModuleList(
             tpk.nn.ParallelTransformerBlock(
-                model.hidden, model.heads, model.ffn, model.kv_heads, activation="swiglu" if model.gated else "gelu", norm=norm,
-                bias=not model.gated, **options,
+                model.hidden,
+                model.heads,
+                model.ffn,
+                model.kv_heads,
+                activation="swiglu" if model.gated else "gelu",
+                norm=norm,
+                bias=not model.gated,
+                **options,
             )
             for _ in range(model.layers)
-        )  # fmt: skip
+        )
         self.norm = (tpk.nn.RMSNorm if model.gated else tpk.nn.LayerNorm)(model.hidden, dtype=dtype)
         self.model = model
 
@@ -154,8 +185,12 @@ def traced(gated, kv_heads, dtype):
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in module.parameters())
     adam = torch.optim.AdamW(module.parameters())
     adam.step()
-    state = sum(t.numel() * t.element_size() for s in adam.state.values() for t in s.values() if t.dim())
-    return asdict(predicted), dict(parameters=parameters, gradients=gradients, optimizer=state, activations=activations)
+    state = sum(
+        t.numel() * t.element_size() for s in adam.state.values() for t in s.values() if t.dim()
+    )
+    return asdict(predicted), dict(
+        parameters=parameters, gradients=gradients, optimizer=state, activations=activations
+    )
 
 
 @pytest.mark.parametrize("gated, kv_heads", [(False, None), (True, 4)])
@@ -180,7 +215,9 @@ def recomputed():
     x = torch.randn(4, 32, 64, requires_grad=True)
     inside, _ = saved_bytes(lambda: module.blocks[0](x), module.parameters())
     for block in module.blocks:
-        block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(
+            torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False
+        )
     ids = torch.randint(0, 500, (4, 32), generator=torch.Generator().manual_seed(0))
     kept, _ = saved_bytes(lambda: module(ids), module.parameters())
     return memory(job, replace(layout, recompute="full")).activations, kept + inside
@@ -206,13 +243,17 @@ def test_activations_of_megatron_are_the_papers():
         (t, False, "full"): 2 * sbh,
     }
     for (tp, sp, recompute), value in wanted.items():
-        layout = Layout(tp, micro_batch=b, global_batch=b, sequence_parallel=sp, recompute=recompute)
+        layout = Layout(
+            tp, micro_batch=b, global_batch=b, sequence_parallel=sp, recompute=recompute
+        )
         assert block_activations(job, layout) == value, (tp, sp, recompute)
 
 
 def test_zero_shares_out_what_it_says():
     job = make_job(load_model("llama-7b"), "h100", 2048)
-    plain, one, two, three = (memory(job, Layout(dp=8, global_batch=8, zero=zero)) for zero in range(4))
+    plain, one, two, three = (
+        memory(job, Layout(dp=8, global_batch=8, zero=zero)) for zero in range(4)
+    )
     for name, since in (("optimizer", 1), ("gradients", 2), ("parameters", 3)):
         for zero, held in ((1, one), (2, two), (3, three)):
             whole = getattr(plain, name)
@@ -228,7 +269,9 @@ def test_bus_bandwidth_is_the_measured_curve():
         rows = [row for row in csv.DictReader(file) if row["system"] == "8xH200 NVLink SHARP"]
     assert len(rows) == 7
     for row in rows:
-        assert 482e9 * bus_share(float(row["message_MiB"]) * 2**20, 482e9) == pytest.approx(float(row["busbw_GBps"]) * 1e9)
+        assert 482e9 * bus_share(float(row["message_MiB"]) * 2**20, 482e9) == pytest.approx(
+            float(row["busbw_GBps"]) * 1e9
+        )
     shares = [bus_share(2.0**i, 482e9) for i in range(40)]
     assert all(0 < a <= b <= 1 for a, b in zip(shares, shares[1:], strict=False))
 
@@ -239,10 +282,20 @@ def test_a_step_is_the_sum_of_its_parts_and_worsens_as_it_should():
     c = constants_of(job.hardware)
     time = step_time(job, layout, c)
     parts = asdict(time)
-    assert time.total == pytest.approx(sum(value for name, value in parts.items() if "hidden" not in name))
+    assert time.total == pytest.approx(
+        sum(value for name, value in parts.items() if "hidden" not in name)
+    )
     assert all(value >= 0 for value in parts.values())
     slower = [
-        (replace(job, hardware=replace(job.hardware, link=replace(job.hardware.link, bus_bytes_per_s=50e9))), layout),
+        (
+            replace(
+                job,
+                hardware=replace(
+                    job.hardware, link=replace(job.hardware.link, bus_bytes_per_s=50e9)
+                ),
+            ),
+            layout,
+        ),
         (replace(job, hardware=replace(job.hardware, memory_bytes_per_s=1e12)), layout),
         (replace(job, seq=4096), layout),
         (job, replace(layout, recompute="full")),
@@ -256,7 +309,9 @@ def test_a_step_is_the_sum_of_its_parts_and_worsens_as_it_should():
     for interleave in (1, 4):
         deep = Layout(pp=8, global_batch=64, interleave=interleave)
         time = step_time(replace(job, model=blocks), deep, replace(c, send=1e-12))
-        assert time.bubble / (time.compute + time.tp_exposed) == pytest.approx(7 / 64 / interleave, rel=0.1)
+        assert time.bubble / (time.compute + time.tp_exposed) == pytest.approx(
+            7 / 64 / interleave, rel=0.1
+        )
 
 
 def test_measured_steps_are_predicted():
@@ -282,7 +337,9 @@ def test_the_planner_chooses_as_was_measured():
 def test_the_fit_is_of_these_files():
     fitted = json.loads((DATA / "fitted.json").read_text())
     for name, digest in fitted["data"].items():
-        assert hashlib.sha256((DATA / "measured" / name).read_bytes()).hexdigest() == digest, f"run `{fitted['command']}`"
+        assert hashlib.sha256((DATA / "measured" / name).read_bytes()).hexdigest() == digest, (
+            f"run `{fitted['command']}`"
+        )
 
 
 def test_a_fit_finds_the_constants_that_made_its_rows():
@@ -290,9 +347,14 @@ def test_a_fit_finds_the_constants_that_made_its_rows():
     gpu = load_hardware("a100-80")
     true = constants_of(gpu)
     rows = list(fit.single_node()[::40])
-    made = [(replace(row, seconds=row.predict(replace(true, gemm=0.7, host=5e-4)).step_s), 1.0) for row in rows]
+    made = [
+        (replace(row, seconds=row.predict(replace(true, gemm=0.7, host=5e-4)).step_s), 1.0)
+        for row in rows
+    ]
     found = fit._solve(made, asdict(true), {name: fit.START[name] for name in ("gemm", "host")})
-    assert found["gemm"] == pytest.approx(0.7, rel=1e-2) and found["host"] == pytest.approx(5e-4, rel=1e-2)
+    assert found["gemm"] == pytest.approx(0.7, rel=1e-2) and found["host"] == pytest.approx(
+        5e-4, rel=1e-2
+    )
     assert Constants(**found) == replace(true, gemm=found["gemm"], host=found["host"])
 
 
@@ -310,14 +372,20 @@ layouts = st.builds(
 
 
 @given(
-    layout=layouts, software=st.sampled_from(["tpkernels", "megatron-2021"]), gpu=st.sampled_from(GPUS), seq=st.sampled_from([1, 128, 2048])
+    layout=layouts,
+    software=st.sampled_from(["tpkernels", "megatron-2021"]),
+    gpu=st.sampled_from(GPUS),
+    seq=st.sampled_from([1, 128, 2048]),
 )
 @settings(max_examples=100, deadline=None)
 def test_predictions_make_sense(layout, software, gpu, seq):
     hardware = load_hardware(gpu)
     job = Job(load_model("llama-7b"), hardware, seq, hardware.half, software)
     row = predict(job, layout)
-    assert all(0 <= value < math.inf for value in [*asdict(row.time).values(), *asdict(row.memory).values()])
+    assert all(
+        0 <= value < math.inf
+        for value in [*asdict(row.time).values(), *asdict(row.memory).values()]
+    )
     assert row.step_s > 0 and 0 < row.mfu < 1 and row.flops_per_gpu <= row.hardware_flops_per_gpu
     for name, more in (("zero", layout.zero + 1), ("tp", 2 * layout.tp)):
         if more <= (3 if name == "zero" else 32):
@@ -341,7 +409,9 @@ def test_search_ranks_what_fits():
     assert again.step_s == plan.best.step_s and again.memory == plan.best.memory
     assert len({row.layout for row in plan.rows}) == len(plan.rows)
     flat = search(job, 512, 2048, most_pp=1)
-    assert {row.layout for row in flat.rows} == {row.layout for row in plan.rows if row.layout.pp == 1}
+    assert {row.layout for row in flat.rows} == {
+        row.layout for row in plan.rows if row.layout.pp == 1
+    }
 
 
 def test_search_of_16384_gpus():
@@ -356,7 +426,10 @@ def test_the_reasons_are_the_rows_own():
     hybrid = tpk.plan("gpt3-175b", gpus=512, global_batch=256)
     words = " ".join(advice(hybrid))
     assert "512 GPUs = 8-way TP x 64-way DP: a step of at least 256 sequences" in words
-    assert "FSDP alone (ZeRO-3, TP 1) does not fit or does not divide the batch" in words and "TP 1 fits nowhere" in words
+    assert (
+        "FSDP alone (ZeRO-3, TP 1) does not fit or does not divide the batch" in words
+        and "TP 1 fits nowhere" in words
+    )
     assert "does not run sequence parallelism" in words
     small = tpk.plan("llama-7b", gpus=8, global_batch=64)
     words = " ".join(advice(small))
@@ -371,7 +444,11 @@ def test_the_reasons_are_the_rows_own():
     assert "(the network)" in " ".join(advice(slow))
     pipeline = tpk.plan("llama-70b", gpus=512, batch_tokens="4M", max_pp=None)
     words = " ".join(advice(pipeline))
-    assert pipeline.pp > 1 and "tpkernels has no pipeline of its own" in words and "Memory binds" in words
+    assert (
+        pipeline.pp > 1
+        and "tpkernels has no pipeline of its own" in words
+        and "Memory binds" in words
+    )
 
 
 def test_plan_is_a_layout_for_init_mesh(pool):
@@ -390,7 +467,9 @@ def mesh_of_plan():
 
 
 def test_python_and_configurations():
-    config = transformers.LlamaConfig(hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024)
+    config = transformers.LlamaConfig(
+        hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024
+    )
     by_object = tpk.plan(config, gpus=8, batch_tokens="64k")
     by_dict = tpk.plan(config.to_dict(), gpus=8, global_batch=32)
     assert by_object.rows == by_dict.rows and by_object.best.layout.pp == 1
@@ -406,36 +485,81 @@ REFUSED = [
     (lambda: from_config({"model_type": "llama", "hidden_size": 8}), "no key 'num_hidden_layers'"),
     (lambda: from_config({"hidden_size": 8}), "no key 'model_type'"),
     (lambda: from_config({"model_type": "mixtral"}), "no model family.*near it: .*mistral"),
-    (lambda: from_config({"model_type": "gpt2", "n_embd": 0, "n_layer": 1, "n_head": 1, "vocab_size": 5, "n_positions": 3}), "n_embd must be"),
+    (
+        lambda: from_config(
+            {
+                "model_type": "gpt2",
+                "n_embd": 0,
+                "n_layer": 1,
+                "n_head": 1,
+                "vocab_size": 5,
+                "n_positions": 3,
+            }
+        ),
+        "n_embd must be",
+    ),
     (lambda: Model(100, 2, 3, 10), "hidden=100 is not a multiple of heads=3"),
     (lambda: Model(96, 2, 8, 10, kv_heads=3), "kv_heads=3 must divide heads=8"),
     (lambda: Model(96, -2, 8, 10), "layers must be a whole number of at least 1, got -2"),
     (lambda: Model(96, 2, 8, 10.5), "vocab must be"),
     (lambda: tpk.plan("llama-7b", gpus=0, global_batch=8), "gpus must be"),
     (lambda: tpk.plan("llama-7b", gpus=8), "pass one of batch_tokens"),
-    (lambda: tpk.plan("llama-7b", gpus=8, global_batch=8, batch_tokens=8), "pass one of batch_tokens"),
-    (lambda: tpk.plan("llama-7b", gpus=8, batch_tokens=100), "batch_tokens=100 is less than a sequence"),
+    (
+        lambda: tpk.plan("llama-7b", gpus=8, global_batch=8, batch_tokens=8),
+        "pass one of batch_tokens",
+    ),
+    (
+        lambda: tpk.plan("llama-7b", gpus=8, batch_tokens=100),
+        "batch_tokens=100 is less than a sequence",
+    ),
     (lambda: tpk.plan("llama-7b", gpus=8, batch_tokens="many"), "no number"),
     (lambda: tpk.plan("llama-7b", gpus=8, batch_tokens="-4M"), "at least 1"),
     (lambda: tpk.plan("llama-7b", **SMALL, seq=0), "seq must be"),
-    (lambda: tpk.plan("llama-7b", **SMALL, max_pp=0), "max_pp must be a whole number of at least 1, got 0"),
+    (
+        lambda: tpk.plan("llama-7b", **SMALL, max_pp=0),
+        "max_pp must be a whole number of at least 1, got 0",
+    ),
     (lambda: tpk.plan("llama-7b", **SMALL, dtype="int3"), "no int3 arithmetic; it has bfloat16"),
     (lambda: tpk.plan("llama-7b", **SMALL, software="megatron"), "near it: megatron-2021"),
     (lambda: tpk.plan("llama-7b", **SMALL, network_gbit=-1), "network_gbit must be positive"),
     (lambda: tpk.plan(3, **SMALL), "model must be"),
-    (lambda: tpk.plan("llama-70b", gpus=7, global_batch=64), "7 GPUs cannot share 64 sequences|no layout"),
-    (lambda: tpk.plan("llama-70b", gpus=2, global_batch=64), r"no layout of 2 h100 fits.*GB more than.*\d+ GPUs would do"),
-    (lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(tp=16, global_batch=1)), "tp=16 is more than the model's 8 heads"),
-    (lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(pp=4, global_batch=1)), "more than the model's 2 blocks"),
-    (lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(dp=3, global_batch=4)), "not a multiple of dp"),
-    (lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(zero=4)), "zero=4 is none of"),
-    (lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(recompute="some")), "recompute='some' is none of"),
-    (lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(interleave=2)), "needs a pipeline"),
+    (
+        lambda: tpk.plan("llama-70b", gpus=7, global_batch=64),
+        "7 GPUs cannot share 64 sequences|no layout",
+    ),
+    (
+        lambda: tpk.plan("llama-70b", gpus=2, global_batch=64),
+        r"no layout of 2 h100 fits.*GB more than.*\d+ GPUs would do",
+    ),
+    (
+        lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(tp=16, global_batch=1)),
+        "tp=16 is more than the model's 8 heads",
+    ),
+    (
+        lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(pp=4, global_batch=1)),
+        "more than the model's 2 blocks",
+    ),
+    (
+        lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(dp=3, global_batch=4)),
+        "not a multiple of dp",
+    ),
+    (
+        lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(zero=4)),
+        "zero=4 is none of",
+    ),
+    (
+        lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(recompute="some")),
+        "recompute='some' is none of",
+    ),
+    (
+        lambda: predict(make_job(Model(96, 2, 8, 10), "h100", 8), Layout(interleave=2)),
+        "needs a pipeline",
+    ),
     (lambda: parse_layout("tp=two", 8, 8), "no whole number"),
     (lambda: parse_layout("tq=2", 8, 8), "near it: tp"),
     (lambda: parse_layout("tp=3", 8, 8), "not a multiple of tp"),
     (lambda: parse_layout("tp=2,dp=2", 8, 8), "one of 4 GPUs, not of 8"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("call, words", REFUSED, ids=[words[:30] for _, words in REFUSED])
@@ -445,9 +569,13 @@ def test_bad_input_is_refused(call, words):
 
 
 def test_amounts():
-    assert amount("4M", "n") == 4 * 2**20 and amount("512k", "n") == 512 * 1024 and amount(7, "n") == 7
+    assert (
+        amount("4M", "n") == 4 * 2**20 and amount("512k", "n") == 512 * 1024 and amount(7, "n") == 7
+    )
     assert sequences(2048, batch_tokens="4M") == 2048
-    assert parse_layout("tp=4, sp, zero=1, micro-batch=2", 16, 8) == Layout(4, 1, 4, 2, 8, sequence_parallel=True, zero=1)
+    assert parse_layout("tp=4, sp, zero=1, micro-batch=2", 16, 8) == Layout(
+        4, 1, 4, 2, 8, sequence_parallel=True, zero=1
+    )
 
 
 def test_a_gpus_own_file(tmp_path):
@@ -490,7 +618,37 @@ def command(*args, **env):
     )
 
 
-PREDICT = ["predict", "--gpu", "a100-80", "--hidden", "12288", "--layers", "96", "--heads", "96", "--seq", "2048", "--vocab", "51200", "--tp", "8", "--pp", "8", "--dp", "8", "--global-batch", "512", "--micro-batch", "1", "--interleave", "1", "--recompute", "full", "--zero", "0"]  # fmt: skip
+PREDICT = [
+    "predict",
+    "--gpu",
+    "a100-80",
+    "--hidden",
+    "12288",
+    "--layers",
+    "96",
+    "--heads",
+    "96",
+    "--seq",
+    "2048",
+    "--vocab",
+    "51200",
+    "--tp",
+    "8",
+    "--pp",
+    "8",
+    "--dp",
+    "8",
+    "--global-batch",
+    "512",
+    "--micro-batch",
+    "1",
+    "--interleave",
+    "1",
+    "--recompute",
+    "full",
+    "--zero",
+    "0",
+]
 
 
 def test_predict_as_other_scripts_call_it():
@@ -499,20 +657,40 @@ def test_predict_as_other_scripts_call_it():
     result = json.loads(run.stdout)
     model = sized_model(12288, 96, 96, 51200, seq=2048)
     assert result["memory_bytes"] == sum(result["memory_parts_bytes"].values())
-    assert result["tflops_per_gpu"] == pytest.approx(512 * model.step_flops(2048) / result["step_s"] / 512 / 1e12)
+    assert result["tflops_per_gpu"] == pytest.approx(
+        512 * model.step_flops(2048) / result["step_s"] / 512 / 1e12
+    )
     assert result["mfu"] == pytest.approx(result["tflops_per_gpu"] / 312)
     assert 1.25 < result["hardware_tflops_per_gpu"] / result["tflops_per_gpu"] < 1.34
     assert 90 < result["tflops_per_gpu"] < 140
     assert result["software"] == "megatron-2021"
-    run = command("predict", "--gpu", "h100", *PREDICT[3:-6], "--recompute", "none", "--sequence-parallel", "--zero", "1", "--json", "-")
+    run = command(
+        "predict",
+        "--gpu",
+        "h100",
+        *PREDICT[3:-6],
+        "--recompute",
+        "none",
+        "--sequence-parallel",
+        "--zero",
+        "1",
+        "--json",
+        "-",
+    )
     other = json.loads(run.stdout)
-    assert other["software"] == "tpkernels" and other["layout"]["sequence_parallel"] and other["layout"]["zero"] == 1
+    assert (
+        other["software"] == "tpkernels"
+        and other["layout"]["sequence_parallel"]
+        and other["layout"]["zero"] == 1
+    )
 
 
 def test_commands(tmp_path):
     model = ["--model", "llama-70b", "--gpus", "512", "--gpu", "h100", "--batch-tokens", "4M"]
     run = command(*model, "--json", str(tmp_path / "plan.json"), "--top", "3")
-    assert run.returncode == 0 and "Step time by TP size" in run.stdout and "DP 64" in run.stdout, run.stderr
+    assert run.returncode == 0 and "Step time by TP size" in run.stdout and "DP 64" in run.stdout, (
+        run.stderr
+    )
     saved = json.loads((tmp_path / "plan.json").read_text())
     assert len(saved["rows"]) == 3 and saved["advice"] and os.listdir(tmp_path) == ["plan.json"]
     run = command("compare", "tp=8,zero=1,sp", "tp=4,zero=3", *model)
@@ -525,12 +703,17 @@ def test_commands(tmp_path):
     assert run.returncode == 0 and "MFU =" in run.stdout, run.stderr
     (tmp_path / "empty.md").write_text("no sections")
     for refused, words in (
-        (["--sweep", "gpus", "--model", "llama-7b", "--gpus", "0", "--global-batch", "8"], "gpus must be"),
+        (
+            ["--sweep", "gpus", "--model", "llama-7b", "--gpus", "0", "--global-batch", "8"],
+            "gpus must be",
+        ),
         (["validate", "--page", str(tmp_path / "empty.md")], "has no section <!-- errors -->"),
         (["validate", "--page", str(tmp_path / "none.md")], "No such file"),
     ):
         run = command(*refused)
-        assert run.returncode == 1 and words in run.stderr and "Traceback" not in run.stderr, run.stderr
+        assert run.returncode == 1 and words in run.stderr and "Traceback" not in run.stderr, (
+            run.stderr
+        )
     run = command("--model", "lama", "--gpus", "8", "--global-batch", "8")
     assert run.returncode == 1 and "near it" in run.stderr and "Traceback" not in run.stderr
 
@@ -555,10 +738,16 @@ def test_pictures(tmp_path):
 def test_the_pages_commands_print_what_they_show():
     page = (DATA.parents[2] / "docs" / "when-to-use-tp.md").read_text()
     assert len(doc_blocks.BLOCK.findall(page)) >= 5
-    assert doc_blocks.refreshed(page) == page, "run `python tests/doc_blocks.py docs/when-to-use-tp.md`"
+    assert doc_blocks.refreshed(page) == page, (
+        "run `python tests/doc_blocks.py docs/when-to-use-tp.md`"
+    )
 
 
 def test_the_page_shows_what_the_planner_says():
     page = (DATA.parents[2] / "docs" / "planner.md").read_text()
-    for line in [*validate.constants_lines(), *validate.published_lines(), *validate.choice_lines(fit.groups())]:
+    for line in [
+        *validate.constants_lines(),
+        *validate.published_lines(),
+        *validate.choice_lines(fit.groups()),
+    ]:
         assert line in page, "run `tpkernels plan validate --page docs/planner.md`"

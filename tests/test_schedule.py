@@ -33,14 +33,24 @@ def timings(row=1e-3, byte=1e-6, steal=0.0, measured=None, latency=0.0):
 
 
 def test_pipelines_by_hand():
-    cost = {"gemm": lambda rows: 3 * rows, "message": lambda rows: 2 * rows, "steal": lambda rows: 0}
+    cost = {
+        "gemm": lambda rows: 3 * rows,
+        "message": lambda rows: 2 * rows,
+        "steal": lambda rows: 0,
+    }
     assert pipeline([10], **cost) == 30 + 20
-    assert pipeline([5, 5], **cost) == 30 + 10  # the GEMM is the longer one: the last all-reduce is left over
+    assert (
+        pipeline([5, 5], **cost) == 30 + 10
+    )  # the GEMM is the longer one: the last all-reduce is left over
     assert pipeline([6, 4], **cost) == 30 + 8  # less of it, with a smaller last chunk
     slow = {**cost, "message": lambda rows: 5 * rows}
-    assert pipeline([5, 5], **slow) == 15 + 50  # the link is the longer one: the first GEMM is left over
+    assert (
+        pipeline([5, 5], **slow) == 15 + 50
+    )  # the link is the longer one: the first GEMM is left over
     assert pipeline([2, 8], **slow) == 6 + max(10, 24) + 40
-    assert pipeline([10], **cost, trailing=15) == 50 and pipeline([10], **cost, trailing=25) == 55  # the longer of the two follows
+    assert (
+        pipeline([10], **cost, trailing=15) == 50 and pipeline([10], **cost, trailing=25) == 55
+    )  # the longer of the two follows
     busy = {**cost, "steal": lambda rows: rows}
     assert pipeline([10], **busy) == 50  # nothing runs beside the only all-reduce
     assert pipeline([5, 5], **busy) == 30 + 5 + 10
@@ -48,27 +58,51 @@ def test_pipelines_by_hand():
 
 
 @quiet
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), seconds, seconds, st.floats(0, 10), st.floats(0, 1e4))
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=12),
+    seconds,
+    seconds,
+    st.floats(0, 10),
+    st.floats(0, 1e4),
+)
 def test_pipeline_bounds(sizes, gemm, message, steal, trailing):
     """No faster than either resource alone, no slower than one after the other."""
-    total = pipeline(sizes, lambda r: r * gemm, lambda r: r * message, lambda r: r * steal, trailing)
+    total = pipeline(
+        sizes, lambda r: r * gemm, lambda r: r * message, lambda r: r * steal, trailing
+    )
     rows, near = sum(sizes), 1 + 1e-9
     assert total * near >= max(rows * gemm + trailing, sizes[0] * gemm + rows * message)
     assert total <= near * (rows * (gemm + message + steal) + trailing)
 
 
 @quiet
-@given(st.lists(st.tuples(st.integers(1, 10**6), seconds), min_size=1, max_size=8, unique_by=lambda point: point[0]), st.integers(1, 10**7))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 10**6), seconds),
+        min_size=1,
+        max_size=8,
+        unique_by=lambda point: point[0],
+    ),
+    st.integers(1, 10**7),
+)
 def test_curves(points, size):
     curve = Curve(tuple(sorted(points)))
     assert all(curve(at) == pytest.approx(value) for at, value in curve.points)
     ends = [value for at, value in curve.points]
-    assert size > curve.points[-1][0] or min(ends) <= curve(size) * (1 + 1e-9) <= max(ends) * (1 + 2e-9)
+    assert size > curve.points[-1][0] or min(ends) <= curve(size) * (1 + 1e-9) <= max(ends) * (
+        1 + 2e-9
+    )
     smooth = Curve.never_less_efficient(points)
     each = [value / at for at, value in smooth.points]
     assert all(a >= b * (1 - 1e-12) for a, b in zip(each, each[1:], strict=False))
-    assert all(smooth(at) <= value * (1 + 1e-9) for at, value in points)  # noise is taken away, never added
-    assert Curve(((1, 2.0), (3, 4.0)))(2) == 3 and Curve(((1, 2.0), (3, 4.0)))(6) == 8 and Curve(((2, 1.0),))(1) == 1
+    assert all(
+        smooth(at) <= value * (1 + 1e-9) for at, value in points
+    )  # noise is taken away, never added
+    assert (
+        Curve(((1, 2.0), (3, 4.0)))(2) == 3
+        and Curve(((1, 2.0), (3, 4.0)))(6) == 8
+        and Curve(((2, 1.0),))(1) == 1
+    )
 
 
 def test_candidates_leave_every_chunk_enough_rows():
@@ -81,10 +115,18 @@ def test_candidates_leave_every_chunk_enough_rows():
 def test_predictions_are_the_pipeline_over_the_ops_own_chunks():
     shape, cost = Shape(2048, 3, 5, True), timings(steal=1e-8, byte=1e-7)
     gemm, byte = 15e-3, 4 * 5 * 1e-7
-    want = pipeline([128, 384, 512, 512, 384, 128], lambda r: r * gemm, lambda r: r * byte, lambda r: r * 4 * 5 * 1e-8, 2048 * gemm)
+    want = pipeline(
+        [128, 384, 512, 512, 384, 128],
+        lambda r: r * gemm,
+        lambda r: r * byte,
+        lambda r: r * 4 * 5 * 1e-8,
+        2048 * gemm,
+    )
     assert cost.predict(shape)[6] == pytest.approx(want)
     nearest = dataclasses.replace(cost, gemms={**cost.gemms, (3, 6): Curve(((1, 18e-6),))})
-    assert nearest.gemm(10, 3, 5) == pytest.approx(10 * 15e-6) and nearest.gemm(10, 1, 1) == pytest.approx(10e-3)
+    assert nearest.gemm(10, 3, 5) == pytest.approx(10 * 15e-6) and nearest.gemm(
+        10, 1, 1
+    ) == pytest.approx(10e-3)
 
 
 def test_margins():
@@ -92,11 +134,22 @@ def test_margins():
     assert timings(byte=0.2e-3).decide(shape)[0] > 1
     chunks, why = timings(byte=0.01e-3).decide(shape)  # at most 4% to gain
     assert chunks == 1 and "predicted, less than the 5%" in why
-    assert timings(byte=0.2e-3, steal=0.2e-3).decide(shape)[0] == 1  # all of it on the cores that the GEMM needs
-    assert timings(byte=0.2e-3).decide(Shape(255, 1, 1, False)) == (1, "255 rows are fewer than two chunks of 128")
-    for second, chunks in ((0.99, 1), (0.97, 2), (1.5, 1)):  # the measurement counts, whatever is predicted
+    assert (
+        timings(byte=0.2e-3, steal=0.2e-3).decide(shape)[0] == 1
+    )  # all of it on the cores that the GEMM needs
+    assert timings(byte=0.2e-3).decide(Shape(255, 1, 1, False)) == (
+        1,
+        "255 rows are fewer than two chunks of 128",
+    )
+    for second, chunks in (
+        (0.99, 1),
+        (0.97, 2),
+        (1.5, 1),
+    ):  # the measurement counts, whatever is predicted
         for byte in (0.01e-3, 0.2e-3):
-            got, why = timings(byte=byte, measured={shape: {1: 1.0, 2: second, 4: 2.0}}).decide(shape)
+            got, why = timings(byte=byte, measured={shape: {1: 1.0, 2: second, 4: 2.0}}).decide(
+                shape
+            )
             assert got == chunks and "measured" in why
 
 
@@ -109,17 +162,30 @@ def test_never_predicted_slower_than_one_chunk(rows, row, byte, steal, weight_gr
 
 
 @quiet
-@given(st.dictionaries(st.sampled_from([torch.float32, torch.bfloat16]), st.tuples(seconds, seconds, st.floats(0, 1)), min_size=1))
+@given(
+    st.dictionaries(
+        st.sampled_from([torch.float32, torch.bfloat16]),
+        st.tuples(seconds, seconds, st.floats(0, 1)),
+        min_size=1,
+    )
+)
 def test_table_round_trip(rates):
     measured = {Shape(2048, 3, 5, True): {1: 0.5, 4: 0.25}}
-    dtypes = {d: dataclasses.replace(timings(*rate, measured), itemsize=d.itemsize) for d, rate in rates.items()}
-    assert Table.from_json(Table("here", "today", dtypes).to_json()) == Table("here", "today", dtypes)
+    dtypes = {
+        d: dataclasses.replace(timings(*rate, measured), itemsize=d.itemsize)
+        for d, rate in rates.items()
+    }
+    assert Table.from_json(Table("here", "today", dtypes).to_json()) == Table(
+        "here", "today", dtypes
+    )
 
 
 def shared(rank_table):
     """Each rank offers a table of its own."""
     rank, group = dist.get_rank(), resolve_group(dist.group.WORLD)
-    assert "tpk.tune(group) has not been run" in tpk.nn.RowParallelLinear(8, 8, group=group).explain(4096)
+    assert "tpk.tune(group) has not been run" in tpk.nn.RowParallelLinear(
+        8, 8, group=group
+    ).explain(4096)
     table = install(Table("here", "today", {torch.float32: rank_table[rank]}), group)
     picks = [
         choose("auto", rows, 4 * n, group, k, torch.float32, w)
@@ -128,23 +194,42 @@ def shared(rank_table):
         for k in (1, 9)
         for w in (0, 1)
     ]
-    assert choose("auto", 4096, 32, group, 9, torch.float32) is choose("auto", 4096, 32, group, 9, torch.float32)  # looked up
-    assert choose("auto", 4096, 32, group, None, torch.float32).chunks == 1  # shares that may differ: nothing to agree on
-    assert choose("auto", 4096, 32, group, 9, torch.float16).reason == choose("auto", 4096, 32, group).reason  # not measured
-    assert choose(False, 4096, 32, group, 9, torch.float32).chunks == 1 and choose(7, 4096, 32, group, 9, torch.float32).chunks == 7
+    assert choose("auto", 4096, 32, group, 9, torch.float32) is choose(
+        "auto", 4096, 32, group, 9, torch.float32
+    )  # looked up
+    assert (
+        choose("auto", 4096, 32, group, None, torch.float32).chunks == 1
+    )  # shares that may differ: nothing to agree on
+    assert (
+        choose("auto", 4096, 32, group, 9, torch.float16).reason
+        == choose("auto", 4096, 32, group).reason
+    )  # not measured
+    assert (
+        choose(False, 4096, 32, group, 9, torch.float32).chunks == 1
+        and choose(7, 4096, 32, group, 9, torch.float32).chunks == 7
+    )
 
     # Uneven shares: 3 and 2, 2 and 1 ... features; the choice is still one.
-    x, stock, back = torch.randint(-3, 4, (4096, 5)).float(), torch.nn.Linear(5, 6), torch.nn.Linear(6, 5)
+    x, stock, back = (
+        torch.randint(-3, 4, (4096, 5)).float(),
+        torch.nn.Linear(5, 6),
+        torch.nn.Linear(6, 5),
+    )
     with torch.no_grad():
         for p in (*stock.parameters(), *back.parameters()):
             p.copy_(torch.randint(-3, 4, p.shape))
     row = tpk.nn.RowParallelLinear.from_linear(stock, group=group)
     column = tpk.nn.ColumnParallelLinear.from_linear(back, group=group)
-    mine, y = Split.chunks(5, group.size, -1).shard(x, rank), torch.zeros(4096, 6, requires_grad=True)
+    mine, y = (
+        Split.chunks(5, group.size, -1).shard(x, rank),
+        torch.zeros(4096, 6, requires_grad=True),
+    )
     with tpk.log_collectives() as log:
         assert_close(row(mine), stock(x), atol=0, rtol=0)
         column(y).sum().backward()
-        tpf.row_parallel_linear(mine, row.weight_and_bias()[0], group=group)  # a functional call without a split
+        tpf.row_parallel_linear(
+            mine, row.weight_and_bias()[0], group=group
+        )  # a functional call without a split
     chunks = [(c.tag, c.chunks) for c in log if c.chunk == 0]
     assert_close(y.grad, back.weight.sum(0).expand(4096, 6), atol=0, rtol=0)
     explained = row.explain(4096), column.explain(4096)
@@ -166,10 +251,16 @@ def test_rank_0_decides_for_all(pool, ranks):
         assert [n > 1 for _, n in chunks] == [mine[0] is slow, mine[0] is slow, False]
         for text, (_, n) in zip((row, column), chunks, strict=False):
             lines = text.splitlines()
-            start = next(i for i, line in enumerate(lines) if line.startswith("chunks  predicted ms  measured ms"))
+            start = next(
+                i
+                for i, line in enumerate(lines)
+                if line.startswith("chunks  predicted ms  measured ms")
+            )
             last = lines.index("measured: today, on here")
             listed = [line.split() for line in lines[start + 1 : last]]
-            assert [int(line[0]) for line in listed] == list(CHUNKS) and [line[0] for line in listed if line[-1] == "<"] == [str(n)]
+            assert [int(line[0]) for line in listed] == list(CHUNKS) and [
+                line[0] for line in listed if line[-1] == "<"
+            ] == [str(n)]
             assert "over gloo" in text and "predicted" in text and lines[-1].startswith("gemm of")
 
 
@@ -180,7 +271,13 @@ def saved(folder, spoiled):
     group = resolve_group(mesh["tp"])
     assert installed(group) is None
     if spoiled is None:
-        with mock.patch.multiple("tpkernels.schedule.tune", ROWS={"cpu": (16, 64)}, MESSAGES=(64, 256), FEATURES={"cpu": 32}, BESIDE=4096):
+        with mock.patch.multiple(
+            "tpkernels.schedule.tune",
+            ROWS={"cpu": (16, 64)},
+            MESSAGES=(64, 256),
+            FEATURES={"cpu": 32},
+            BESIDE=4096,
+        ):
             table = tpk.tune(group, [(256, 8, 8)], [torch.float32])
     elif rank == 0:
         path = tables.Place.of(group).path
@@ -196,7 +293,10 @@ def saved(folder, spoiled):
     if spoiled is not None:
         return again, told, os.listdir(f"{folder}/tpkernels")
     assert again == table and installed(group) is table and not told
-    assert set(table.dtypes[torch.float32].measured) == {Shape(256, 8, 8, False), Shape(256, 8, 8, True)}
+    assert set(table.dtypes[torch.float32].measured) == {
+        Shape(256, 8, 8, False),
+        Shape(256, 8, 8, True),
+    }
     assert all(list(times) == [1, 2] for times in table.dtypes[torch.float32].measured.values())
     return table, told, os.listdir(f"{folder}/tpkernels")
 
@@ -209,14 +309,29 @@ def test_tuned_saved_and_handed_out_by_init_mesh(pool, tmp_path):
     assert Table.from_json((tmp_path / "tpkernels" / name).read_text()) == first
 
 
-@pytest.mark.parametrize("spoiled", ["", "{", "[]", '{"place": "", "date": ""}', '{"place": "", "date": "", "dtypes": {"load": {}}}'])
+@pytest.mark.parametrize(
+    "spoiled",
+    [
+        "",
+        "{",
+        "[]",
+        '{"place": "", "date": ""}',
+        '{"place": "", "date": "", "dtypes": {"load": {}}}',
+    ],
+)
 def test_a_table_that_cannot_be_read_is_a_warning(pool, tmp_path, spoiled):
     for rank, (table, told, _) in enumerate(pool.run(2, saved, str(tmp_path), spoiled)):
-        assert table is None and len(told) == (rank == 0) and all("cannot be read" in text for text in told)
+        assert (
+            table is None
+            and len(told) == (rank == 0)
+            and all("cannot be read" in text for text in told)
+        )
 
 
 def test_tables_with_wrong_numbers_are_refused():
-    right = Table("here", "today", {torch.float32: timings(measured={Shape(4, 1, 1, False): {1: 1.0}})})
+    right = Table(
+        "here", "today", {torch.float32: timings(measured={Shape(4, 1, 1, False): {1: 1.0}})}
+    )
     change = {"itemsize": 4}
     for wrong in (
         dict(gemms={}),
@@ -225,14 +340,21 @@ def test_tables_with_wrong_numbers_are_refused():
         dict(chunked_messages=Curve(((1, -1.0),))),
         dict(measured={Shape(4, 1, 1, False): {2: 1.0}}),
     ):
-        text = Table("here", "today", {torch.float32: dataclasses.replace(right.dtypes[torch.float32], **wrong, **change)}).to_json()
+        text = Table(
+            "here",
+            "today",
+            {torch.float32: dataclasses.replace(right.dtypes[torch.float32], **wrong, **change)},
+        ).to_json()
         with pytest.raises(ValueError):
             Table.from_json(text)
 
 
 def other_hosts():
     told = []
-    with mock.patch.object(tables.socket, "gethostname", lambda: f"host {dist.get_rank()}"), warnings.catch_warnings(record=True) as caught:
+    with (
+        mock.patch.object(tables.socket, "gethostname", lambda: f"host {dist.get_rank()}"),
+        warnings.catch_warnings(record=True) as caught,
+    ):
         warnings.simplefilter("always")
         tpk.init_mesh(2, device="cpu")
         told = [str(w.message) for w in caught]
@@ -241,7 +363,9 @@ def other_hosts():
 
 def test_an_unmeasured_link_between_hosts_is_said_once(pool):
     first, second = pool.run(2, other_hosts)
-    assert sum("2 hosts" in text and "tpk.tune(group)" in text for text in first) == 1 and not any("hosts" in text for text in second)
+    assert sum("2 hosts" in text and "tpk.tune(group)" in text for text in first) == 1 and not any(
+        "hosts" in text for text in second
+    )
 
 
 def refused():

@@ -19,7 +19,9 @@ ranks = st.integers(1, 9)
 
 def rows_held(split):
     """Row -> how many ranks read it."""
-    return Counter(row for ranges in split.ranges for start, stop in ranges for row in range(start, stop))
+    return Counter(
+        row for ranges in split.ranges for start, stop in ranges for row in range(start, stop)
+    )
 
 
 def assert_partition(split, dim=0):
@@ -62,7 +64,10 @@ def test_chunks_divide_every_block_as_torch_chunk_does(step, n, blocks, dim):
     full = torch.arange(step * blocks)
     pieces = [block.split(chunk_sizes(step, n)) for block in full.view(blocks, step)]
     for r in range(n):
-        assert torch.equal(Split.chunks(step * blocks, n, 0, blocks).shard(full, r), torch.cat([piece[r] for piece in pieces]))
+        assert torch.equal(
+            Split.chunks(step * blocks, n, 0, blocks).shard(full, r),
+            torch.cat([piece[r] for piece in pieces]),
+        )
 
 
 @quiet
@@ -81,9 +86,14 @@ def test_is_chunk_says_whether_dtensors_shard_fits(step, n, blocks):
 def owned_blocks(draw):
     """Lists of units, each with an owner, as Split.units takes them; every rank owns something, as split_heads sees to it."""
     n = draw(ranks)
-    blocks = draw(st.lists(st.lists(st.integers(0, n - 1), min_size=1, max_size=8), min_size=1, max_size=3))
+    blocks = draw(
+        st.lists(st.lists(st.integers(0, n - 1), min_size=1, max_size=8), min_size=1, max_size=3)
+    )
     blocks[0] = draw(st.permutations([*blocks[0], *range(n)]))
-    return [(len(owners), [[unit for unit, owner in enumerate(owners) if owner == r] for r in range(n)]) for owners in blocks]
+    return [
+        (len(owners), [[unit for unit, owner in enumerate(owners) if owner == r] for r in range(n)])
+        for owners in blocks
+    ]
 
 
 @quiet
@@ -104,8 +114,15 @@ def test_units_are_read_in_the_order_given_and_owned_once(per_rank, width):
     split = Split.units([(6, per_rank)], width)
     full = torch.arange(6 * width)
     shards = [split.shard(full, r) for r in range(len(per_rank))]
-    assert [s.tolist() for s in shards] == [[unit * width + i for unit in units for i in range(width)] for units in per_rank]
-    counted = [row for r, shard in enumerate(shards) for start, stop in split.owned[r] for row in shard[start:stop].tolist()]
+    assert [s.tolist() for s in shards] == [
+        [unit * width + i for unit in units for i in range(width)] for units in per_rank
+    ]
+    counted = [
+        row
+        for r, shard in enumerate(shards)
+        for start, stop in split.owned[r]
+        for row in shard[start:stop].tolist()
+    ]
     assert sorted(counted) == sorted(rows_held(split))
     if set(rows_held(split)) == set(range(split.size)):
         assert split.overlaps is (max(rows_held(split).values()) > 1)
@@ -131,7 +148,9 @@ def check_heads(heads, kv, n):
         assert [mine[i // size] for i in range(len(q))] == [h // group for h in q]
     counts = [len(q) for q in split.q]
     if n <= kv:
-        assert [k for mine in split.kv for k in mine] == list(range(kv))  # whole KV groups, each on one rank
+        assert [k for mine in split.kv for k in mine] == list(
+            range(kv)
+        )  # whole KV groups, each on one rank
         assert max(counts) - min(counts) in (0, group)
         assert_partition(split.kv_split(2))
         assert_partition(split.qkv_split(2))
@@ -139,7 +158,12 @@ def check_heads(heads, kv, n):
         assert max(counts) - min(counts) <= 1
         assert set().union(*split.kv) == set(range(kv))
     for split_of in (split.kv_split, split.qkv_split):
-        assert split.kv_replicated is split_of(2, whole=True).replicated is split_of(2).overlaps is (n > kv)
+        assert (
+            split.kv_replicated
+            is split_of(2, whole=True).replicated
+            is split_of(2).overlaps
+            is (n > kv)
+        )
         assert split_of(2, whole=True).ranges == split_of(2).ranges and not split_of(2).replicated
     assert_partition(split.q_split(2))
     full = torch.arange((heads + 2 * kv) * 2).view(-1, 2)
@@ -182,12 +206,19 @@ def test_chunk_bounds(rows, chunks, row_bytes):
         assert len(bounds) - 1 == chunks and all(bound % 128 == 0 for bound in bounds[:-1])
     tiles = [-(-(b - a) // tile) for a, b in zip(bounds, bounds[1:], strict=False)]
     if len(bounds) - 1 < chunks:
-        assert max(tiles) == 1  # fewer chunks than asked for only where each is as small as alignment lets it be
-    assert max(tiles[0], tiles[-1]) <= max(tiles[len(tiles) // 2 - (len(tiles) > 1) : len(tiles) // 2 + 1])
+        assert (
+            max(tiles) == 1
+        )  # fewer chunks than asked for only where each is as small as alignment lets it be
+    assert max(tiles[0], tiles[-1]) <= max(
+        tiles[len(tiles) // 2 - (len(tiles) > 1) : len(tiles) // 2 + 1]
+    )
     weights = [min(i + 1, len(tiles) - i) for i in range(len(tiles))]
     if sum(tiles) >= sum(weights):
         ends = zip(itertools.accumulate(tiles), itertools.accumulate(weights), strict=True)
-        assert all(abs(end - Fraction(sum(tiles) * weight, sum(weights))) <= Fraction(1, 2) for end, weight in ends)
+        assert all(
+            abs(end - Fraction(sum(tiles) * weight, sum(weights))) <= Fraction(1, 2)
+            for end, weight in ends
+        )
 
 
 def test_chunk_bounds_by_example():

@@ -24,7 +24,17 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import tpkernels as tpk
 from tpkernels import group as groups
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
+DTYPES = [
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+]
 PIECE = 256 << 10  # csrc/shm/collectives.h
 
 
@@ -39,7 +49,9 @@ def shm_pool():
 def parts(count, dtype, low=0, high=4):
     """What every rank has: small integers, whose sums are exact in any dtype and order."""
     return [
-        torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(r + count)).to(dtype)
+        torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(r + count)).to(
+            dtype
+        )
         for r in range(dist.get_world_size())
     ]
 
@@ -67,7 +79,9 @@ def reductions(dtype, asynchronous):
                     work.wait()
                     assert work.is_completed()
                 assert torch.equal(x, expected.to(dtype)), (name, count, dtype)
-        scattered = torch.stack([torch.cat([all_parts[(r + i) % n] for i in range(n)]) for r in range(n)]).view(n, n, count)
+        scattered = torch.stack(
+            [torch.cat([all_parts[(r + i) % n] for i in range(n)]) for r in range(n)]
+        ).view(n, n, count)
         out = torch.empty(count, dtype=dtype)
         dist.reduce_scatter_tensor(out, scattered[rank].flatten())
         assert torch.equal(out, scattered[:, rank].sum(0).to(dtype)), (count, dtype)
@@ -153,7 +167,9 @@ def test_what_shm_lacks_goes_to_gloo(shm_pool, ranks):
 def bits(dtype):
     """Every rank's bits, of messages that go one way and the other, and the bits of the sum in rank order."""
     n, rank = dist.get_world_size(), dist.get_rank()
-    values = [torch.randn(70000, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(n)]
+    values = [
+        torch.randn(70000, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(n)
+    ]
     expected = values[0].float()
     for v in values[1:]:
         expected = expected + v.float()
@@ -235,7 +251,9 @@ def torch_code():
     assert torch.equal(x.redistribute(mesh, [Replicate()]).to_local(), whole)
     assert torch.equal(x.sum(0).full_tensor(), whole.sum(0))
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4)).double()
+    model = torch.nn.Sequential(
+        torch.nn.Linear(8, 16), torch.nn.GELU(), torch.nn.Linear(16, 4)
+    ).double()
     data = torch.randn(n, 3, 8, dtype=torch.double)
     (model(data.flatten(0, 1)).square().sum() / n).backward()
     expected = [p.grad.clone() for p in model.parameters()]
@@ -271,10 +289,18 @@ def blocks():
     n, rank, rows, columns = dist.get_world_size(), dist.get_rank(), 5000, 1024  # 20 MB
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(0)
-    x, w = (test_linear.integers(rows, 4 * n, generator=generator), test_linear.integers(columns, 4 * n, generator=generator))
-    bias, residual = test_linear.integers(columns, generator=generator), test_linear.integers(rows, columns, generator=generator)
+    x, w = (
+        test_linear.integers(rows, 4 * n, generator=generator),
+        test_linear.integers(columns, 4 * n, generator=generator),
+    )
+    bias, residual = (
+        test_linear.integers(columns, generator=generator),
+        test_linear.integers(rows, columns, generator=generator),
+    )
     mine = slice(4 * rank, 4 * rank + 4)
-    out = tpk.functional.row_parallel_linear(x[:, mine], w[:, mine], bias, group=group, residual=residual)
+    out = tpk.functional.row_parallel_linear(
+        x[:, mine], w[:, mine], bias, group=group, residual=residual
+    )
     assert torch.equal(out, x @ w.t() + bias + residual)
     out = tpk.functional.row_parallel_linear(x[:, mine], w[:, mine], group=group)
     assert torch.equal(out, x @ w.t())
@@ -291,7 +317,13 @@ def test_messages_larger_than_the_memory(shm_pool):
 def rank_main(rank, size, store, job, pipe, timeout):
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("cpu:shm", store=dist.FileStore(store, size), rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    dist.init_process_group(
+        "cpu:shm",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
     pipe.send("ready")
     pipe.recv()
     try:
@@ -309,7 +341,11 @@ def ranks_of_their_own(size, job, store, timeout=60):
     pipes, processes = [], []
     for rank in range(size):
         here, there = context.Pipe()
-        processes.append(context.Process(target=rank_main, args=(rank, size, str(store), job, there, timeout), daemon=True))
+        processes.append(
+            context.Process(
+                target=rank_main, args=(rank, size, str(store), job, there, timeout), daemon=True
+            )
+        )
         processes[-1].start()
         there.close()
         pipes.append(here)
@@ -356,7 +392,10 @@ def test_a_killed_rank_is_named_within_5_seconds(tmp_path, job, killed):
         os.kill(processes[killed].pid, signal.SIGKILL)
         deadline = time.monotonic() + 5
         for rank in {0, 1, 2} - {killed}:
-            assert re.search(f"DistBackendError: .*rank {killed} has died", answer(pipes[rank], deadline - time.monotonic()))
+            assert re.search(
+                f"DistBackendError: .*rank {killed} has died",
+                answer(pipes[rank], deadline - time.monotonic()),
+            )
         assert set(glob.glob("/dev/shm/*")) <= before  # nor at any time: segments have no name
 
 
@@ -373,7 +412,10 @@ def test_a_silent_rank_is_named_after_the_timeout(tmp_path):
         for pipe in pipes:
             pipe.send("go")
         said = answer(pipes[0], 60)
-        assert "rank 1 did not come to all_reduce (sum) of 12 bytes of Float within 2000 ms" in said and "alive" in said
+        assert (
+            "rank 1 did not come to all_reduce (sum) of 12 bytes of Float within 2000 ms" in said
+            and "alive" in said
+        )
         os.kill(processes[1].pid, signal.SIGCONT)
         assert "rank 0 has left the group" in answer(pipes[1], 60)
 
@@ -405,7 +447,9 @@ def differ(kind):
             dist.broadcast(torch.ones(3), 1)
         elif kind == "dtypes":
             dist.all_reduce(torch.ones(8, dtype=torch.float32 if rank else torch.int32))
-    with pytest.raises(dist.DistBackendError, match="different calls"):  # and the group stays broken
+    with pytest.raises(
+        dist.DistBackendError, match="different calls"
+    ):  # and the group stays broken
         dist.all_reduce(torch.ones(1))
     return str(caught.value).splitlines()[1:4]
 
@@ -423,7 +467,9 @@ def test_ranks_that_make_different_calls_are_told(shm_pool):
 def uneven_splits():
     rank = dist.get_rank()
     with pytest.raises(ValueError, match="rank 1 sends 4 bytes to rank 0, which expects 8"):
-        dist.all_to_all_single(torch.empty(3 + rank), torch.ones(3), [1, 2 + rank] if rank == 0 else [2, 2], [1, 2])
+        dist.all_to_all_single(
+            torch.empty(3 + rank), torch.ones(3), [1, 2 + rank] if rank == 0 else [2, 2], [1, 2]
+        )
     dist.barrier()  # nothing was lost
 
 
@@ -440,7 +486,9 @@ def two_jobs():
 
 def test_groups_share_nothing(shm_pool):
     first, second = shm_pool.run(2, two_jobs)
-    assert len(set(first)) >= 4 and set(first) == set(second)  # two segments a group, the same files in both ranks
+    assert len(set(first)) >= 4 and set(first) == set(
+        second
+    )  # two segments a group, the same files in both ranks
 
 
 SMALL = """
@@ -472,12 +520,18 @@ def with_room(tmp_path, kilobytes, mode, **environment):
     """What two ranks say that have a /dev/shm of `kilobytes`."""
     can = subprocess.run(["unshare", "-m", "true"], capture_output=True)
     if can.returncode:
-        pytest.skip("needs root (or user namespaces) for a /dev/shm of its own: unshare -m is refused")
+        pytest.skip(
+            "needs root (or user namespaces) for a /dev/shm of its own: unshare -m is refused"
+        )
     script = tmp_path / "small.py"
     script.write_text(SMALL)
     mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs /dev/shm && exec {sys.executable} {script} {tmp_path / mode} {mode}"
     run = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount], capture_output=True, text=True, timeout=200, env={**os.environ, **environment}
+        ["unshare", "-m", "sh", "-c", mount],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, **environment},
     )
     lines = sorted(line for line in run.stdout.splitlines() if line[:2] in ("0 ", "1 "))
     assert len(lines) == 2, run.stdout + run.stderr
@@ -487,7 +541,8 @@ def with_room(tmp_path, kilobytes, mode, **environment):
 def test_a_dev_shm_that_is_too_small_is_an_error_with_the_size(tmp_path):
     for line in with_room(tmp_path, 128, "explicit"):
         assert "raised" in line and re.search(
-            r"/dev/shm: No space left on device: it has \d+ bytes free, and the 2 ranks need 270336", line
+            r"/dev/shm: No space left on device: it has \d+ bytes free, and the 2 ranks need 270336",
+            line,
         )
 
 
@@ -513,14 +568,20 @@ def transports():
                 patch.setenv("TPKERNELS_TRANSPORT", forced)
             mesh = tpk.init_mesh(2, 2, device="cpu")
             layer = tpk.nn.RowParallelLinear(8, 8, group=mesh["tp"])
-            seen[forced] = [dist.get_backend(mesh[d].get_group()) for d in ("tp", "dp")] + [layer.group.transport]
-            assert f"on {layer.group.transport}" in layer.explain(10) or layer.group.transport in layer.explain(10)
+            seen[forced] = [dist.get_backend(mesh[d].get_group()) for d in ("tp", "dp")] + [
+                layer.group.transport
+            ]
+            assert f"on {layer.group.transport}" in layer.explain(
+                10
+            ) or layer.group.transport in layer.explain(10)
         patch.setenv("TPKERNELS_TRANSPORT", "rdma")
         with pytest.raises(ValueError, match="TPKERNELS_TRANSPORT=rdma"):
             tpk.init_mesh(2, 2, device="cpu")
         patch.setenv("TPKERNELS_TRANSPORT", "shm")
         patch.setattr(groups, "shm_obstacles", lambda *rows: [None, "ranks 0 to 2 are on 2 hosts"])
-        with pytest.raises(RuntimeError, match="TPKERNELS_TRANSPORT=shm, but ranks 0 to 2 are on 2 hosts"):
+        with pytest.raises(
+            RuntimeError, match="TPKERNELS_TRANSPORT=shm, but ranks 0 to 2 are on 2 hosts"
+        ):
             tpk.init_mesh(2, 2, device="cpu")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -535,7 +596,10 @@ def transports():
         assert groups.resolve_group(group).transport == "gloo"
         seen["said"] = [str(w.message) for w in caught]
     # a group that was passed keeps its transport, and it is said
-    with pytest.MonkeyPatch.context() as patch, pytest.warns(UserWarning, match="a group that was passed keeps its own transport, gloo"):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(UserWarning, match="a group that was passed keeps its own transport, gloo"),
+    ):
         patch.setenv("TPKERNELS_TRANSPORT", "shm")
         assert tpk.nn.RowParallelLinear(8, 8, group=dist.group.WORLD).group.transport == "gloo"
     return seen
@@ -544,16 +608,33 @@ def transports():
 def test_which_transport_a_mesh_takes(pool):
     results = pool.run(4, transports)
     for seen in results:
-        assert seen[None] == ["shm", "shm", "shm"] == seen["shm"] and seen["gloo"] == ["gloo", "gloo", "gloo"]
+        assert seen[None] == ["shm", "shm", "shm"] == seen["shm"] and seen["gloo"] == [
+            "gloo",
+            "gloo",
+            "gloo",
+        ]
         assert seen["hosts"] == ["shm", "gloo"]
     said = results[0]["said"]
-    assert any("groups of 2 ranks run on gloo, not on shared memory: ranks 0 to 2 are on 2 hosts" in s for s in said)
-    assert any("a group that was asked for with shm runs on gloo" in s for s in said) and not results[1]["said"]
+    assert any(
+        "groups of 2 ranks run on gloo, not on shared memory: ranks 0 to 2 are on 2 hosts" in s
+        for s in said
+    )
+    assert (
+        any("a group that was asked for with shm runs on gloo" in s for s in said)
+        and not results[1]["said"]
+    )
 
 
 def hosts():
     if dist.get_rank() == 1:
-        tpk.shm._C = type("Elsewhere", (), {"shm_host": staticmethod(lambda: "elsewhere"), "shm_free_bytes": staticmethod(lambda: 1 << 40)})
+        tpk.shm._C = type(
+            "Elsewhere",
+            (),
+            {
+                "shm_host": staticmethod(lambda: "elsewhere"),
+                "shm_free_bytes": staticmethod(lambda: 1 << 40),
+            },
+        )
     try:
         return tpk.shm.shm_obstacles(torch.arange(2).view(1, 2))
     finally:

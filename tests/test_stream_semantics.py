@@ -39,10 +39,18 @@ def build(source: str) -> str:
     library = folder / f"{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as here:  # a folder of its own: an interrupted build leaves no lock behind
+        with tempfile.TemporaryDirectory(
+            dir=folder
+        ) as here:  # a folder of its own: an interrupted build leaves no lock behind
             code = Path(here) / "mutants.cpp"
             code.write_text(source)
-            cpp_extension.load(name, [str(code)], ["-O0", "-g0", "-w"], build_directory=here, is_python_module=False)
+            cpp_extension.load(
+                name,
+                [str(code)],
+                ["-O0", "-g0", "-w"],
+                build_directory=here,
+                is_python_module=False,
+            )
             for old in folder.glob("mutants_*.so"):
                 old.unlink(missing_ok=True)
             os.replace(Path(here) / library.name, library)
@@ -73,7 +81,9 @@ def test_every_mutant_of_the_engine_is_caught(pool, monkeypatch):
     for mode in MODES:  # what dies in the first is not run in the second
         ranks = pool.run(2, run_mutants, library, mode, alive)
         found.update({i: [text for rank in ranks for text in rank[i]] for i in alive})
-        found[0] += [text for rank in pool.run(3, run_mutants, library, mode, [0]) for text in rank[0]]
+        found[0] += [
+            text for rank in pool.run(3, run_mutants, library, mode, [0]) for text in rank[0]
+        ]
         assert not found[0], found[0]  # the engine, built in the same way, passes
         alive = [i for i in alive if not found[i]]
     print()

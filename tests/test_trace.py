@@ -24,7 +24,9 @@ def trace(*args):
     return CliRunner().invoke(app, ["trace", *map(str, args)], env={"COLUMNS": "160"})
 
 
-def nsys(path, kernels=(), events=(), tables=("StringIds", "NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL")):
+def nsys(
+    path, kernels=(), events=(), tables=("StringIds", "NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL")
+):
     """`kernels`: (process, device, stream, start, end, name); `events`: (start, end, type, process, domain, text, registered)."""
     schemas = {
         "StringIds": "id INTEGER PRIMARY KEY, value TEXT NOT NULL",
@@ -39,14 +41,41 @@ def nsys(path, kernels=(), events=(), tables=("StringIds", "NVTX_EVENTS", "CUPTI
 
     def string(value):
         found = db.execute("SELECT id FROM StringIds WHERE value = ?", (value,)).fetchone()
-        return found[0] if found else db.execute("INSERT INTO StringIds (value) VALUES (?)", (value,)).lastrowid
+        return (
+            found[0]
+            if found
+            else db.execute("INSERT INTO StringIds (value) VALUES (?)", (value,)).lastrowid
+        )
 
     for process, device, stream, start, end, name in kernels:
-        row = (start, end, device, 1, stream, 0, process * PROCESS, string(name), string(name.partition("<")[0]))
+        row = (
+            start,
+            end,
+            device,
+            1,
+            stream,
+            0,
+            process * PROCESS,
+            string(name),
+            string(name.partition("<")[0]),
+        )
         db.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES ({','.join('?' * 9)})", row)
     for start, end, kind, process, domain, text, registered in events:
         inline, text_id = (None, string(text)) if registered else (text, None)
-        row = (start, end, kind, None, None, None, inline, process * PROCESS + 5, None, text_id, domain, None)
+        row = (
+            start,
+            end,
+            kind,
+            None,
+            None,
+            None,
+            inline,
+            process * PROCESS + 5,
+            None,
+            text_id,
+            domain,
+            None,
+        )
         db.execute(f"INSERT INTO NVTX_EVENTS VALUES ({','.join('?' * 12)})", row)
     db.commit()
     db.close()
@@ -77,11 +106,19 @@ def test_overlap_of_devices_streams_and_processes(tmp_path):
     result = report(*read_trace(nsys(tmp_path / "t.sqlite", KERNELS)))
     rows = {(row.pop("process"), row.pop("device")): row for row in result["devices"]}
     assert rows[7, 0] == dict(collective_ns=300, hidden_ns=120, exposed_ns=180, gemm_ns=300)
-    assert rows[7, 1] == dict(collective_ns=50 + 100 + 120, hidden_ns=50 + 20, exposed_ns=200, gemm_ns=500 + 80 + 18)
+    assert rows[7, 1] == dict(
+        collective_ns=50 + 100 + 120, hidden_ns=50 + 20, exposed_ns=200, gemm_ns=500 + 80 + 18
+    )
     assert rows[8, 0] == dict(collective_ns=0, hidden_ns=0, exposed_ns=0, gemm_ns=1000)
-    assert result["overlap"] == dict(collective_ns=570, hidden_ns=190, exposed_ns=380, gemm_ns=1898, efficiency=190 / 570)
+    assert result["overlap"] == dict(
+        collective_ns=570, hidden_ns=190, exposed_ns=380, gemm_ns=1898, efficiency=190 / 570
+    )
     kernels = {k["name"]: (k["kind"], k["count"], k["total_ns"]) for k in result["kernels"]}
-    assert kernels == {ALL_REDUCE: ("collective", 6, 590), GEMM: ("gemm", 5, 1898), ADD: ("other", 2, 25)}
+    assert kernels == {
+        ALL_REDUCE: ("collective", 6, 590),
+        GEMM: ("gemm", 5, 1898),
+        ADD: ("other", 2, 25),
+    }
 
 
 def test_ranges_of_the_domain_alone(tmp_path):
@@ -107,7 +144,11 @@ def test_ranges_of_the_domain_alone(tmp_path):
     ]
     assert result["overlap"]["efficiency"] is None
     run = trace(path)
-    assert run.exit_code == 0 and "row[1/2] all_reduce" in run.output and "No GPU kernels" in run.output
+    assert (
+        run.exit_code == 0
+        and "row[1/2] all_reduce" in run.output
+        and "No GPU kernels" in run.output
+    )
 
 
 def test_the_command_prints_and_writes_the_figures(tmp_path):
@@ -115,7 +156,12 @@ def test_the_command_prints_and_writes_the_figures(tmp_path):
     run = trace(path, "--json", tmp_path / "out.json")
     assert run.exit_code == 0, run.output
     assert json.loads((tmp_path / "out.json").read_text()) == report(*read_trace(path))
-    assert "collective" in run.output and "33.3%" in run.output and "25.9%" in run.output and "no collectives" in run.output
+    assert (
+        "collective" in run.output
+        and "33.3%" in run.output
+        and "25.9%" in run.output
+        and "no collectives" in run.output
+    )
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz"])
@@ -140,13 +186,20 @@ def test_chrome_traces_give_the_same_figures(tmp_path, suffix):
     ]
     path = tmp_path / f"t{suffix}"
     with (gzip.open if suffix.endswith("gz") else open)(path, "wt") as file:
-        json.dump({"schemaVersion": 1, "traceEvents": [*others, *(event(*kernel) for kernel in mine)]}, file)
+        json.dump(
+            {"schemaVersion": 1, "traceEvents": [*others, *(event(*kernel) for kernel in mine)]},
+            file,
+        )
     want = report(*read_trace(nsys(tmp_path / "t.sqlite", mine)))["overlap"]
     assert report(*read_trace(path))["overlap"] == want
 
 
 def test_bad_input(tmp_path):
-    text, empty, other = tmp_path / "report.nsys-rep", tmp_path / "empty.sqlite", tmp_path / "other.sqlite"
+    text, empty, other = (
+        tmp_path / "report.nsys-rep",
+        tmp_path / "empty.sqlite",
+        tmp_path / "other.sqlite",
+    )
     text.write_text("no database")
     nsys(empty)
     nsys(other, tables=("StringIds",))
@@ -172,7 +225,11 @@ def test_bad_input(tmp_path):
         (tmp_path / "cpu.json", "no GPU kernels"),
     ):
         run = trace(path)
-        assert run.exit_code == 1 and message in run.stderr and run.stdout == "", (path, run.output, run.exception)
+        assert run.exit_code == 1 and message in run.stderr and run.stdout == "", (
+            path,
+            run.output,
+            run.exception,
+        )
     run = trace(nsys(tmp_path / "t.sqlite", KERNELS), "--json", tmp_path / "no" / "file.json")
     assert run.exit_code == 1 and "No such file" in run.stderr
 
@@ -180,16 +237,31 @@ def test_bad_input(tmp_path):
 @pytest.mark.parametrize(
     "name, kind",
     [
-        ("ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "collective"),
-        ("void tpkernels::two_shot<__nv_bfloat16, 4, false>(tpkernels::Arguments<__nv_bfloat16>)", "collective"),
+        (
+            "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+            "collective",
+        ),
+        (
+            "void tpkernels::two_shot<__nv_bfloat16, 4, false>(tpkernels::Arguments<__nv_bfloat16>)",
+            "collective",
+        ),
         ("column_linear_act_kernel", "gemm"),
         ("void one_shot_all_reduce_kernel<float, 2>(float**, gemm*)", "collective"),
         ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "gemm"),
-        ("void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128_16x5_tn_align4>(cutlass_80_tensorop::Params)", "gemm"),
+        (
+            "void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128_16x5_tn_align4>(cutlass_80_tensorop::Params)",
+            "gemm",
+        ),
         ("void gemv2T_kernel_val<int, int, float>(cublasGemvParamsEx<int>)", "gemm"),
-        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::gemm::GemmShape<128>>>(Params)", "other"),
+        (
+            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::gemm::GemmShape<128>>>(Params)",
+            "other",
+        ),
         ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(float)", "other"),
-        ("void at::native::(anonymous namespace)::vectorized_gather_kernel<16, long>(char*)", "other"),
+        (
+            "void at::native::(anonymous namespace)::vectorized_gather_kernel<16, long>(char*)",
+            "other",
+        ),
         ("void (anonymous namespace)::splitKreduce_kernel<32, 16>(float*)", "gemm"),
     ],
 )
@@ -197,7 +269,10 @@ def test_kinds_of_kernels(name, kind):
     assert kind_of(name) == kind
 
 
-INTERVALS = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda pair: (pair[0], sum(pair))), max_size=8)
+INTERVALS = st.lists(
+    st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda pair: (pair[0], sum(pair))),
+    max_size=8,
+)
 
 
 @given(INTERVALS, INTERVALS)
@@ -210,4 +285,6 @@ def test_interval_arithmetic(a, b):
         assert covered(merged) == covered(intervals) and length(merged) == len(covered(intervals))
         assert all(left[1] < right[0] for left, right in zip(merged, merged[1:], strict=False))
     common = intersection(union(a), union(b))
-    assert covered(common) == covered(a) & covered(b) and length(common) == len(covered(a) & covered(b))
+    assert covered(common) == covered(a) & covered(b) and length(common) == len(
+        covered(a) & covered(b)
+    )

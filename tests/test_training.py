@@ -43,7 +43,9 @@ def dropout_keeps_ranks_in_step(checkpointing):
     x = torch.randn(2, 16, 72, requires_grad=True)
     for _ in range(3):
         if checkpointing:
-            y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=checkpointing == "reentrant")
+            y = torch.utils.checkpoint.checkpoint(
+                model, x, use_reentrant=checkpointing == "reentrant"
+            )
         else:
             y = model(x)
         y.square().mean().backward()
@@ -68,11 +70,15 @@ def test_dropout_in_a_split_region(pool):
     plain, _ = pool.run(2, dropout_keeps_ranks_in_step, None)
     for how in ("reentrant", "non-reentrant"):  # recomputing draws the same masks
         again, _ = pool.run(2, dropout_keeps_ranks_in_step, how)
-        assert torch.equal(plain[0], again[0]) and torch.allclose(plain[1], again[1], rtol=1e-5, atol=1e-7)
+        assert torch.equal(plain[0], again[0]) and torch.allclose(
+            plain[1], again[1], rtol=1e-5, atol=1e-7
+        )
 
 
 def hf_dropout(family, changes):
-    model = tpk.parallelize(families.make(family, **changes), dist.group.WORLD, dtensor=False).train()
+    model = tpk.parallelize(
+        families.make(family, **changes), dist.group.WORLD, dtensor=False
+    ).train()
     ids, labels = families.batch()
     losses = []
     for _ in range(2):
@@ -90,7 +96,11 @@ def hf_dropout(family, changes):
 
 
 @pytest.mark.parametrize(
-    "family, changes", [("llama", dict(attention_dropout=0.2)), ("gpt2", dict(attn_pdrop=0.2, resid_pdrop=0.1, embd_pdrop=0.1))]
+    "family, changes",
+    [
+        ("llama", dict(attention_dropout=0.2)),
+        ("gpt2", dict(attn_pdrop=0.2, resid_pdrop=0.1, embd_pdrop=0.1)),
+    ],
 )
 def test_dropout_of_hugging_face_models(pool, family, changes):
     pool.run(2, hf_dropout, family, changes)
@@ -124,7 +134,9 @@ def autocast_details():
     x = torch.randn(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = row(layer(x))
-        assert y.dtype == torch.bfloat16 and row(layer(x), residual=x).dtype == torch.float32  # as y + x promotes
+        assert (
+            y.dtype == torch.bfloat16 and row(layer(x), residual=x).dtype == torch.float32
+        )  # as y + x promotes
         first, second = layer.weight_and_bias()[0], layer.weight_and_bias()[0]
         assert first is second or first.data_ptr() == second.data_ptr()  # cast once
         with log_collectives() as log:
@@ -192,7 +204,10 @@ def tp_and_dp(how, changes):
 
 
 @pytest.mark.parametrize("how", ["fsdp", "ddp"])
-@pytest.mark.parametrize("changes", [{}, dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, vocab_size=332)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, vocab_size=332)],
+)
 def test_tp_inside_dp(pool, how, changes):
     pool.run(4, tp_and_dp, how, changes)
 
@@ -221,7 +236,9 @@ def norms(kind):
     with pytest.raises(RuntimeError, match=r"is inf|is nan"):
         tpk.clip_grad_norm_(model.parameters(), 0.1, norm_type=kind, error_if_nonfinite=True)
     with pytest.raises(ValueError, match="mix DTensors"):
-        mixed = DTensor.from_local(torch.zeros(1), dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),)))
+        mixed = DTensor.from_local(
+            torch.zeros(1), dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
+        )
         tpk.clip_grad_norm_([mixed, torch.zeros(1)], 1.0)
 
 

@@ -14,7 +14,11 @@ from rich.console import Console
 
 from .planner.command import app as plan_app
 
-app = typer.Typer(help="Tensor parallelism whose communication is hidden or cheap.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Tensor parallelism whose communication is hidden or cheap.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 app.add_typer(plan_app, name="plan")
 
 
@@ -22,13 +26,17 @@ app.add_typer(plan_app, name="plan")
 def demo(
     tp: Annotated[int, typer.Option(min=1, help="Ranks to split the model over.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 5,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
 ) -> None:
     """Split SmolLM2-135M over ranks on this machine, train it, and hold it against the unsplit model."""
     from .demo import run_demo
 
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{json_file.absolute().parent} is not a folder", param_hint="--json")
+        raise typer.BadParameter(
+            f"{json_file.absolute().parent} is not a folder", param_hint="--json"
+        )
     try:
         run_demo(tp, steps, json_file)
     except (RuntimeError, ValueError) as error:
@@ -38,8 +46,15 @@ def demo(
 
 @app.command()
 def trace(
-    file: Annotated[Path, typer.Argument(help="An SQLite export of Nsight Systems, or a .json[.gz] trace of torch.profiler.")],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the figures to this file.")] = None,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="An SQLite export of Nsight Systems, or a .json[.gz] trace of torch.profiler."
+        ),
+    ],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
 ) -> None:
     """How much of a recorded trace's communication ran under computation."""
     from .files import write_whole
@@ -50,7 +65,9 @@ def trace(
         if json_file is not None:
             write_whole(json_file, json.dumps(result, indent=2) + "\n")
     except (OSError, ValueError) as error:
-        Console(stderr=True).print(f"tpkernels trace: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"tpkernels trace: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(1) from None
     print_report(result, Console())
 
@@ -58,7 +75,10 @@ def trace(
 @app.command()
 def tune(
     shape: Annotated[
-        list[str] | None, typer.Option(help="ROWS,IN,OUT of a layer (IN: a rank's share) whose real times are measured too.")
+        list[str] | None,
+        typer.Option(
+            help="ROWS,IN,OUT of a layer (IN: a rank's share) whose real times are measured too."
+        ),
     ] = None,
 ) -> None:
     """Measure GEMMs and the link between the ranks, on GPUs the kernels' configurations too, and save that for `init_mesh`: under torchrun,
@@ -81,7 +101,9 @@ def tune(
         group = tpk.group.resolve_group(mesh["tp"])
         table, place = tpk.tune(group, shapes), Place.of(group)
     except ValueError as error:
-        Console(stderr=True).print(f"tpkernels tune: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"tpkernels tune: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(1) from None
     if group.rank == 0:
         for dtype, timings in table.dtypes.items():

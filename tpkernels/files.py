@@ -29,7 +29,9 @@ def fill(text: str, made: dict[str, list[str]]) -> str:
     """A page's text with the lines made for each section, from `<!-- name -->` to `<!-- /name -->`."""
     for name, lines in made.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
-        text = block.sub(lambda match, lines=lines: match[1] + "\n" + "\n".join(lines) + match[2], text)
+        text = block.sub(
+            lambda match, lines=lines: match[1] + "\n" + "\n".join(lines) + match[2], text
+        )
     return text
 
 

@@ -20,8 +20,12 @@ from .shm import forced_transport, shm_obstacles
 if TYPE_CHECKING:
     from .planner import Layout, Plan
 
-_meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # what init_mesh made, with its tp group, for group=None
-_chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
+_meshes: list[
+    tuple[DeviceMesh, ProcessGroup]
+] = []  # what init_mesh made, with its tp group, for group=None
+_chunked_groups: dict[
+    str, ProcessGroup
+] = {}  # tp group's name -> the group for its chunked schedules (NCCL)
 
 # NCCL's share of a GPU while a GEMM runs beside it. Published advice is "few"; no figure of ours yet (not measured).
 CHUNKED_NCCL_CTAS = 16
@@ -29,7 +33,11 @@ CHUNKED_NCCL_CTAS = 16
 
 def _cpu_transport(pg: ProcessGroup) -> str:
     # Not by dist.get_backend, which says what was asked for: TPKERNELS_TRANSPORT=gloo puts a group asked for with shm on gloo.
-    return "shm" if "shm" in dist.get_backend(pg) and pg._get_backend(torch.device("cpu")).name() == "shm" else "gloo"
+    return (
+        "shm"
+        if "shm" in dist.get_backend(pg) and pg._get_backend(torch.device("cpu")).name() == "shm"
+        else "gloo"
+    )
 
 
 class Group:
@@ -71,7 +79,9 @@ class Group:
         return self  # a copied model talks over the same group
 
     def __reduce__(self):
-        raise TypeError("a tensor-parallel module holds a process group and cannot be pickled: save tpk.unsharded_state_dict(model)")
+        raise TypeError(
+            "a tensor-parallel module holds a process group and cannot be pickled: save tpk.unsharded_state_dict(model)"
+        )
 
     def __repr__(self):
         return f"Group(rank {self.rank} of {self.size}, {self.device_type})"
@@ -93,21 +103,34 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
                 "group=None means the 'tp' group of the mesh that tpk.init_mesh made, and it made none: call it first, or pass group="
             )
         if len(groups) > 1:
-            raise ValueError(f"group=None is ambiguous: tpk.init_mesh made {len(groups)} meshes; pass group=mesh['tp']")
+            raise ValueError(
+                f"group=None is ambiguous: tpk.init_mesh made {len(groups)} meshes; pass group=mesh['tp']"
+            )
         group = next(iter(groups.values()))["tp"]
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
-            raise ValueError(f"group is a mesh of dimensions {group.mesh_dim_names or group.ndim}: pass one of them, such as mesh['tp']")
+            raise ValueError(
+                f"group is a mesh of dimensions {group.mesh_dim_names or group.ndim}: pass one of them, such as mesh['tp']"
+            )
         return Group(group.get_group(), group.device_type, group)
-    if group is dist.GroupMember.NON_GROUP_MEMBER or (isinstance(group, ProcessGroup) and dist.get_rank(group) < 0):
+    if group is dist.GroupMember.NON_GROUP_MEMBER or (
+        isinstance(group, ProcessGroup) and dist.get_rank(group) < 0
+    ):
         raise ValueError(
             f"group does not contain the calling rank (global rank {dist.get_rank()}): build the layer on the group's own ranks only"
         )
     if not isinstance(group, ProcessGroup):
-        raise TypeError(f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}")
+        raise TypeError(
+            f"group must be a ProcessGroup, a 1-D DeviceMesh or None, got {type(group).__name__}"
+        )
     found = Group(group, "cuda" if "nccl" in dist.get_backend(group) else "cpu")
     forced = forced_transport()
-    if found.device_type == "cpu" and found.size > 1 and forced in ("gloo", "shm") and forced != found.transport:
+    if (
+        found.device_type == "cpu"
+        and found.size > 1
+        and forced in ("gloo", "shm")
+        and forced != found.transport
+    ):
         warnings.warn(
             f"TPKERNELS_TRANSPORT={forced}, but a group that was passed keeps its own transport, {found.transport}: pass a mesh of "
             f"tpk.init_mesh, or make the group with backend={forced!r}",
@@ -117,7 +140,12 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
 
 
 def init_mesh(
-    tp: int | Layout | Plan, dp: int = 1, *, device: str | None = None, backend: str | None = None, timeout: timedelta | None = None
+    tp: int | Layout | Plan,
+    dp: int = 1,
+    *,
+    device: str | None = None,
+    backend: str | None = None,
+    timeout: timedelta | None = None,
 ) -> DeviceMesh:
     """A DeviceMesh ("dp", "tp") of dp * tp ranks, tp innermost, so that a TP group's ranks are neighbours on one node.
 
@@ -138,7 +166,9 @@ def init_mesh(
     """
     if hasattr(tp, "pp"):
         if tp.pp != 1:
-            raise ValueError(f"the layout has a pipeline, pp={tp.pp}, which tpkernels does not run: plan with max_pp=1")
+            raise ValueError(
+                f"the layout has a pipeline, pp={tp.pp}, which tpkernels does not run: plan with max_pp=1"
+            )
         tp, dp = tp.tp, tp.dp
     for name, size in (("tp", tp), ("dp", dp)):
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
@@ -151,20 +181,40 @@ def init_mesh(
     if not dist.is_initialized():
         world = int(os.environ.get("WORLD_SIZE", 1))
         if tp * dp != world:
-            hint = "" if "WORLD_SIZE" in os.environ else f": start it with `torchrun --nproc-per-node {tp * dp}`"
-            raise ValueError(f"tp={tp} * dp={dp} is {tp * dp} ranks, but this job has {world}{hint}")
+            hint = (
+                ""
+                if "WORLD_SIZE" in os.environ
+                else f": start it with `torchrun --nproc-per-node {tp * dp}`"
+            )
+            raise ValueError(
+                f"tp={tp} * dp={dp} is {tp * dp} ranks, but this job has {world}{hint}"
+            )
         everywhere = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        alone = (
+            {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        )
         dist.init_process_group(everywhere, timeout=timeout, **alone)
     if tp * dp != dist.get_world_size():
-        raise ValueError(f"tp={tp} * dp={dp} is {tp * dp} ranks, but this job has {dist.get_world_size()}")
+        raise ValueError(
+            f"tp={tp} * dp={dp} is {tp * dp} ranks, but this job has {dist.get_world_size()}"
+        )
 
     ranks = torch.arange(tp * dp).view(dp, tp)
 
-    def new_groups(rows: torch.Tensor, backend: str, options: Callable | None = None) -> ProcessGroup:
-        return dist.new_subgroups_by_enumeration(rows.tolist(), timeout, backend, options and options())[0]
+    def new_groups(
+        rows: torch.Tensor, backend: str, options: Callable | None = None
+    ) -> ProcessGroup:
+        return dist.new_subgroups_by_enumeration(
+            rows.tolist(), timeout, backend, options and options()
+        )[0]
 
-    backends = [backend] * 2 if backend else ["cpu:gloo,cuda:nccl"] * 2 if device == "cuda" else _cpu_backends(ranks, ranks.t())
+    backends = (
+        [backend] * 2
+        if backend
+        else ["cpu:gloo,cuda:nccl"] * 2
+        if device == "cuda"
+        else _cpu_backends(ranks, ranks.t())
+    )
     tp_group, dp_group = new_groups(ranks, backends[0]), new_groups(ranks.t(), backends[1])
     if device == "cuda" and "nccl" in backends[0] and tp > 1:
         _chunked_groups[tp_group.group_name] = new_groups(ranks, backends[0], _chunked_nccl_options)
@@ -192,15 +242,22 @@ def _cpu_backends(*groups: torch.Tensor) -> list[str]:
         size = rows.shape[1]
         if obstacle is not None and size > 1:
             if forced == "shm":
-                raise RuntimeError(f"TPKERNELS_TRANSPORT=shm, but {obstacle}: unset it to take gloo there")
+                raise RuntimeError(
+                    f"TPKERNELS_TRANSPORT=shm, but {obstacle}: unset it to take gloo there"
+                )
             if dist.get_rank() == 0:
-                warnings.warn(f"groups of {size} ranks run on gloo, not on shared memory: {obstacle}", stacklevel=3)
+                warnings.warn(
+                    f"groups of {size} ranks run on gloo, not on shared memory: {obstacle}",
+                    stacklevel=3,
+                )
         backends.append("shm" if obstacle is None and size > 1 else "gloo")
     return backends
 
 
 def _chunked_nccl_options():
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # else it queues behind the next GEMM's blocks
+    options = dist.ProcessGroupNCCL.Options(
+        is_high_priority_stream=True
+    )  # else it queues behind the next GEMM's blocks
     options.config.max_ctas = CHUNKED_NCCL_CTAS
     return options
 

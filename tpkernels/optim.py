@@ -34,9 +34,13 @@ def clip_grad_norm_(
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     kinds = {isinstance(p, DTensor) for p in parameters}
     if len(kinds) > 1:
-        raise ValueError("parameters mix DTensors and plain tensors: parallelize the whole model with one `dtensor` option")
+        raise ValueError(
+            "parameters mix DTensors and plain tensors: parallelize the whole model with one `dtensor` option"
+        )
     if kinds == {True}:
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        norm = torch.nn.utils.clip_grad_norm_(
+            parameters, max_norm, norm_type, error_if_nonfinite, foreach
+        )
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     groups: dict[int, Group] = {}
@@ -44,13 +48,18 @@ def clip_grad_norm_(
     for module in sharded_modules():
         for name in module.splits:
             if split := module.divided(name):
-                groups[id(module._parameters[name])], splits[id(module._parameters[name])] = module.group, split
+                groups[id(module._parameters[name])], splits[id(module._parameters[name])] = (
+                    module.group,
+                    split,
+                )
     with_grad = [p for p in parameters if p.grad is not None]
     mine = [p for p in with_grad if id(p) in groups]
     whole = [p.grad for p in with_grad if id(p) not in groups]
     names = {groups[id(p)].name: groups[id(p)] for p in mine}
     if len(names) > 1:
-        raise ValueError(f"parameters are split over {len(names)} different groups: clip them a group at a time")
+        raise ValueError(
+            f"parameters are split over {len(names)} different groups: clip them a group at a time"
+        )
     norm = get_total_norm(whole, norm_type, foreach=foreach).float()
     if names:
         (group,) = names.values()
@@ -64,14 +73,20 @@ def clip_grad_norm_(
             _ops.all_reduce_(power, group.name, "sum", "gradient_norm")
             norm = (norm.to(power.device) ** norm_type + power) ** (1 / norm_type)
     if error_if_nonfinite and not norm.isfinite():
-        raise RuntimeError(f"the gradients' norm of order {norm_type} is {norm.item()}: pass error_if_nonfinite=False to clip all the same")
+        raise RuntimeError(
+            f"the gradients' norm of order {norm_type} is {norm.item()}: pass error_if_nonfinite=False to clip all the same"
+        )
     clip_grads_with_norm_(parameters, max_norm, norm, foreach)
     return norm
 
 
 def _counted_once(grad: Tensor, split: Split, rank: int) -> list[Tensor]:
     """What of a shard's gradient this rank counts: rows that several ranks hold belong to the first."""
-    return [grad.narrow(split.dim, start, stop - start) for start, stop in split.owned[rank]] if split.overlaps else [grad]
+    return (
+        [grad.narrow(split.dim, start, stop - start) for start, stop in split.owned[rank]]
+        if split.overlaps
+        else [grad]
+    )
 
 
 class GradScaler(torch.amp.GradScaler):

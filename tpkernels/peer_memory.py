@@ -38,7 +38,9 @@ def peer_memory(pg: ProcessGroup) -> PeerMemory:
     return _opened.get(pg, CLOSED)
 
 
-def open_peer_memory(pg: ProcessGroup, device: torch.device, max_bytes: int = MAX_BYTES, multicast: bool = False) -> PeerMemory:
+def open_peer_memory(
+    pg: ProcessGroup, device: torch.device, max_bytes: int = MAX_BYTES, multicast: bool = False
+) -> PeerMemory:
     """Gives `pg` symmetric buffers and sends its small all-reduces through them. All its ranks call it, before its first op.
 
     Every rank opens them or none does: each says what stands in its way, and all hear it.
@@ -50,7 +52,11 @@ def open_peer_memory(pg: ProcessGroup, device: torch.device, max_bytes: int = MA
         RuntimeError: TPKERNELS_TRANSPORT=symm, and peer memory cannot be had.
     """
     _C.close_peer_memory(pg.group_name)  # of an earlier world's group of that name
-    for old in [old for old in _opened if old.group_name == pg.group_name or old not in dist.distributed_c10d._world.pg_map]:
+    for old in [
+        old
+        for old in _opened
+        if old.group_name == pg.group_name or old not in dist.distributed_c10d._world.pg_map
+    ]:
         del _opened[old]
     transport = os.environ.get("TPKERNELS_TRANSPORT")
     obstacle = _obstacle(pg, device, "TPKERNELS_TRANSPORT=nccl" if transport == "nccl" else None)
@@ -66,7 +72,14 @@ def open_peer_memory(pg: ProcessGroup, device: torch.device, max_bytes: int = MA
     if obstacle is None:
         switch = handle.multicast_ptr if multicast else 0
         torch.ops.tpkernels.open_peer_memory(
-            pg.group_name, buffer, handle.buffer_ptrs_dev, switch, handle.rank, handle.world_size, max_bytes, one_shot
+            pg.group_name,
+            buffer,
+            handle.buffer_ptrs_dev,
+            switch,
+            handle.rank,
+            handle.world_size,
+            max_bytes,
+            one_shot,
         )
         handle.barrier()  # nobody launches before all have zeroed their flags
         opened = PeerMemory(max_bytes, one_shot, "symmetric memory over P2P")
@@ -74,7 +87,9 @@ def open_peer_memory(pg: ProcessGroup, device: torch.device, max_bytes: int = MA
         raise RuntimeError(f"TPKERNELS_TRANSPORT=symm, but {obstacle}: unset it to take NCCL")
     else:
         if pg.rank() == 0 and transport is None:
-            warnings.warn(f"small all-reduces of {size} ranks go through NCCL: {obstacle}", stacklevel=3)
+            warnings.warn(
+                f"small all-reduces of {size} ranks go through NCCL: {obstacle}", stacklevel=3
+            )
         opened = PeerMemory(0, 0, obstacle)
     _opened[pg] = opened
     return opened
@@ -83,7 +98,9 @@ def open_peer_memory(pg: ProcessGroup, device: torch.device, max_bytes: int = MA
 def _rendezvous(pg: ProcessGroup, device: torch.device, max_bytes: int):
     import torch.distributed._symmetric_memory as symm_mem
 
-    buffer = symm_mem.empty(_C.peer_buffer_bytes(max_bytes), dtype=torch.uint8, device=device).zero_()
+    buffer = symm_mem.empty(
+        _C.peer_buffer_bytes(max_bytes), dtype=torch.uint8, device=device
+    ).zero_()
     torch.cuda.synchronize(device)
     return symm_mem.rendezvous(buffer, pg.group_name), buffer
 
@@ -92,7 +109,9 @@ def _obstacle(pg: ProcessGroup, device: torch.device, mine: str | None) -> str |
     """What keeps any of the ranks from opening peer memory, the same answer on all of them."""
     if mine is None and pg.size() > MAX_RANKS:
         mine = f"the group has {pg.size()} ranks, and the kernels take up to {MAX_RANKS}"
-    if mine is None and not torch._C._dispatch_has_kernel_for_dispatch_key("tpkernels::open_peer_memory", "CUDA"):
+    if mine is None and not torch._C._dispatch_has_kernel_for_dispatch_key(
+        "tpkernels::open_peer_memory", "CUDA"
+    ):
         mine = "tpkernels was built without CUDA kernels"
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     places = gather_objects(pg, (mine, socket.gethostname(), uuid))
@@ -108,7 +127,11 @@ def _obstacle(pg: ProcessGroup, device: torch.device, mine: str | None) -> str |
 
 
 def _first_obstacle(pg: ProcessGroup, mine: str | None) -> str | None:
-    found = [f"rank {rank}: {obstacle}" for rank, obstacle in enumerate(gather_objects(pg, mine)) if obstacle is not None]
+    found = [
+        f"rank {rank}: {obstacle}"
+        for rank, obstacle in enumerate(gather_objects(pg, mine))
+        if obstacle is not None
+    ]
     return found[0] if found else None
 
 

@@ -22,7 +22,9 @@ class RankRandom:
         if self._generator is not None:
             return
         if device.type == "cuda":
-            generator = torch.cuda.default_generators[device.index if device.index is not None else torch.cuda.current_device()]
+            generator = torch.cuda.default_generators[
+                device.index if device.index is not None else torch.cuda.current_device()
+            ]
             seed, offset = generator.initial_seed(), generator.get_offset()
             generator.set_offset(offset + 4)  # Philox: four numbers a step
             draw = hash((seed, offset))

@@ -20,7 +20,9 @@ def sum_in_rank_order(partials: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def column_linear(input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+def column_linear(
+    input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
     """The output shard [..., N_r] of each rank."""
     return [F.linear(input, w, b) for w, b in zip(weights, biases, strict=True)]
 
@@ -30,7 +32,12 @@ def column_linear_input_grad(grad_outputs: Sequence[Tensor], weights: Sequence[T
     return sum_in_rank_order([dy @ w for dy, w in zip(grad_outputs, weights, strict=True)])
 
 
-def row_linear(inputs: Sequence[Tensor], weights: Sequence[Tensor], bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def row_linear(
+    inputs: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
     """[..., N] from each rank's features [..., K_r] and columns [N, K_r]."""
     y = sum_in_rank_order([x @ w.t() for x, w in zip(inputs, weights, strict=True)])
     y = y if bias is None else y + bias
@@ -42,10 +49,22 @@ def vocab_embedding(ids: Tensor, weights: Sequence[Tensor]) -> Tensor:
     return F.embedding(ids, torch.cat(list(weights)))
 
 
-def vocab_cross_entropy(logits: Sequence[Tensor], target: Tensor, ignore_index=-100, label_smoothing=0.0, reduction="mean") -> Tensor:
+def vocab_cross_entropy(
+    logits: Sequence[Tensor],
+    target: Tensor,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    reduction="mean",
+) -> Tensor:
     """Of each rank's logits [..., V_r]."""
     whole = torch.cat(list(logits), -1).float().reshape(-1, sum(z.shape[-1] for z in logits))
-    loss = F.cross_entropy(whole, target.reshape(-1), ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=reduction)
+    loss = F.cross_entropy(
+        whole,
+        target.reshape(-1),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -65,12 +84,23 @@ def bias_act(input: Tensor, bias: Tensor | None, activation: str | None) -> Tens
     return 0.5 * gate * (1 + torch.erf(gate * 0.5**0.5)) * up
 
 
-def gated_act(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str) -> Tensor:
-    return bias_act(torch.cat([gate, up], -1), None if gate_bias is None else torch.cat([gate_bias, up_bias]), activation)
+def gated_act(
+    gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
+) -> Tensor:
+    return bias_act(
+        torch.cat([gate, up], -1),
+        None if gate_bias is None else torch.cat([gate_bias, up_bias]),
+        activation,
+    )
 
 
 def norm(
-    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y and the sum (empty without a residual) in input's shape; mean (empty for RMSNorm) and rstd [M] in float32 or wider."""
     h = input if residual is None else input + residual
@@ -93,11 +123,19 @@ def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
     sum_exp = torch.where(most == -torch.inf, 0, torch.exp(z - most[:, None]).sum(-1))
     column = target.long() - first
     column = torch.where((column >= 0) & (column < z.shape[1]), column, z.shape[1])
-    return torch.stack([most, sum_exp, F.pad(z, (0, 1)).gather(1, column[:, None])[:, 0], z.sum(-1)])
+    return torch.stack(
+        [most, sum_exp, F.pad(z, (0, 1)).gather(1, column[:, None])[:, 0], z.sum(-1)]
+    )
 
 
 def vocab_ce_grad(
-    logits: Tensor, target: Tensor, log_norm: Tensor, scale: Tensor, first: int, on_target: float, everywhere: float
+    logits: Tensor,
+    target: Tensor,
+    log_norm: Tensor,
+    scale: Tensor,
+    first: int,
+    on_target: float,
+    everywhere: float,
 ) -> Tensor:
     """(softmax - everywhere - on_target at the target) * scale [M, V], 0 in rows whose scale is 0."""
     hit = torch.arange(logits.shape[1], device=logits.device) == (target.long() - first)[:, None]
@@ -118,14 +156,24 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int], rounds: int) -> 
 
 def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Tensor:
     """Element (r, c) of the whole tensor's rows, of which `input` [..., N] begins at (row, column), is a function of the seed alone."""
-    x = _wide(input).reshape(-1, input.shape[-1]) if input.numel() else _wide(input).new_empty(0, input.shape[-1])
+    x = (
+        _wide(input).reshape(-1, input.shape[-1])
+        if input.numel()
+        else _wide(input).new_empty(0, input.shape[-1])
+    )
     r = torch.arange(row, row + x.shape[0], device=x.device)[:, None]
     c = torch.arange(column, column + x.shape[1], device=x.device)[None, :]
     counter = (c // 4 + 0 * r, r & 0xFFFFFFFF, r >> 32 & 0xFFFFFFFF, torch.zeros_like(r))
-    bits = torch.stack(torch.broadcast_tensors(*philox4x32(counter, (int(seed) & 0xFFFFFFFF, int(seed) >> 32 & 0xFFFFFFFF), 7)))
+    bits = torch.stack(
+        torch.broadcast_tensors(
+            *philox4x32(counter, (int(seed) & 0xFFFFFFFF, int(seed) >> 32 & 0xFFFFFFFF), 7)
+        )
+    )
     random = bits.gather(0, (c % 4 + 0 * r)[None])[0]
     kept = random >= round(p * 2**32)
-    return torch.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0).to(input.dtype).view(input.shape)
+    return (
+        torch.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0).to(input.dtype).view(input.shape)
+    )
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
@@ -133,7 +181,11 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
     half = cos.shape[-1]
     cos, sin = (t if t.dim() == 2 else t[:, None] for t in (cos, -sin if inverse else sin))
     turned, rest = input.split([2 * half, input.shape[-1] - 2 * half], -1)
-    a, b = turned.unflatten(-1, (half, 2)).unbind(-1) if interleaved else turned.unflatten(-1, (2, half)).unbind(-2)
+    a, b = (
+        turned.unflatten(-1, (half, 2)).unbind(-1)
+        if interleaved
+        else turned.unflatten(-1, (2, half)).unbind(-2)
+    )
     pair = torch.stack([a * cos - b * sin, b * cos + a * sin], -1 if interleaved else -2)
     return torch.cat([pair.flatten(-2), rest], -1)
 

@@ -48,10 +48,22 @@ class Split:
         step, starts = size // blocks, [0]
         for rows in chunk_sizes(step, n):
             starts.append(starts[-1] + rows)
-        return Split(dim, size, tuple(tuple((b * step + starts[r], b * step + starts[r + 1]) for b in range(blocks)) for r in range(n)))
+        return Split(
+            dim,
+            size,
+            tuple(
+                tuple((b * step + starts[r], b * step + starts[r + 1]) for b in range(blocks))
+                for r in range(n)
+            ),
+        )
 
     @staticmethod
-    def units(blocks: Sequence[tuple[int, Sequence[Sequence[int]]]], width: int, dim: int = 0, replicated: bool = False) -> Split:
+    def units(
+        blocks: Sequence[tuple[int, Sequence[Sequence[int]]]],
+        width: int,
+        dim: int = 0,
+        replicated: bool = False,
+    ) -> Split:
         """Whole units of `width` rows (heads): `blocks` lists (units in the block, per rank the units that it reads)."""
         ranges: list[list[tuple[int, int]]] = [[] for _ in blocks[0][1]]
         first = 0
@@ -70,7 +82,10 @@ class Split:
     @cached_property
     def is_chunk(self) -> bool:
         """Whether the ranks' parts are torch.chunk's, so that DTensor's Shard describes the stock layout itself."""
-        return not self.replicated and self.ranges == Split.chunks(self.size, len(self.ranges), self.dim).ranges
+        return (
+            not self.replicated
+            and self.ranges == Split.chunks(self.size, len(self.ranges), self.dim).ranges
+        )
 
     @cached_property
     def overlaps(self) -> bool:
@@ -109,7 +124,9 @@ class Split:
         for shard, ranges in zip(shards, self.ranges, strict=True):
             row = 0
             for start, stop in ranges:
-                full.narrow(self.dim, start, stop - start).copy_(shard.narrow(self.dim, row, stop - start))
+                full.narrow(self.dim, start, stop - start).copy_(
+                    shard.narrow(self.dim, row, stop - start)
+                )
                 row += stop - start
         return full
 
@@ -119,7 +136,9 @@ class Split:
         shape[self.dim] = self.size
         full, row = shard.new_zeros(shape), 0
         for start, stop in self.ranges[rank]:
-            full.narrow(self.dim, start, stop - start).add_(shard.narrow(self.dim, row, stop - start))
+            full.narrow(self.dim, start, stop - start).add_(
+                shard.narrow(self.dim, row, stop - start)
+            )
             row += stop - start
         return full
 
@@ -163,12 +182,16 @@ class HeadSplit:
 
     def kv_split(self, head_dim: int, whole: bool = False) -> Split:
         """`whole`: every rank stores the whole parameter where KV heads are replicated."""
-        return Split.units([(self.num_kv_heads, self.kv)], head_dim, replicated=whole and self.kv_replicated)
+        return Split.units(
+            [(self.num_kv_heads, self.kv)], head_dim, replicated=whole and self.kv_replicated
+        )
 
     def qkv_split(self, head_dim: int, whole: bool = False) -> Split:
         """Of one fused weight whose rows are [q; k; v]."""
         kv = (self.num_kv_heads, self.kv)
-        return Split.units([(self.num_heads, self.q), kv, kv], head_dim, replicated=whole and self.kv_replicated)
+        return Split.units(
+            [(self.num_heads, self.q), kv, kv], head_dim, replicated=whole and self.kv_replicated
+        )
 
 
 def split_heads(num_heads: int, num_kv_heads: int, n: int) -> HeadSplit:
@@ -183,7 +206,9 @@ def split_heads(num_heads: int, num_kv_heads: int, n: int) -> HeadSplit:
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads={num_kv_heads} must divide num_heads={num_heads}")
     if n > num_heads:
-        raise ValueError(f"{num_heads} attention heads cannot be split over {n} ranks: each needs at least one; use 1 to {num_heads} ranks")
+        raise ValueError(
+            f"{num_heads} attention heads cannot be split over {n} ranks: each needs at least one; use 1 to {num_heads} ranks"
+        )
     group = num_heads // num_kv_heads
 
     def spread(count: int) -> list[range]:

@@ -23,7 +23,9 @@ def forced_transport() -> str | None:
     """
     transport = os.environ.get("TPKERNELS_TRANSPORT") or None
     if transport not in (None, *TRANSPORTS):
-        raise ValueError(f"TPKERNELS_TRANSPORT={transport} is no transport: set one of {', '.join(TRANSPORTS)}, or unset it")
+        raise ValueError(
+            f"TPKERNELS_TRANSPORT={transport} is no transport: set one of {', '.join(TRANSPORTS)}, or unset it"
+        )
     return transport
 
 
@@ -33,10 +35,15 @@ def _create(options, _):
     gloo = dist.ProcessGroupGloo(PrefixStore("gloo", options.store), rank, size, options.timeout)
     if forced_transport() == "gloo":
         if rank == 0:
-            warnings.warn("TPKERNELS_TRANSPORT=gloo: a group that was asked for with shm runs on gloo", stacklevel=2)
+            warnings.warn(
+                "TPKERNELS_TRANSPORT=gloo: a group that was asked for with shm runs on gloo",
+                stacklevel=2,
+            )
         return gloo
     store = PrefixStore("shm", options.store)
-    return _C.shm_backend(store, rank, size, options.timeout.total_seconds(), options.group_id, gloo)
+    return _C.shm_backend(
+        store, rank, size, options.timeout.total_seconds(), options.group_id, gloo
+    )
 
 
 dist.Backend.register_backend("shm", _create, extended_api=True, devices=["cpu"])
@@ -56,9 +63,7 @@ def shm_obstacles(*groups: torch.Tensor) -> list[str | None]:
         for ranks in rows.tolist():
             hosts = {places[rank][0] for rank in ranks}
             if len(hosts) > 1:
-                obstacle = (
-                    f"ranks {ranks[0]} to {ranks[-1]} are on {len(hosts)} hosts (or in containers, or network namespaces, of their own)"
-                )
+                obstacle = f"ranks {ranks[0]} to {ranks[-1]} are on {len(hosts)} hosts (or in containers, or network namespaces, of their own)"
                 break
             wanted[hosts.pop()] += _C.shm_least_bytes(len(ranks)) if len(ranks) > 1 else 0
         if obstacle is None:

@@ -47,7 +47,10 @@ def start(world, names: list[str]) -> tuple[dict, dict[str, str]]:
         try:
             peer, why = importlib.import_module(f"peers.{MODULES[name]}").Peer(world), None
         except Exception as error:
-            peer, why = None, f"{name} did not start: {type(error).__name__}: {error}".splitlines()[0]
+            peer, why = (
+                None,
+                f"{name} did not start: {type(error).__name__}: {error}".splitlines()[0],
+            )
         whys = [None] * world.size
         dist.all_gather_object(whys, why, group=world.group)
         failed = next((other for other in whys if other), None)
@@ -59,4 +62,6 @@ def start(world, names: list[str]) -> tuple[dict, dict[str, str]]:
 
 
 def cpu_only(name: str) -> str | None:
-    return f"{name}'s all-reduce over shared memory is for CPUs" if torch.cuda.is_available() else None
+    return (
+        f"{name}'s all-reduce over shared memory is for CPUs" if torch.cuda.is_available() else None
+    )

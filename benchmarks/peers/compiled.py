@@ -12,7 +12,11 @@ from . import plain
 
 
 def unavailable() -> str | None:
-    return None if shutil.which("g++") or torch.cuda.is_available() else "torch.compile on CPUs needs g++"
+    return (
+        None
+        if shutil.which("g++") or torch.cuda.is_available()
+        else "torch.compile on CPUs needs g++"
+    )
 
 
 class Peer(plain.Peer):

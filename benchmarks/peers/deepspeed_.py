@@ -13,7 +13,9 @@ from . import cpu_only, plain
 
 
 def unavailable() -> str | None:
-    return cpu_only("DeepSpeed") or (None if shutil.which("g++") else "DeepSpeed compiles its all-reduce: needs g++")
+    return cpu_only("DeepSpeed") or (
+        None if shutil.which("g++") else "DeepSpeed compiles its all-reduce: needs g++"
+    )
 
 
 class Peer(plain.Peer):
@@ -21,11 +23,21 @@ class Peer(plain.Peer):
         super().__init__(world)
         from torch.utils.cpp_extension import load
 
-        sources = os.path.join(importlib.util.find_spec("deepspeed").submodule_search_locations[0], "ops", "csrc", "cpu", "comm")
+        sources = os.path.join(
+            importlib.util.find_spec("deepspeed").submodule_search_locations[0],
+            "ops",
+            "csrc",
+            "cpu",
+            "comm",
+        )
 
         def build():
             flags = ["-O2", "-fopenmp"]  # op_builder/cpu/comm.py's
-            return load("deepspeed_shm_comm", [f"{sources}/shm_interface.cpp", f"{sources}/shm.cpp"], extra_cflags=flags)
+            return load(
+                "deepspeed_shm_comm",
+                [f"{sources}/shm_interface.cpp", f"{sources}/shm.cpp"],
+                extra_cflags=flags,
+            )
 
         if world.rank == 0:
             module = build()

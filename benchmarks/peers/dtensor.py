@@ -22,7 +22,11 @@ class Peer(plain.Peer):
         self.mesh = init_device_mesh(world.device, (world.size,))
 
     def column(self, linear: nn.Linear) -> nn.Module:
-        return parallelize_module(copy.deepcopy(linear), self.mesh, ColwiseParallel(input_layouts=Replicate()))
+        return parallelize_module(
+            copy.deepcopy(linear), self.mesh, ColwiseParallel(input_layouts=Replicate())
+        )
 
     def row(self, linear: nn.Linear) -> nn.Module:
-        return parallelize_module(copy.deepcopy(linear), self.mesh, RowwiseParallel(input_layouts=Shard(-1)))
+        return parallelize_module(
+            copy.deepcopy(linear), self.mesh, RowwiseParallel(input_layouts=Shard(-1))
+        )

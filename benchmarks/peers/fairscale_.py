@@ -22,11 +22,15 @@ class Peer(plain.Peer):
     def _layer(self, kind: str, linear: nn.Linear, dim: int, **options) -> nn.Module:
         from fairscale.nn.model_parallel import layers
 
-        layer = getattr(layers, kind)(linear.in_features, linear.out_features, init_method=lambda weight: weight, **options)
+        layer = getattr(layers, kind)(
+            linear.in_features, linear.out_features, init_method=lambda weight: weight, **options
+        )
         layer = layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
         with torch.no_grad():
             layer.weight.copy_(plain.shard(linear.weight, self.rank, self.size, dim))
-            layer.bias.copy_(plain.shard(linear.bias, self.rank, self.size, 0) if dim == 0 else linear.bias)
+            layer.bias.copy_(
+                plain.shard(linear.bias, self.rank, self.size, 0) if dim == 0 else linear.bias
+            )
         return layer
 
     def column(self, linear: nn.Linear) -> nn.Module:

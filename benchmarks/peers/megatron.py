@@ -50,7 +50,9 @@ class Peer(plain.Peer):
         )
         with torch.no_grad():
             layer.weight.copy_(plain.shard(linear.weight, self.rank, self.size, dim))
-            layer.bias.copy_(plain.shard(linear.bias, self.rank, self.size, 0) if dim == 0 else linear.bias)
+            layer.bias.copy_(
+                plain.shard(linear.bias, self.rank, self.size, 0) if dim == 0 else linear.bias
+            )
         return _Output(layer)
 
     def column(self, linear: nn.Linear) -> nn.Module:

@@ -50,7 +50,10 @@ def shard(parameter: Tensor, rank: int, size: int, dim: int) -> nn.Parameter:
 class Column(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, size: int, all_reduce):
         super().__init__()
-        self.weight, self.bias = shard(linear.weight, rank, size, 0), shard(linear.bias, rank, size, 0)
+        self.weight, self.bias = (
+            shard(linear.weight, rank, size, 0),
+            shard(linear.bias, rank, size, 0),
+        )
         self.all_reduce = all_reduce
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +65,10 @@ class Column(nn.Module):
 class Row(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, size: int, all_reduce):
         super().__init__()
-        self.weight, self.bias = shard(linear.weight, rank, size, 1), nn.Parameter(linear.bias.detach().clone())
+        self.weight, self.bias = (
+            shard(linear.weight, rank, size, 1),
+            nn.Parameter(linear.bias.detach().clone()),
+        )
         self.all_reduce = all_reduce
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,4 +103,6 @@ class Peer:
     def block(self, block: stock.Block) -> nn.Module:
         norms = copy.deepcopy(block.norm1), copy.deepcopy(block.norm2)
         qkv = self.column(stock.by_rank(block.qkv, self.size))
-        return stock.Block(norms, qkv, self.row(block.out), self.mlp(block.mlp), block.heads // self.size)
+        return stock.Block(
+            norms, qkv, self.row(block.out), self.mlp(block.mlp), block.heads // self.size
+        )

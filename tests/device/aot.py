@@ -24,14 +24,18 @@ class Spec:
 
     name: str  # of the configuration, unique
     kernel: str  # "module:function", a triton.jit function
-    signature: dict[str, str]  # argument -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out
+    signature: dict[
+        str, str
+    ]  # argument -> Triton type ("*bf16", "i32", "fp32", ...), constexprs left out
     constexprs: dict[str, object]  # a Triton type by its name
     num_warps: int = 4
     num_stages: int = 3
     # "memory": bound by memory, wants wide loads and stores and moves the least bytes; "memory, read again": the same but for the bytes;
     # "reduction": wants wide loads and moves the least bytes; "gemm": wants tensor cores; "other"
     kind: str = "other"
-    divisible: tuple[str, ...] = ()  # pointers aligned to 16 bytes and integers that are multiples of 16, which Triton specialises for
+    divisible: tuple[
+        str, ...
+    ] = ()  # pointers aligned to 16 bytes and integers that are multiples of 16, which Triton specialises for
     chips: tuple[str, ...] = tuple(CHIPS)
     op: str = ""  # that launches this kernel, maybe among others
     case: str = ""  # runs the op for traffic.measure, which says what it is
@@ -49,14 +53,18 @@ class Resources:
     local: int = 0  # bytes of a thread's stack: spills and arrays that are not in registers
     shared: int = 0  # bytes of a block, static and dynamic
     tensor_memory: int = 0  # columns of a block (sm_100)
-    opcodes: dict[str, int] = field(default_factory=dict)  # instructions by opcode, modifiers included
+    opcodes: dict[str, int] = field(
+        default_factory=dict
+    )  # instructions by opcode, modifiers included
     float_atomics: bool = False
     error: str = ""  # of the compiler, if it made nothing
 
     @property
     def occupancy(self) -> float:
         """Resident warps of a multiprocessor over the most it holds; theoretical, given enough blocks."""
-        return CHIPS[self.chip].occupancy(self.threads, self.registers, self.shared, self.tensor_memory)
+        return CHIPS[self.chip].occupancy(
+            self.threads, self.registers, self.shared, self.tensor_memory
+        )
 
     def bytes_by_width(self, kind: str) -> dict[int, int]:
         """Width in bytes of a thread's access -> static number of bytes; kind "load" or "store", global memory."""
@@ -90,8 +98,18 @@ def access(opcode: str) -> tuple[str, int] | None:
     name, *modifiers = opcode.split(".")
     if name in ("UTMALDG", "UBLKCP", "UTMASTG"):
         return ("store" if name == "UTMASTG" else "load"), 16
-    if name in ("LDG", "STG", "LDGSTS", "LD", "ST", "LDGMC"):  # generic ones too: CUDA code that was not told the address space
-        bits = next((int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16)|64|128|256", m)), 32)
+    if name in (
+        "LDG",
+        "STG",
+        "LDGSTS",
+        "LD",
+        "ST",
+        "LDGMC",
+    ):  # generic ones too: CUDA code that was not told the address space
+        bits = next(
+            (int(m.lstrip("US")) for m in modifiers if re.fullmatch(r"[US]?(8|16)|64|128|256", m)),
+            32,
+        )
         return ("store" if name in ("STG", "ST") else "load"), bits // 8
     if match := re.fullmatch(r"(?:global|buffer|flat)_(load|store)_(\w+)", name):
         size = re.match(r"(?:lds_)?(dword(?:x(\d))?|[us]?(short|byte)|b(\d+))", match[2])
@@ -130,7 +148,9 @@ def faults(spec: Spec, made: Resources) -> list[str]:
         widths = made.bytes_by_width(kind)
         # Not all: a scalar of a row is 4 bytes, and what is in a loop counts here as what is not.
         if 2 * sum(count for width, count in widths.items() if width >= 16) <= sum(widths.values()):
-            found.append(f"{kind}s too few of its bytes 16 at a time: {dict(sorted(widths.items()))} (width: bytes)")
+            found.append(
+                f"{kind}s too few of its bytes 16 at a time: {dict(sorted(widths.items()))} (width: bytes)"
+            )
     if spec.kind == "gemm" and not made.tensor_cores:
         found.append("does not use tensor cores")
     return found
@@ -149,8 +169,13 @@ def compile(spec: Spec, name: str) -> Resources:
     position = {argument: (index,) for index, argument in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
-        signature={argument: spec.signature.get(argument, "constexpr") for argument in kernel.arg_names},
-        constexprs={position[argument]: types.get(value, value) for argument, value in spec.constexprs.items()},
+        signature={
+            argument: spec.signature.get(argument, "constexpr") for argument in kernel.arg_names
+        },
+        constexprs={
+            position[argument]: types.get(value, value)
+            for argument, value in spec.constexprs.items()
+        },
         attrs={position[argument]: [["tt.divisibility", 16]] for argument in spec.divisible},
     )
     options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
@@ -177,8 +202,14 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        commands = ([tools / "cuobjdump", "--dump-resource-usage", file.name], [tools / "nvdisasm", "-c", file.name])
-        usage, sass = (subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout for command in commands)
+        commands = (
+            [tools / "cuobjdump", "--dump-resource-usage", file.name],
+            [tools / "nvdisasm", "-c", file.name],
+        )
+        usage, sass = (
+            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+            for command in commands
+        )
     return usage, sass
 
 
@@ -189,11 +220,15 @@ def count_sass(sass: str) -> dict[str, int]:
 
 def _read_nvidia(name: str, made, log: str) -> Resources:
     usage, sass = disassemble(made.asm["cubin"])
-    taken = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    taken = {
+        key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)
+    }
     metadata, chip = made.metadata, CHIPS[name]
     return Resources(
         name,
-        threads=int(re.search(r"\.reqntid (\d+)", made.asm["ptx"])[1]),  # more than 32 num_warps where Triton specialises warps
+        threads=int(
+            re.search(r"\.reqntid (\d+)", made.asm["ptx"])[1]
+        ),  # more than 32 num_warps where Triton specialises warps
         registers=taken["REG"],
         spills=sum(map(int, re.findall(r"(\d+) bytes spill stores", log))),
         local=taken["STACK"] + taken["LOCAL"],
@@ -227,14 +262,21 @@ def compile_all(specs: list[Spec], processes: int = 2) -> dict[tuple[str, str], 
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"specs of the same name: {repeated}")
     with pool(processes) as workers:
-        jobs = {(spec.name, chip): workers.submit(compile, spec, chip) for spec in specs for chip in spec.chips}
+        jobs = {
+            (spec.name, chip): workers.submit(compile, spec, chip)
+            for spec in specs
+            for chip in spec.chips
+        }
         return {key: job.result(timeout=600) for key, job in jobs.items()}
 
 
 def measure_all(specs: list[Spec], processes: int = 2) -> dict[str, Traffic]:
     """op -> Traffic, for the specs that have a case."""
     with pool(processes, interpret=True) as workers:
-        jobs = {op: workers.submit(_measure, case, op) for op, case in {spec.op: spec.case for spec in specs if spec.case}.items()}
+        jobs = {
+            op: workers.submit(_measure, case, op)
+            for op, case in {spec.op: spec.case for spec in specs if spec.case}.items()
+        }
         return {op: job.result(timeout=600) for op, job in jobs.items()}
 
 

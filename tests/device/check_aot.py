@@ -18,11 +18,26 @@ SPECS = load()
 NVIDIA = ("sm_80", "sm_90", "sm_100")
 MATMUL = dict(
     kernel="samples:matmul",
-    signature=dict(a="*bf16", b="*bf16", c="*bf16", M="i32", N="i32", K="i32", stride_a="i32", stride_b="i32", stride_c="i32"),
+    signature=dict(
+        a="*bf16",
+        b="*bf16",
+        c="*bf16",
+        M="i32",
+        N="i32",
+        K="i32",
+        stride_a="i32",
+        stride_b="i32",
+        stride_c="i32",
+    ),
     kind="gemm",
     divisible=("a", "b", "c", "M", "N", "K", "stride_a", "stride_b", "stride_c"),
 )
-SCALE = dict(kernel="samples:scale", signature=dict(x="*bf16", y="*bf16", n="i32"), constexprs=dict(BLOCK=2048), kind="memory")
+SCALE = dict(
+    kernel="samples:scale",
+    signature=dict(x="*bf16", y="*bf16", n="i32"),
+    constexprs=dict(BLOCK=2048),
+    kind="memory",
+)
 ROWS = dict(kernel="samples:softmax", signature=dict(x="*bf16", y="*bf16"), divisible=("x", "y"))
 COLUMN_SUM = dict(kernel="samples:column_sum", constexprs=dict(COLUMNS=1024))
 
@@ -42,23 +57,64 @@ GOOD = [
     ),
     Spec("matmul", constexprs=dict(BM=128, BN=128, BK=64), num_warps=8, num_stages=2, **MATMUL),
     Spec("softmax", constexprs=dict(N=8192), num_warps=8, **ROWS),
-    Spec("integer atomic", "samples:count_positive", dict(x="*bf16", total="*i32"), dict(BLOCK=1024)),
+    Spec(
+        "integer atomic", "samples:count_positive", dict(x="*bf16", total="*i32"), dict(BLOCK=1024)
+    ),
 ]
 
 # what they must refuse, and for what
 BAD = [
-    (Spec("spilling matmul", constexprs=dict(BM=256, BN=256, BK=64), chips=("sm_90", "gfx942"), **MATMUL), r"spills \d+ bytes"),
-    (Spec("wide rows", constexprs=dict(N=8192), num_warps=1, chips=NVIDIA, **ROWS), r"bytes a thread in local memory"),
-    (Spec("too much shared memory", constexprs=dict(BM=128, BN=128, BK=128), num_warps=8, num_stages=5, **MATMUL), "of shared memory of"),
-    (Spec("unaligned", **SCALE), "loads too few of its bytes 16 at a time"),
-    (Spec("unaligned output", divisible=("x", "n"), **SCALE), "stores too few of its bytes 16 at a time"),
-    (Spec("float32 atomic", signature=dict(x="*bf16", total="*fp32", rows="i32"), **COLUMN_SUM), "adds floats atomically"),
-    (Spec("bfloat16 atomic", signature=dict(x="*bf16", total="*bf16", rows="i32"), **COLUMN_SUM), "adds floats atomically"),
     (
-        Spec("no tensor cores", "samples:matmul_ieee", dict.fromkeys("abc", "*fp32"), dict(BM=32, BN=32, BK=32), kind="gemm", chips=NVIDIA),
+        Spec(
+            "spilling matmul",
+            constexprs=dict(BM=256, BN=256, BK=64),
+            chips=("sm_90", "gfx942"),
+            **MATMUL,
+        ),
+        r"spills \d+ bytes",
+    ),
+    (
+        Spec("wide rows", constexprs=dict(N=8192), num_warps=1, chips=NVIDIA, **ROWS),
+        r"bytes a thread in local memory",
+    ),
+    (
+        Spec(
+            "too much shared memory",
+            constexprs=dict(BM=128, BN=128, BK=128),
+            num_warps=8,
+            num_stages=5,
+            **MATMUL,
+        ),
+        "of shared memory of",
+    ),
+    (Spec("unaligned", **SCALE), "loads too few of its bytes 16 at a time"),
+    (
+        Spec("unaligned output", divisible=("x", "n"), **SCALE),
+        "stores too few of its bytes 16 at a time",
+    ),
+    (
+        Spec("float32 atomic", signature=dict(x="*bf16", total="*fp32", rows="i32"), **COLUMN_SUM),
+        "adds floats atomically",
+    ),
+    (
+        Spec("bfloat16 atomic", signature=dict(x="*bf16", total="*bf16", rows="i32"), **COLUMN_SUM),
+        "adds floats atomically",
+    ),
+    (
+        Spec(
+            "no tensor cores",
+            "samples:matmul_ieee",
+            dict.fromkeys("abc", "*fp32"),
+            dict(BM=32, BN=32, BK=32),
+            kind="gemm",
+            chips=NVIDIA,
+        ),
         "does not use tensor cores",
     ),
-    (Spec("does not compile", "samples:softmax", dict(x="*bf16", y="*bf16"), dict(N=1000)), r"does not compile: .*power of 2"),
+    (
+        Spec("does not compile", "samples:softmax", dict(x="*bf16", y="*bf16"), dict(N=1000)),
+        r"does not compile: .*power of 2",
+    ),
 ]
 # op -> bytes of its input and output, and of scratch, over the least
 WASTEFUL = {"scale_twice": (1.5, 0.0), "scale through scratch": (1.0, 1.0)}
@@ -71,33 +127,48 @@ def made():
 
 @pytest.fixture(scope="module")
 def traffic():
-    return measure_all([*SPECS, *GOOD, *(Spec(op, "", {}, {}, op=op, case="samples:run") for op in WASTEFUL)])
+    return measure_all(
+        [*SPECS, *GOOD, *(Spec(op, "", {}, {}, op=op, case="samples:run") for op in WASTEFUL)]
+    )
 
 
-@pytest.mark.parametrize(("spec", "chip"), [pytest.param(s, c, id=f"{s.name} {c}") for s in SPECS + GOOD for c in s.chips])
+@pytest.mark.parametrize(
+    ("spec", "chip"),
+    [pytest.param(s, c, id=f"{s.name} {c}") for s in SPECS + GOOD for c in s.chips],
+)
 def test_let_through(made, spec, chip):
     assert faults(spec, made[spec.name, chip]) == []
     assert 0 < made[spec.name, chip].occupancy <= 1
 
 
-@pytest.mark.parametrize(("spec", "chip", "why"), [pytest.param(s, c, w, id=f"{s.name} {c}") for s, w in BAD for c in s.chips])
+@pytest.mark.parametrize(
+    ("spec", "chip", "why"),
+    [pytest.param(s, c, w, id=f"{s.name} {c}") for s, w in BAD for c in s.chips],
+)
 def test_refused(made, spec, chip, why):
     found = faults(spec, made[spec.name, chip])
     assert any(re.search(why, fault, re.S) for fault in found), found
 
 
-@pytest.mark.parametrize("spec", [pytest.param(s, id=s.name) for s in SPECS + GOOD if s.kind in ("memory", "reduction")])
+@pytest.mark.parametrize(
+    "spec", [pytest.param(s, id=s.name) for s in SPECS + GOOD if s.kind in ("memory", "reduction")]
+)
 def test_bytes_moved(traffic, spec):
     """Within 5% of the least: each input read once, each output written once; and no scratch but what the spec says."""
     moved = traffic[spec.op]
     assert moved.ratio <= 1.05, moved
     assert moved.scratch == 2 * spec.scratch
-    if "4096 rows" in spec.op:  # a training step's: with the partial sums of bias and weight gradients
+    if (
+        "4096 rows" in spec.op
+    ):  # a training step's: with the partial sums of bias and weight gradients
         assert moved.moved + moved.scratch <= 1.05 * moved.least, moved
 
 
 def test_bytes_moved_in_vain(traffic):
-    found = {op: (traffic[op].moved / traffic[op].least, traffic[op].scratch / traffic[op].least) for op in WASTEFUL}
+    found = {
+        op: (traffic[op].moved / traffic[op].least, traffic[op].scratch / traffic[op].least)
+        for op in WASTEFUL
+    }
     assert found == WASTEFUL
 
 
@@ -107,11 +178,18 @@ def test_documented(made, traffic):
     before = report.between(report.DOCUMENT.read_text(), "triton")
     if "Triton " in before and f"Triton {version('triton')}.\n" not in before:
         pytest.skip("docs/kernels.md was written with another version of Triton")
-    assert report.keep("triton", table), "docs/kernels.md was not current and has been written anew: commit it"
+    assert report.keep("triton", table), (
+        "docs/kernels.md was not current and has been written anew: commit it"
+    )
 
 
 def test_what_each_chip_multiplies_with(made):
-    assert [made["matmul", chip].tensor_cores for chip in CHIPS] == [["HMMA"], ["HGMMA"], ["UTCHMMA"], ["MFMA"]]
+    assert [made["matmul", chip].tensor_cores for chip in CHIPS] == [
+        ["HMMA"],
+        ["HGMMA"],
+        ["UTCHMMA"],
+        ["MFMA"],
+    ]
     assert made["matmul", "sm_100"].tensor_memory == 128
 
 
@@ -120,7 +198,9 @@ def test_spills_are_in_the_instructions(made):
     for spec in [*GOOD, *(spec for spec, _ in BAD)]:
         for chip in set(spec.chips) & set(NVIDIA):
             resources = made[spec.name, chip]
-            assert bool(resources.spills) == any(opcode.startswith("STL") for opcode in resources.opcodes), (spec.name, chip)
+            assert bool(resources.spills) == any(
+                opcode.startswith("STL") for opcode in resources.opcodes
+            ), (spec.name, chip)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +258,9 @@ def test_environment(monkeypatch):
     for chip in ("sm_80", "sm_100"):
         with pool(1) as workers:
             libraries = workers.submit(_libraries, GOOD[0], chip).result(timeout=300)
-        assert [name for name in libraries if name.startswith(("libcuda", "libamdhip", "libnvidia"))] == []
+        assert [
+            name for name in libraries if name.startswith(("libcuda", "libamdhip", "libnvidia"))
+        ] == []
         assert any(name.startswith("libtriton") for name in libraries)
 
 

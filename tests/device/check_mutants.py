@@ -43,7 +43,11 @@ SYNCHRONISATION = (
     (r"epoch \+ kEpochsPerLaunch", "epoch + 2 * kEpochsPerLaunch", "the same half twice in a row"),
     (r"x \+= __shfl_xor_sync\(.*?\);", ";", "no sum over the warp"),
     (r"slots\[rank\] \+ vector", "slots[kRanks - 1 - rank] + vector", "another order of the sum"),
-    (r"sum\.add\(parts\[rank\]\);", "sum = Accumulator<T>(sum.round()), sum.add(parts[rank]);", "a sum rounded at each step"),
+    (
+        r"sum\.add\(parts\[rank\]\);",
+        "sum = Accumulator<T>(sum.round()), sum.add(parts[rank]);",
+        "a sum rounded at each step",
+    ),
     (
         r"if \(threadIdx\.x % kWarp == 0\) sums",
         "if (threadIdx.x % kWarp == 0 && threadIdx.x / kWarp != 1) sums",
@@ -51,11 +55,23 @@ SYNCHRONISATION = (
     ),
 )
 BOUNDS = (
-    (r"i < count \? load\(address \+ i\) : from_float<T>\(0\.f\)", "load(address + i)", "reads past the end of a row"),
+    (
+        r"i < count \? load\(address \+ i\) : from_float<T>\(0\.f\)",
+        "load(address + i)",
+        "reads past the end of a row",
+    ),
     (r"if \(i < count\) store", "store", "writes past the end of a row"),
-    (r"count == Vector<T>::kSize && is_aligned", "is_aligned", "a whole vector where fewer elements are left"),
+    (
+        r"count == Vector<T>::kSize && is_aligned",
+        "is_aligned",
+        "a whole vector where fewer elements are left",
+    ),
     (r"&& is_aligned\(address\)", "", "a whole vector across a 16-byte boundary"),
-    (r"min\(length, vectors - segment \* length\)", "length", "the last segment as long as the others"),
+    (
+        r"min\(length, vectors - segment \* length\)",
+        "length",
+        "the last segment as long as the others",
+    ),
     (r"in_segment < layout\.end\(segment\)", "true", "the last slice as long as the others"),
 )
 MACHINE_CODE = (
@@ -63,21 +79,33 @@ MACHINE_CODE = (
     (r"st\.release\.sys", "st.release.gpu", "a flag stored for this GPU alone"),
     (r"ld\.acquire\.sys", "ld.relaxed.sys", "a flag loaded relaxed"),
     (r"ld\.acquire\.sys", "ld.acquire.gpu", "a flag loaded from this GPU alone"),
-    (r"multimem\.(ld_reduce|st)\.relaxed\.sys", r"multimem.\1.relaxed.gpu", "a multicast access for this GPU alone"),
+    (
+        r"multimem\.(ld_reduce|st)\.relaxed\.sys",
+        r"multimem.\1.relaxed.gpu",
+        "a multicast access for this GPU alone",
+    ),
     (r"\.acc::f32", "", "a switch that sums in half precision"),
     (
         r"copy_in\(a, layout, reinterpret_cast<Vector<T>\*>\(a\.peers\[a\.rank\] \+ half\)",
         "copy_in(a, layout, slots[a.rank]",
         "slots indexed at run time",
     ),
-    (r"reinterpret_cast<Vector<T>\*>\(a\.peers\[owner\] \+ half\)", "slots[owner]", "slots indexed at run time"),
+    (
+        r"reinterpret_cast<Vector<T>\*>\(a\.peers\[owner\] \+ half\)",
+        "slots[owner]",
+        "slots indexed at run time",
+    ),
     (
         r"return \*address;",
         "if constexpr (sizeof(V) == 16) { uint4 bits = __ldg(reinterpret_cast<const uint4*>(address)); "
         "return reinterpret_cast<V&>(bits); } else { return *address; }",
         "peers' data through the read-only path",
     ),
-    (r"__launch_bounds__\(kThreads, 1\)(?= (one|two)_shot\()", "__launch_bounds__(kThreads)", "fewer loads in flight"),
+    (
+        r"__launch_bounds__\(kThreads, 1\)(?= (one|two)_shot\()",
+        "__launch_bounds__(kThreads)",
+        "fewer loads in flight",
+    ),
 )
 
 
@@ -105,13 +133,21 @@ class Mutant:
 def mutants(patterns) -> list[Mutant]:
     found = []
     for pattern, text, what in patterns:
-        matches = [(file, m) for file in sorted(device_build.HEADERS.glob("*.cuh")) for m in re.finditer(pattern, file.read_text())]
+        matches = [
+            (file, m)
+            for file in sorted(device_build.HEADERS.glob("*.cuh"))
+            for m in re.finditer(pattern, file.read_text())
+        ]
         assert matches, f"no {pattern} in the source: the pattern has to follow the code"
         found += [Mutant(file, *m.span(), m.expand(text), what) for file, m in matches]
     return found
 
 
-@pytest.mark.parametrize(("sanitizer", "patterns"), (("thread", SYNCHRONISATION), ("address", BOUNDS)), ids=("synchronisation", "bounds"))
+@pytest.mark.parametrize(
+    ("sanitizer", "patterns"),
+    (("thread", SYNCHRONISATION), ("address", BOUNDS)),
+    ids=("synchronisation", "bounds"),
+)
 def test_every_mutant_is_noticed(sanitizer, patterns, tmp_path):
     device_build.objects(sanitizer)  # once, not by both workers
 
@@ -119,20 +155,29 @@ def test_every_mutant_is_noticed(sanitizer, patterns, tmp_path):
         device_build.check_program(folder / "check", sanitizer, mutant.write(folder))
         status, said = device_build.run_check(folder / "check", SEEDS, TIMEOUT)
         (folder / "check").unlink()
-        known = {0: None, 1: "wrong result", 2: "hang", 66: {"thread": "race", "address": "bad address"}[sanitizer]}
+        known = {
+            0: None,
+            1: "wrong result",
+            2: "hang",
+            66: {"thread": "race", "address": "bad address"}[sanitizer],
+        }
         assert status in known, f"{mutant}: status {status}\n{said[-2000:]}"
         return known[status]
 
     report(mutants(patterns), killed_by, tmp_path)
 
 
-@pytest.mark.skipif(sass.nvcc() is None, reason="no nvcc: neither in CUDA_HOME, /usr/local/cuda nor PATH")
+@pytest.mark.skipif(
+    sass.nvcc() is None, reason="no nvcc: neither in CUDA_HOME, /usr/local/cuda nor PATH"
+)
 def test_every_mutant_of_the_machine_code_is_noticed(tmp_path):
     source = sass.instances(("__nv_bfloat16", "__half"), (8,), norms=(False,))
 
     def killed_by(mutant: Mutant, folder: Path) -> str | None:
         kernels = sass.compile_kernels("sm_90", source, mutant.write(folder), folder)
-        return next((complaint for kernel in kernels for complaint in sass.complaints(kernel)), None)
+        return next(
+            (complaint for kernel in kernels for complaint in sass.complaints(kernel)), None
+        )
 
     report(mutants(MACHINE_CODE), killed_by, tmp_path)
 
@@ -149,4 +194,6 @@ def report(mutants: list[Mutant], killed_by, tmp_path: Path) -> None:
         print(f"  {mutant}: {result or 'SURVIVED'}")
     killed = sum(result is not None for result in results)
     print(f"killed / total: {killed} / {len(mutants)}")
-    assert killed == len(mutants), [str(mutant) for mutant, result in zip(mutants, results, strict=True) if result is None]
+    assert killed == len(mutants), [
+        str(mutant) for mutant, result in zip(mutants, results, strict=True) if result is None
+    ]

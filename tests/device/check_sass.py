@@ -4,7 +4,9 @@ import pytest
 import report
 import sass
 
-pytestmark = pytest.mark.skipif(sass.nvcc() is None, reason="no nvcc: neither in CUDA_HOME, /usr/local/cuda nor PATH")
+pytestmark = pytest.mark.skipif(
+    sass.nvcc() is None, reason="no nvcc: neither in CUDA_HOME, /usr/local/cuda nor PATH"
+)
 
 
 @pytest.mark.parametrize("arch", sass.ARCHS)
@@ -25,4 +27,6 @@ def test_documented():
     before = report.between(report.DOCUMENT.read_text(), "cuda")
     if "nvcc " in before and f"nvcc {nvcc}.\n" not in before:
         pytest.skip("docs/kernels.md was written with another nvcc")
-    assert report.keep("cuda", table), "docs/kernels.md was not current and has been written anew: commit it"
+    assert report.keep("cuda", table), (
+        "docs/kernels.md was not current and has been written anew: commit it"
+    )

@@ -44,12 +44,28 @@ class Chip:
 
     def static_shared(self, reported: int) -> int:
         """The kernel's own part of what cuobjdump reports, which from sm_90 on includes the system's."""
-        return reported - self.shared_reserved if self.target[1] != 80 and reported >= self.shared_reserved else reported
+        return (
+            reported - self.shared_reserved
+            if self.target[1] != 80 and reported >= self.shared_reserved
+            else reported
+        )
 
 
 def _nvidia(arch: int, shared_kib: int, tensor_memory: int = 0) -> Chip:
     # 64 K registers, in quarters of 16 K: 512 for each lane of a warp.
-    return Chip(("cuda", arch, 32), 512, 8, 255, shared_kib << 10, (shared_kib - 1) << 10, 1 << 10, 128, 64, 32, tensor_memory)
+    return Chip(
+        ("cuda", arch, 32),
+        512,
+        8,
+        255,
+        shared_kib << 10,
+        (shared_kib - 1) << 10,
+        1 << 10,
+        128,
+        64,
+        32,
+        tensor_memory,
+    )
 
 
 CHIPS = {

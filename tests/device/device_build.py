@@ -11,7 +11,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parent.parent / "csrc" / "include" / "tpkernels"
 CACHE = HERE.parent.parent / "build" / "device"
-SANITIZERS = {None: [], "thread": ["-fsanitize=thread", "-DSIMT_TSAN"], "address": ["-fsanitize=address,alignment", "-DSIMT_ASAN"]}
+SANITIZERS = {
+    None: [],
+    "thread": ["-fsanitize=thread", "-DSIMT_TSAN"],
+    "address": ["-fsanitize=address,alignment", "-DSIMT_ASAN"],
+}
 # check.cpp runs these; all the rest is for the library that Python loads.
 CHECK_DEFINES = ("TEST_RANKS=3", "TEST_TYPES=float, __nv_bfloat16")
 
@@ -24,11 +28,15 @@ def toolkit(path: str) -> Path:
     for root in roots:
         if (root / path).exists():
             return root / path
-    raise FileNotFoundError(f"no {path} in {', '.join(map(str, roots))}: install triton, or set CUDA_HOME")
+    raise FileNotFoundError(
+        f"no {path} in {', '.join(map(str, roots))}: install triton, or set CUDA_HOME"
+    )
 
 
 def run(command: list) -> subprocess.CompletedProcess:
-    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=300
+    )
     if result.returncode:
         raise RuntimeError(f"{' '.join(str(part) for part in command)}\n{result.stderr[-4000:]}")
     return result
@@ -50,9 +58,18 @@ def kept(kind: str, inputs: object, files: list[Path], make: Callable[[Path], No
     return path
 
 
-def compile(output: Path, inputs: list[Path], sanitizer: str | None, *options: str, headers: Path = HEADERS) -> None:
+def compile(
+    output: Path, inputs: list[Path], sanitizer: str | None, *options: str, headers: Path = HEADERS
+) -> None:
     flags = ["-O1", "-g1", "-std=c++17", "-fPIC", *SANITIZERS[sanitizer], *options]
-    includes = ["-I", HERE / "simt", "-I", headers.parent, "-isystem", toolkit("include/cuda_bf16.h").parent]
+    includes = [
+        "-I",
+        HERE / "simt",
+        "-I",
+        headers.parent,
+        "-isystem",
+        toolkit("include/cuda_bf16.h").parent,
+    ]
     run(["g++", *flags, *includes, *inputs, "-o", output])
 
 
@@ -66,30 +83,52 @@ def objects(sanitizer: str | None) -> list[Path]:
     def check(path):
         compile(path, [HERE / "check.cpp"], sanitizer, "-c")
 
-    sources = [file for file in sorted(HERE.rglob("*")) if file.suffix in (".h", ".cpp") or file.parent.name == "nv"]
-    return [kept("o", ("scheduler", sanitizer), sources, scheduler), kept("o", ("check", sanitizer), sources, check)]
+    sources = [
+        file
+        for file in sorted(HERE.rglob("*"))
+        if file.suffix in (".h", ".cpp") or file.parent.name == "nv"
+    ]
+    return [
+        kept("o", ("scheduler", sanitizer), sources, scheduler),
+        kept("o", ("check", sanitizer), sources, check),
+    ]
 
 
 def library() -> Path:
     """The harness, for ctypes."""
     sources = [HERE / "harness.cpp", objects(None)[0]]
     return kept(
-        "so", (), [*sources, HERE / "harness.h", *sorted(HEADERS.glob("*.cuh"))], lambda path: compile(path, sources, None, "-shared")
+        "so",
+        (),
+        [*sources, HERE / "harness.h", *sorted(HEADERS.glob("*.cuh"))],
+        lambda path: compile(path, sources, None, "-shared"),
     )
 
 
 def check_program(path: Path, sanitizer: str | None, headers: Path = HEADERS) -> None:
     """The harness and check.cpp, with the device code from `headers`."""
-    compile(path, [HERE / "harness.cpp", *objects(sanitizer)], sanitizer, *(f"-D{define}" for define in CHECK_DEFINES), headers=headers)
+    compile(
+        path,
+        [HERE / "harness.cpp", *objects(sanitizer)],
+        sanitizer,
+        *(f"-D{define}" for define in CHECK_DEFINES),
+        headers=headers,
+    )
 
 
 def run_check(program: Path, seeds: int, timeout: float) -> tuple[int, str]:
     """Exit status (check.cpp says what 1 and 2 mean, a sanitizer's is 66, -1: out of time) and what it said."""
-    options = dict(TSAN_OPTIONS="halt_on_error=1 exitcode=66", ASAN_OPTIONS="exitcode=66", UBSAN_OPTIONS="halt_on_error=1 exitcode=66")
+    options = dict(
+        TSAN_OPTIONS="halt_on_error=1 exitcode=66",
+        ASAN_OPTIONS="exitcode=66",
+        UBSAN_OPTIONS="halt_on_error=1 exitcode=66",
+    )
     try:
         # ThreadSanitizer wants its address space where the kernel would put other things at random.
         command = ["setarch", "-R", str(program), str(seeds)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **options})
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env={**os.environ, **options}
+        )
     except subprocess.TimeoutExpired:
         return -1, "out of time"
     return result.returncode, result.stdout + result.stderr

@@ -19,7 +19,12 @@ import numpy as np
 import triton.language as tl
 from triton._C.libtriton import ir
 from triton.runtime import interpreter as triton_interpreter
-from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, ReduceScanOpInterface, TensorHandle
+from triton.runtime.interpreter import (
+    GridExecutor,
+    InterpreterBuilder,
+    ReduceScanOpInterface,
+    TensorHandle,
+)
 
 
 class OutOfBounds(Exception):
@@ -55,7 +60,11 @@ def _in_float32(name: str):
         if not any(map(_is_bf16, args)):
             return original(self, *args)
         result = original(self, *map(_widened, args))
-        return TensorHandle(narrow(result.data), tl.bfloat16) if result.data.dtype.kind == "f" else result
+        return (
+            TensorHandle(narrow(result.data), tl.bfloat16)
+            if result.data.dtype.kind == "f"
+            else result
+        )
 
     return method
 
@@ -64,10 +73,21 @@ class Region:
     """A tensor's elements as addresses."""
 
     def __init__(self, name: str, tensor):
-        self.name, self.tensor, self.start, self.itemsize = name, tensor, tensor.data_ptr(), tensor.element_size()
-        sizes = [(stride, size) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1 and stride]
+        self.name, self.tensor, self.start, self.itemsize = (
+            name,
+            tensor,
+            tensor.data_ptr(),
+            tensor.element_size(),
+        )
+        sizes = [
+            (stride, size)
+            for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+            if size > 1 and stride
+        ]
         self.dims = sorted(sizes, reverse=True)
-        self.elements = (1 + sum((size - 1) * stride for stride, size in self.dims)) if tensor.numel() else 0
+        self.elements = (
+            (1 + sum((size - 1) * stride for stride, size in self.dims)) if tensor.numel() else 0
+        )
 
     def offsets(self, addresses: np.ndarray) -> np.ndarray:
         """Each address's offset in elements from the first, or -1 where there is no element of this tensor."""
@@ -84,7 +104,9 @@ class Builder(InterpreterBuilder):
     binary_op, ternary_op, unary_op = map(_in_float32, ("binary_op", "ternary_op", "unary_op"))
     create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)  # noqa: E731
     create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)  # noqa: E731
-    create_fma, create_rsqrt, create_erf = map(_in_float32, ("create_fma", "create_rsqrt", "create_erf"))
+    create_fma, create_rsqrt, create_erf = map(
+        _in_float32, ("create_fma", "create_rsqrt", "create_erf")
+    )
 
     arguments: tuple[Region, ...] = ()  # of the launch under way
     others: tuple[Region, ...] = ()
@@ -101,13 +123,23 @@ class Builder(InterpreterBuilder):
 
     def cast_impl(self, src, dst_type):
         if dst_type.scalar == tl.bfloat16:
-            return src if _is_bf16(src) else TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+            return (
+                src
+                if _is_bf16(src)
+                else TensorHandle(narrow(src.data.astype(np.float32)), tl.bfloat16)
+            )
         return super().cast_impl(_widened(src), dst_type)
 
-    create_si_to_fp = create_ui_to_fp = create_fp_to_si = create_fp_to_ui = create_fp_ext = create_fp_trunc = cast_impl
+    create_si_to_fp = create_ui_to_fp = create_fp_to_si = create_fp_to_ui = create_fp_ext = (
+        create_fp_trunc
+    ) = cast_impl
 
     def create_fp_to_fp(self, src, dst_type, rounding_mode):
-        if dst_type.scalar == tl.bfloat16 and rounding_mode == ir.ROUNDING_MODE.RTZ and src.dtype.scalar == tl.float32:
+        if (
+            dst_type.scalar == tl.bfloat16
+            and rounding_mode == ir.ROUNDING_MODE.RTZ
+            and src.dtype.scalar == tl.float32
+        ):
             bits = (np.ascontiguousarray(src.data).view(np.uint32) >> 16).astype(np.uint16)
             return TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), bits), tl.bfloat16)
         if dst_type.scalar == tl.bfloat16 and src.dtype.primitive_bitwidth > 16:
@@ -120,7 +152,9 @@ class Builder(InterpreterBuilder):
         return super().create_dot(_widened(a), _widened(b), d, *args)
 
     def _check(self, kind: str, pointers, mask) -> None:
-        mask = np.broadcast_to(np.asarray(getattr(mask, "data", mask), dtype=bool), pointers.data.shape)
+        mask = np.broadcast_to(
+            np.asarray(getattr(mask, "data", mask), dtype=bool), pointers.data.shape
+        )
         addresses = pointers.data[mask]
         for region in self.others + self.arguments:
             if not addresses.size:
@@ -138,7 +172,10 @@ class Builder(InterpreterBuilder):
         message = f"{self.kernel}, program {self.grid_idx}: {kind} of {addresses.size} element(s) outside every tensor"
         if not regions:
             return message
-        near = min(regions, key=lambda r: max(r.start - first, first - (r.start + r.elements * r.itemsize), 0))
+        near = min(
+            regions,
+            key=lambda r: max(r.start - first, first - (r.start + r.elements * r.itemsize), 0),
+        )
         shape = "x".join(map(str, near.tensor.shape))
         return f"{message}; the first is {first - near.start} bytes from the start of {near.name!r} ({shape}, strides {near.tensor.stride()}, {near.itemsize} bytes each)"
 
@@ -168,17 +205,27 @@ class Builder(InterpreterBuilder):
 def _tensors(argument) -> list:
     if isinstance(argument, tuple):
         return [tensor for item in argument for tensor in _tensors(item)]
-    argument = getattr(argument, "base", argument)  # of a tensor descriptor or a reinterpreted tensor
+    argument = getattr(
+        argument, "base", argument
+    )  # of a tensor descriptor or a reinterpreted tensor
     return [argument] if hasattr(argument, "data_ptr") else []
 
 
 class Executor(GridExecutor):
     def __call__(self, *args, **kwargs):
-        builder, names = triton_interpreter.interpreter_builder, inspect.signature(self.fn).parameters
-        given = {**dict(zip(names, args, strict=False)), **{name: value for name, value in kwargs.items() if name in names}}
+        builder, names = (
+            triton_interpreter.interpreter_builder,
+            inspect.signature(self.fn).parameters,
+        )
+        given = {
+            **dict(zip(names, args, strict=False)),
+            **{name: value for name, value in kwargs.items() if name in names},
+        }
         outer = builder.arguments, builder.kernel
         builder.kernel = self.fn.__name__
-        builder.arguments = tuple(Region(name, tensor) for name, value in given.items() for tensor in _tensors(value))
+        builder.arguments = tuple(
+            Region(name, tensor) for name, value in given.items() for tensor in _tensors(value)
+        )
         try:
             return super().__call__(*args, **kwargs)
         finally:

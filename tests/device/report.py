@@ -20,14 +20,26 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 DOCUMENT = HERE.parents[1] / "docs/kernels.md"
-sys.path[:0] = [str(HERE.parents[1]), str(HERE)]  # the checkout's tpkernels, and this folder's modules, wherever it is started
+sys.path[:0] = [
+    str(HERE.parents[1]),
+    str(HERE),
+]  # the checkout's tpkernels, and this folder's modules, wherever it is started
 
 from aot import Resources, Spec, Traffic, compile_all, faults, measure_all  # noqa: E402
 from chips import CHIPS  # noqa: E402
 from specs import load  # noqa: E402
 
 CUDA_THREADS = 512  # the most that the kernels are launched with
-COLUMNS = ("kernel", "configuration", "chip", "registers", "spills", "shared memory", "occupancy", "access or unit")
+COLUMNS = (
+    "kernel",
+    "configuration",
+    "chip",
+    "registers",
+    "spills",
+    "shared memory",
+    "occupancy",
+    "access or unit",
+)
 COLUMNS += ("bytes / element", "scratch", "least")
 
 
@@ -54,7 +66,10 @@ def row(kernel: str, configuration: str, made: Resources, traffic=None) -> tuple
     chip = CHIPS[made.chip]
     per_element = [""] * 3
     if traffic:
-        per_element = [f"{count / traffic.elements:.3g}" for count in (traffic.moved, traffic.scratch, traffic.least)]
+        per_element = [
+            f"{count / traffic.elements:.3g}"
+            for count in (traffic.moved, traffic.scratch, traffic.least)
+        ]
     return (
         kernel,
         configuration,
@@ -78,10 +93,17 @@ def configuration(spec: Spec) -> str:
     return f"{spec.name}: {blocks}, {spec.num_warps} warps, {spec.num_stages} stages"
 
 
-def triton_table(specs: list[Spec], made: dict[tuple[str, str], Resources], traffic: dict[str, Traffic]) -> str:
+def triton_table(
+    specs: list[Spec], made: dict[tuple[str, str], Resources], traffic: dict[str, Traffic]
+) -> str:
     """made and traffic: compile_all's and measure_all's, of the specs."""
     rows = [
-        row(f"`{spec.kernel.split(':')[1]}`", configuration(spec), made[spec.name, chip], traffic.get(spec.op))
+        row(
+            f"`{spec.kernel.split(':')[1]}`",
+            configuration(spec),
+            made[spec.name, chip],
+            traffic.get(spec.op),
+        )
         for spec in specs
         for chip in spec.chips
     ]
@@ -91,10 +113,19 @@ def triton_table(specs: list[Spec], made: dict[tuple[str, str], Resources], traf
 def nvcc_version() -> str | None:
     """ "13.0.88" of the nvcc that CUDA_HOME or PATH names, else None."""
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    nvcc = next((path for path in (f"{home}/bin/nvcc", shutil.which("nvcc")) if path and os.path.exists(path)), None)
+    nvcc = next(
+        (
+            path
+            for path in (f"{home}/bin/nvcc", shutil.which("nvcc"))
+            if path and os.path.exists(path)
+        ),
+        None,
+    )
     if nvcc is None:
         return None
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    said = subprocess.run(
+        [nvcc, "--version"], capture_output=True, text=True, check=True, timeout=60
+    ).stdout
     return re.search(r"\bV([\d.]+)", said)[1]
 
 
@@ -105,8 +136,18 @@ def cuda_table(nvcc: str) -> str:
     rows = []
     for arch in sass.ARCHS:
         for made in sass.cuda_resources(arch, dtypes=("__nv_bfloat16",)):
-            resources = Resources(arch, CUDA_THREADS, made["regs"], made["spill"], made["stack"], made["smem"], opcodes=made["opcodes"])
-            rows.append(row(f"`{made['kernel']}`", f"`{made['name']}`, {CUDA_THREADS} threads", resources))
+            resources = Resources(
+                arch,
+                CUDA_THREADS,
+                made["regs"],
+                made["spill"],
+                made["stack"],
+                made["smem"],
+                opcodes=made["opcodes"],
+            )
+            rows.append(
+                row(f"`{made['kernel']}`", f"`{made['name']}`, {CUDA_THREADS} threads", resources)
+            )
     return f"nvcc {nvcc}.\n\n{markdown(rows)}"
 
 
@@ -144,20 +185,32 @@ def keep(name: str, table: str, path: Path = DOCUMENT) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the Markdown file, which has the markers")
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the file is not current")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the Markdown file, which has the markers"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing, exit 1 if the file is not current"
+    )
     options = parser.parse_args()
     text = options.out.read_text()
     specs = load()
     made = compile_all(specs)
-    if wrong := [f"{spec.name} {chip}: {fault}" for spec in specs for chip in spec.chips for fault in faults(spec, made[spec.name, chip])]:
+    if wrong := [
+        f"{spec.name} {chip}: {fault}"
+        for spec in specs
+        for chip in spec.chips
+        for fault in faults(spec, made[spec.name, chip])
+    ]:
         print("\n".join(wrong), file=sys.stderr)
         return 1
     renewed = renew(text, triton_table(specs, made, measure_all(specs)))
     if renewed == text:
         return 0
     if options.check:
-        print(f"{options.out} is not current: `python tests/device/report.py --out {options.out}` writes it anew", file=sys.stderr)
+        print(
+            f"{options.out} is not current: `python tests/device/report.py --out {options.out}` writes it anew",
+            file=sys.stderr,
+        )
         return 1
     save(options.out, renewed)
     return 0

@@ -21,20 +21,41 @@ def scale_twice(x, y, n, BLOCK: tl.constexpr):
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     half = tl.program_id(1)
     value = tl.load(x + offsets, mask=offsets < n).to(tl.float32)
-    tl.store(y + offsets, (value * 3).to(y.dtype.element_ty), mask=(offsets < n) & (offsets % 2 == half))
+    tl.store(
+        y + offsets, (value * 3).to(y.dtype.element_ty), mask=(offsets < n) & (offsets % 2 == half)
+    )
 
 
 @triton.jit
 def add_bias(x, bias, y, rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS)[None, :]
-    value = tl.load(x + row * COLUMNS + column, mask=row < rows).to(tl.float32) + tl.load(bias + column).to(tl.float32)
+    value = tl.load(x + row * COLUMNS + column, mask=row < rows).to(tl.float32) + tl.load(
+        bias + column
+    ).to(tl.float32)
     tl.store(y + row * COLUMNS + column, value.to(y.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
-def matmul(a, b, c, M, N, K, stride_a, stride_b, stride_c, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
-    m, n, k = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BN + tl.arange(0, BN), tl.arange(0, BK)
+def matmul(
+    a,
+    b,
+    c,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    stride_c,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    m, n, k = (
+        tl.program_id(0) * BM + tl.arange(0, BM),
+        tl.program_id(1) * BN + tl.arange(0, BN),
+        tl.arange(0, BK),
+    )
     pa, pb = a + m[:, None] * stride_a + k[None, :], b + k[:, None] * stride_b + n[None, :]
     sum = tl.zeros((BM, BN), tl.float32)
     for start in range(0, K, BK):
@@ -43,7 +64,11 @@ def matmul(a, b, c, M, N, K, stride_a, stride_b, stride_c, BM: tl.constexpr, BN:
         sum = tl.dot(left, right, sum)
         pa += BK
         pb += BK * stride_b
-    tl.store(c + m[:, None] * stride_c + n[None, :], sum.to(c.dtype.element_ty), mask=(m[:, None] < M) & (n[None, :] < N))
+    tl.store(
+        c + m[:, None] * stride_c + n[None, :],
+        sum.to(c.dtype.element_ty),
+        mask=(m[:, None] < M) & (n[None, :] < N),
+    )
 
 
 @triton.jit
@@ -126,7 +151,9 @@ def largest(x, y, out, BLOCK: tl.constexpr):
 @triton.jit
 def copy_rows(x, y, stride_x, COLUMNS: tl.constexpr):
     column = tl.arange(0, COLUMNS)
-    tl.store(y + tl.program_id(0) * COLUMNS + column, tl.load(x + tl.program_id(0) * stride_x + column))
+    tl.store(
+        y + tl.program_id(0) * COLUMNS + column, tl.load(x + tl.program_id(0) * stride_x + column)
+    )
 
 
 @triton.jit

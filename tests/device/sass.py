@@ -15,7 +15,9 @@ DTYPES = {"float": "f", "__half": "6__half", "__nv_bfloat16": "13__nv_bfloat16"}
 KERNELS = ("one_shot", "two_shot", "two_shot_multimem")
 MAX_REGISTERS = 128  # 512 threads a block, 64 Ki registers an SM
 
-NAME = re.compile(rf"9tpkernels\d+({'|'.join(KERNELS)})I({'|'.join(DTYPES.values())})Li(\d)ELb([01])E")
+NAME = re.compile(
+    rf"9tpkernels\d+({'|'.join(KERNELS)})I({'|'.join(DTYPES.values())})Li(\d)ELb([01])E"
+)
 
 
 def nvcc() -> str | None:
@@ -29,7 +31,9 @@ def instances(dtypes, ranks, norms=(False, True)) -> str:
         for dtype in dtypes:
             for count in ranks:
                 for norm in norms:
-                    lines.append(f"template __global__ void {kernel}<{dtype}, {count}, {str(norm).lower()}>(Arguments<{dtype}>);")
+                    lines.append(
+                        f"template __global__ void {kernel}<{dtype}, {count}, {str(norm).lower()}>(Arguments<{dtype}>);"
+                    )
     return "\n".join([*lines, "}", ""])
 
 
@@ -38,8 +42,23 @@ def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list
     multimem (the PTX instructions: their SASS does not show the scope)."""
     file, ptx, cubin = (folder / f"instances-{arch}.{kind}" for kind in ("cu", "ptx", "cubin"))
     file.write_text(source)
-    device_build.run([nvcc(), "-std=c++17", "-O3", f"-arch={arch}", "-ptx", "-I", headers.parent, file, "-o", ptx])
-    log = device_build.run([nvcc(), f"-arch={arch}", "-cubin", "-Xptxas", "-v", ptx, "-o", cubin]).stderr
+    device_build.run(
+        [
+            nvcc(),
+            "-std=c++17",
+            "-O3",
+            f"-arch={arch}",
+            "-ptx",
+            "-I",
+            headers.parent,
+            file,
+            "-o",
+            ptx,
+        ]
+    )
+    log = device_build.run(
+        [nvcc(), f"-arch={arch}", "-cubin", "-Xptxas", "-v", ptx, "-o", cubin]
+    ).stderr
     virtual = dict(re.findall(r"\.entry (\w+)\((.*?)^}", ptx.read_text(), re.S | re.M))
     sass = device_build.run([device_build.toolkit("bin/nvdisasm"), "-c", cubin]).stdout
     bodies = {part.split(",", 1)[0]: part for part in sass.split(".section\t.text.")[1:]}
@@ -47,9 +66,13 @@ def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list
     for entry in log.split("Compiling entry function '")[1:]:
         mangled = entry.split("'", 1)[0]
         kernel, dtype, ranks, norm = NAME.search(mangled).groups()
-        stack, stores, loads = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups()
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+        ).groups()
         smem = re.search(r"(\d+) bytes smem", entry)
-        instructions = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", bodies[mangled])
+        instructions = re.findall(
+            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", bodies[mangled]
+        )
         kernels.append(
             dict(
                 name=f"{kernel}<{spelling[dtype]}, {ranks}{', norm' if norm == '1' else ''}>",
@@ -80,19 +103,28 @@ def cuda_resources(arch: str, dtypes=tuple(DTYPES), ranks=RANKS) -> list[dict]:
         shutil.rmtree(folder)
 
     headers = sorted(device_build.HEADERS.glob("*.cuh"))
-    return json.loads(device_build.kept("json", (arch, source), [Path(__file__), *headers], make).read_text())
+    return json.loads(
+        device_build.kept("json", (arch, source), [Path(__file__), *headers], make).read_text()
+    )
 
 
 def complaints(kernel: dict) -> list[str]:
     """What is wrong with a kernel's machine code; nothing, if all is well."""
-    code, ranks, multimem = kernel["instructions"], kernel["ranks"], kernel["kernel"] == "two_shot_multimem"
+    code, ranks, multimem = (
+        kernel["instructions"],
+        kernel["ranks"],
+        kernel["kernel"] == "two_shot_multimem",
+    )
     found = []
 
     def expect(condition, message):
         if not condition:
             found.append(f"{kernel['arch']} {kernel['name']}: {message}")
 
-    expect(kernel["stack"] == 0 and kernel["spill"] == 0, f"stack {kernel['stack']}, spilled {kernel['spill']} bytes")
+    expect(
+        kernel["stack"] == 0 and kernel["spill"] == 0,
+        f"stack {kernel['stack']}, spilled {kernel['spill']} bytes",
+    )
     expect(not any(op.startswith(("LDL", "STL")) for op in code), "local memory")
     expect(kernel["regs"] <= MAX_REGISTERS, f"{kernel['regs']} registers")
     expect(any(re.fullmatch(r"LDG?\.E\.128(\.CONSTANT)?", op) for op in code), "no 16-byte load")
@@ -106,21 +138,40 @@ def complaints(kernel: dict) -> list[str]:
     stores = [i for i, op in enumerate(memory) if re.fullmatch(r"STG?\.E\.64\.STRONG\.SYS", op)]
     loads = [i for i, op in enumerate(memory) if re.fullmatch(r"LDG?\.E\.64\.STRONG\.SYS", op)]
     expect(
-        len(stores) == barriers and len(loads) == barriers, f"{len(stores)} flag stores and {len(loads)} flag loads of the system's scope"
+        len(stores) == barriers and len(loads) == barriers,
+        f"{len(stores)} flag stores and {len(loads)} flag loads of the system's scope",
     )
-    expect(all(re.fullmatch(r"MEMBAR\.\w+\.SYS", memory[i - 1]) for i in stores), "a flag is stored without a release")
+    expect(
+        all(re.fullmatch(r"MEMBAR\.\w+\.SYS", memory[i - 1]) for i in stores),
+        "a flag is stored without a release",
+    )
     expect(all(memory[i + 1] == "CCTL.IVALL" for i in loads), "a flag is loaded without an acquire")
-    expect(not any(re.search(r"STRONG\.(GPU|SM|CTA)", op) for op in code), "an access of a narrower scope than the system's")
+    expect(
+        not any(re.search(r"STRONG\.(GPU|SM|CTA)", op) for op in code),
+        "an access of a narrower scope than the system's",
+    )
 
     if multimem and kernel["arch"] != "sm_80":
-        expect(len(kernel["multimem"]) == 2 and all(".sys." in op for op in kernel["multimem"]), f"multicast accesses {kernel['multimem']}")
+        expect(
+            len(kernel["multimem"]) == 2 and all(".sys." in op for op in kernel["multimem"]),
+            f"multicast accesses {kernel['multimem']}",
+        )
         # HPADD: high precision, what sm_100 calls accumulation in fp32
-        expect(any(re.match(r"LDGMC\..*(F32|HPADD)", op) for op in code), "no load that the switch reduces in fp32")
-        expect(any(re.fullmatch(r"STG?\.E\.128\.STRONG\.SYS", op) for op in code), "no store to all ranks of the system's scope")
+        expect(
+            any(re.match(r"LDGMC\..*(F32|HPADD)", op) for op in code),
+            "no load that the switch reduces in fp32",
+        )
+        expect(
+            any(re.fullmatch(r"STG?\.E\.128\.STRONG\.SYS", op) for op in code),
+            "no store to all ranks of the system's scope",
+        )
     if not multimem:
         in_flight = most = 0
         for op in code:
             in_flight = 0 if op.startswith("FADD") else in_flight + (op == "LD.E.128")
             most = max(most, in_flight)
-        expect(most >= ranks, f"only {most} of {ranks} ranks' parts are loaded before the first is added")
+        expect(
+            most >= ranks,
+            f"only {most} of {ranks} ranks' parts are loaded before the first is added",
+        )
     return found

@@ -34,7 +34,10 @@ def _record() -> list[Spec]:
             kernel=f"{found['kernel'].fn.__module__}:{found['kernel'].__name__}",
             signature=found["signature"],
             # A Triton type by its name: to hand over the object would import Triton into the process that asked.
-            constexprs={name: value.name if isinstance(value, tl.dtype) else value for name, value in found["constexprs"].items()},
+            constexprs={
+                name: value.name if isinstance(value, tl.dtype) else value
+                for name, value in found["constexprs"].items()
+            },
             num_warps=found["num_warps"],
             num_stages=found["num_stages"],
             kind=KINDS.get(found["kernel"].__name__, found["kind"]),

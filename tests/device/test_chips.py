@@ -46,13 +46,44 @@ def test_nvidia(tmp_path, name):
     # Triton's wheel carries the toolkit's headers.
     include = Path(find_spec("triton").origin).parent / "backends/nvidia/include"
     (tmp_path / "calculator.cpp").write_text(CALCULATOR)
-    command = ["g++", "-w", "-I", include, tmp_path / "calculator.cpp", "-o", tmp_path / "calculator"]
+    command = [
+        "g++",
+        "-w",
+        "-I",
+        include,
+        tmp_path / "calculator.cpp",
+        "-o",
+        tmp_path / "calculator",
+    ]
     subprocess.run(command, check=True, timeout=120)
     chip = CHIPS[name]
-    shared = (0, 1, 127, 1024, 16384, 33000, 65536, 98304, chip.shared_of_block - 1, chip.shared_of_block)
-    cases = list(itertools.product((32, 64, 96, 128, 256, 384, 512, 768, 1024), range(8, 256), shared))
-    lines = "".join(f"{name[3:-1]} {chip.shared} {threads} {registers} {taken}\n" for threads, registers, taken in cases)
-    said = subprocess.run([tmp_path / "calculator"], input=lines, capture_output=True, text=True, check=True, timeout=120).stdout
+    shared = (
+        0,
+        1,
+        127,
+        1024,
+        16384,
+        33000,
+        65536,
+        98304,
+        chip.shared_of_block - 1,
+        chip.shared_of_block,
+    )
+    cases = list(
+        itertools.product((32, 64, 96, 128, 256, 384, 512, 768, 1024), range(8, 256), shared)
+    )
+    lines = "".join(
+        f"{name[3:-1]} {chip.shared} {threads} {registers} {taken}\n"
+        for threads, registers, taken in cases
+    )
+    said = subprocess.run(
+        [tmp_path / "calculator"],
+        input=lines,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
     wrong = []
     for (threads, registers, taken), blocks in zip(cases, map(int, said.split()), strict=True):
         if chip.occupancy(threads, registers, taken) != blocks * (threads // 32) / 64:
@@ -80,13 +111,20 @@ def _llvm(spec: Spec) -> tuple[int, int]:
     signature = {name: spec.signature.get(name, "constexpr") for name in kernel.arg_names}
     constexprs = {(kernel.arg_names.index(name),): value for name, value in spec.constexprs.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
-    text = triton.compile(source, target=GPUTarget(*CHIPS["gfx942"].target), options={"num_warps": spec.num_warps}).asm["amdgcn"]
-    return int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), int(re.search(r"; Occupancy: (\d+)", text)[1])
+    text = triton.compile(
+        source, target=GPUTarget(*CHIPS["gfx942"].target), options={"num_warps": spec.num_warps}
+    ).asm["amdgcn"]
+    return int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]), int(
+        re.search(r"; Occupancy: (\d+)", text)[1]
+    )
 
 
 def test_amd():
     """Against LLVM, at several register counts; it does not know the dynamic LDS, of which these kernels have little."""
-    specs = [Spec("", "samples:softmax", dict(x="*bf16", y="*bf16"), dict(N=n), num_warps=1) for n in (256, 2048, 4096, 8192)]
+    specs = [
+        Spec("", "samples:softmax", dict(x="*bf16", y="*bf16"), dict(N=n), num_warps=1)
+        for n in (256, 2048, 4096, 8192)
+    ]
     with pool(2) as workers:
         found = [job.result(timeout=300) for job in [workers.submit(_llvm, spec) for spec in specs]]
     assert len(set(found)) > 2, found

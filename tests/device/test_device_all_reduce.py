@@ -10,12 +10,17 @@ WORLDS = (2, 3, 4, 8)
 SHAPES = ((1, 1), (1, 7), (3, 5), (1, 1031), (5, 64), (7, 136), (4, 129))
 HALF = 1 << 14
 every_world = pytest.mark.parametrize("world", WORLDS)
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+every_dtype = pytest.mark.parametrize(
+    "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
+)
 
 
 def twin(launch: Launch, dtype: torch.dtype):
     """Plain torch in that dtype: the partials added in rank order, then what follows."""
-    inputs, bias, residual, weight = (t if t is None else t.to(dtype) for t in (launch.inputs, launch.bias, launch.residual, launch.weight))
+    inputs, bias, residual, weight = (
+        t if t is None else t.to(dtype)
+        for t in (launch.inputs, launch.bias, launch.residual, launch.weight)
+    )
     h = inputs[0]
     for part in inputs[1:]:
         h = h + part
@@ -31,7 +36,10 @@ def same_bits_on_all_ranks(result):
 
 
 def assert_close(out, ref, same_dtype, what):
-    error, allowed = (out.double() - ref).abs().max(), 2 * (same_dtype.double() - ref).abs().max() + 1e-6
+    error, allowed = (
+        (out.double() - ref).abs().max(),
+        2 * (same_dtype.double() - ref).abs().max() + 1e-6,
+    )
     assert error < allowed, f"{what}: {error:.3e} against {allowed:.3e}"
 
 
@@ -53,7 +61,11 @@ def make(kernel, world, shape, dtype, rng, integers, terms="", **options):
     """terms: b(ias), r(esidual), n(orm). Integers: small enough that every sum is exact in every dtype."""
 
     def data(*size):
-        values = torch.randint(-3, 4, size, generator=rng) if integers else torch.randn(size, generator=rng)
+        values = (
+            torch.randint(-3, 4, size, generator=rng)
+            if integers
+            else torch.randn(size, generator=rng)
+        )
         return values.to(dtype)
 
     rows, columns = shape
@@ -78,7 +90,18 @@ def test_every_kernel_shape_and_epilogue(world, dtype, integers):
     # Every shape with every kernel and with every epilogue; all of the product would say the same again.
     cases = [case for i, case in enumerate(cases) if (i + i // 6) % 3 == world % 3]
     launches = [
-        make(kernel, world, shape, dtype, rng, integers, terms, blocks=1 + i % 3, in_place=i % 2 == 0, offset=i % 5 // 4)
+        make(
+            kernel,
+            world,
+            shape,
+            dtype,
+            rng,
+            integers,
+            terms,
+            blocks=1 + i % 3,
+            in_place=i % 2 == 0,
+            offset=i % 5 // 4,
+        )
         for i, (kernel, shape, terms) in enumerate(cases)
     ]
     with Ranks(world, HALF) as ranks:
@@ -92,7 +115,9 @@ def test_changed_data_under_identical_arguments(world):
     """As a captured CUDA graph replays it: the epoch is the device's own affair."""
     rng = torch.Generator().manual_seed(1)
     for kernel, seed in itertools.product(KERNELS, range(4)):
-        launches = [make(kernel, world, (3, 72), torch.bfloat16, rng, True, "brn") for _ in range(4)]
+        launches = [
+            make(kernel, world, (3, 72), torch.bfloat16, rng, True, "brn") for _ in range(4)
+        ]
         with Ranks(world, HALF) as ranks:
             results, _ = ranks.run(launches, seed)
         for launch, result in zip(launches, results, strict=True):
@@ -121,7 +146,9 @@ def mixed(world, rng, count):
 
 
 @every_world
-@pytest.mark.parametrize("epoch", (0, 2**32 - 8, 2**31 - 6), ids=("from zero", "across 32 bits", "across 31 bits"))
+@pytest.mark.parametrize(
+    "epoch", (0, 2**32 - 8, 2**31 - 6), ids=("from zero", "across 32 bits", "across 31 bits")
+)
 def test_any_sequence_of_kernels_sizes_and_grids(world, epoch):
     rng = torch.Generator().manual_seed(world + epoch)
     for seed in range(4):
@@ -150,7 +177,13 @@ def test_the_seed_changes_the_order_and_nothing_else():
 def test_rounds_once():
     """0.5 + 256 is not a bfloat16; with the residual it is one again. Only a sum in fp32, rounded at the end, is right."""
     for kernel in ("one_shot", "two_shot"):
-        inputs = torch.tensor([256.0, 0.5, 0.25]).to(torch.bfloat16).view(3, 1, 1).expand(3, 1, 40).contiguous()
+        inputs = (
+            torch.tensor([256.0, 0.5, 0.25])
+            .to(torch.bfloat16)
+            .view(3, 1, 1)
+            .expand(3, 1, 40)
+            .contiguous()
+        )
         residual = torch.full((1, 40), -256.0, dtype=torch.bfloat16)
         with Ranks(3, HALF) as ranks:
             ((out, _),), _ = ranks.run([Launch(kernel, inputs, residual=residual)])
@@ -158,7 +191,9 @@ def test_rounds_once():
 
 
 def test_the_order_of_the_sum_is_the_ranks_order():
-    values = torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24)]).view(4, 1, 1).expand(4, 2, 33).contiguous()
+    values = (
+        torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24)]).view(4, 1, 1).expand(4, 2, 33).contiguous()
+    )
     for kernel in ("one_shot", "two_shot"):
         with Ranks(4, HALF) as ranks:
             ((out, _),), _ = ranks.run([Launch(kernel, values)])
@@ -171,7 +206,10 @@ def test_the_launch_that_the_helpers_ask_for(norm):
     shape, dtype = (3, 4104), torch.bfloat16
     options = dict(blocks=grid_size(*shape, dtype, norm), threads=512)
     assert options["blocks"] == (3 if norm else 4)
-    launches = [make(kernel, 2, shape, dtype, rng, True, "brn" if norm else "br", **options) for kernel in KERNELS]
+    launches = [
+        make(kernel, 2, shape, dtype, rng, True, "brn" if norm else "br", **options)
+        for kernel in KERNELS
+    ]
     with Ranks(2, half_bytes(*shape, dtype)) as ranks:
         results, _ = ranks.run(launches)
     for launch, result in zip(launches, results, strict=True):
@@ -180,7 +218,13 @@ def test_the_launch_that_the_helpers_ask_for(norm):
 
 def test_host_helpers():
     bf16, f32 = torch.bfloat16, torch.float32
-    assert grid_size(0, 8, bf16, False) == grid_size(0, 8, bf16, True) == grid_size(8, 0, bf16, True) == grid_size(8, 0, bf16, False) == 0
+    assert (
+        grid_size(0, 8, bf16, False)
+        == grid_size(0, 8, bf16, True)
+        == grid_size(8, 0, bf16, True)
+        == grid_size(8, 0, bf16, False)
+        == 0
+    )
     assert grid_size(1, 1, bf16, False) == grid_size(1, 4096, bf16, False) == 1
     assert grid_size(1, 4097, bf16, False) == 2
     assert grid_size(5, 64, bf16, True) == 5

@@ -33,15 +33,41 @@ def _difference(out, expected) -> float:
 
     assert out.dtype == expected.dtype
     same = (out == expected) | (out.isnan() & expected.isnan())
-    return 0.0 if bool(same.all()) else (out.double() - expected.double())[~same].abs().nan_to_num(torch.inf).max().item()
+    return (
+        0.0
+        if bool(same.all())
+        else (out.double() - expected.double())[~same].abs().nan_to_num(torch.inf).max().item()
+    )
 
 
 def _corner_cases():
     """float32: ties both ways, NaNs whose payload is in the low bits alone, infinities, overflow by rounding, subnormals, signed zeros."""
     import torch
 
-    bits = [0x3F808000, 0x3F818000, 0x3F808001, 0x3F807FFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0x7F800000, 0xFF800000, 0x7F7FFFFF]
-    bits += [0xFF7F8000, 0x7F7F7FFF, 0x00000001, 0x00007FFF, 0x00008000, 0x00008001, 0x00018000, 0x007FFFFF, 0x80000000, 0x00000000]
+    bits = [
+        0x3F808000,
+        0x3F818000,
+        0x3F808001,
+        0x3F807FFF,
+        0x7F800001,
+        0xFF800001,
+        0x7FC00000,
+        0x7F800000,
+        0xFF800000,
+        0x7F7FFFFF,
+    ]
+    bits += [
+        0xFF7F8000,
+        0x7F7F7FFF,
+        0x00000001,
+        0x00007FFF,
+        0x00008000,
+        0x00008001,
+        0x00018000,
+        0x007FFFFF,
+        0x80000000,
+        0x00000000,
+    ]
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(-(2**31), 2**31, (4096 - len(bits),), generator=generator)
     return torch.cat([torch.tensor(bits), random]).to(torch.int32).view(torch.float32)
@@ -77,7 +103,11 @@ def _other_types_and_bf16() -> float:
         out, back = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024, dtype=dtype)
         samples.bf16_round_trip[(1,)](x, out, BLOCK=1024)
         samples.bf16_round_trip[(1,)](out, back, BLOCK=1024)
-        worst = max(worst, _difference(out, x.bfloat16()), (back.double() - x.bfloat16().to(dtype).double()).abs().max().item())
+        worst = max(
+            worst,
+            _difference(out, x.bfloat16()),
+            (back.double() - x.bfloat16().to(dtype).double()).abs().max().item(),
+        )
     return worst
 
 
@@ -166,7 +196,9 @@ def _atomic():
     samples.bf16_atomic[(1,)](torch.ones(64, dtype=torch.bfloat16), out, BLOCK=64)
 
 
-@pytest.mark.parametrize(("check", "why"), [(_sum, "convert to float32 first"), (_atomic, "an atomic on bfloat16")])
+@pytest.mark.parametrize(
+    ("check", "why"), [(_sum, "convert to float32 first"), (_atomic, "an atomic on bfloat16")]
+)
 def test_refused(run, check, why):
     with pytest.raises(Exception, match=why):
         run(check)
@@ -227,7 +259,10 @@ def _unknown_address():
 @pytest.mark.parametrize(
     ("check", "why"),
     [
-        (_load_outside, r"load_unmasked, program \(1, 0, 0\): load of 28 element.*400 bytes from the start of 'x' \(100,"),
+        (
+            _load_outside,
+            r"load_unmasked, program \(1, 0, 0\): load of 28 element.*400 bytes from the start of 'x' \(100,",
+        ),
         (_store_outside, r"store of 28 element.*400 bytes from the start of 'y' \(100,"),
         (
             _load_between_rows,
@@ -271,7 +306,11 @@ def _counts() -> dict[str, tuple[int, ...]]:
     from interpreter import visible
     from traffic import count_traffic
 
-    x, y, total = torch.randn(3000, dtype=torch.bfloat16), torch.empty(3000, dtype=torch.bfloat16), torch.zeros(1, dtype=torch.int32)
+    x, y, total = (
+        torch.randn(3000, dtype=torch.bfloat16),
+        torch.empty(3000, dtype=torch.bfloat16),
+        torch.zeros(1, dtype=torch.int32),
+    )
     buffer, in_place, rows = torch.zeros(64), torch.randn(1000), torch.randn(8, 64)
     with visible(peer=buffer), count_traffic() as counter:
         samples.scale[(3,)](x, y, 3000, BLOCK=1024)
@@ -283,7 +322,9 @@ def _counts() -> dict[str, tuple[int, ...]]:
     samples.scale[(3,)](x, y, 3000, BLOCK=1024)  # not counted
     tensors = dict(x=x, y=y, total=total, peer=buffer, in_place=in_place, rows=rows)
     counts = {name: counter.of(tensor) for name, tensor in tensors.items()}
-    return {name: (c.read, c.distinct_read, c.written, c.distinct_written) for name, c in counts.items()}
+    return {
+        name: (c.read, c.distinct_read, c.written, c.distinct_written) for name, c in counts.items()
+    }
 
 
 def test_counts(run):

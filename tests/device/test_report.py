@@ -8,7 +8,9 @@ import pytest
 import report
 from aot import Resources, Spec, Traffic
 
-TEXT = "# Kernels\n\nBefore.\n\n{}\n{}\n\nBetween.\n\n{}\n\nold\n{}\nAfter.\n".format(*report.markers("triton"), *report.markers("cuda"))
+TEXT = "# Kernels\n\nBefore.\n\n{}\n{}\n\nBetween.\n\n{}\n\nold\n{}\nAfter.\n".format(
+    *report.markers("triton"), *report.markers("cuda")
+)
 
 
 @pytest.fixture
@@ -32,7 +34,9 @@ def command(monkeypatch, tmp_path):
 def test_text_around_survives(command):
     assert command() == 0
     begin, end = report.markers("triton")
-    assert command.file.read_text() == TEXT.replace(f"{begin}\n{end}", f"{begin}\n\n| a table |\n\n{end}")
+    assert command.file.read_text() == TEXT.replace(
+        f"{begin}\n{end}", f"{begin}\n\n| a table |\n\n{end}"
+    )
     assert list(command.file.parent.iterdir()) == [command.file]
 
 
@@ -50,7 +54,9 @@ def test_check(command, capsys):
 def test_faults_are_not_written(command, monkeypatch, capsys):
     spec = Spec("a spec", "module:kernel", {}, {}, chips=("sm_90",))
     monkeypatch.setattr(report, "load", lambda: [spec])
-    monkeypatch.setattr(report, "compile_all", lambda specs: {("a spec", "sm_90"): Resources("sm_90", spills=8)})
+    monkeypatch.setattr(
+        report, "compile_all", lambda specs: {("a spec", "sm_90"): Resources("sm_90", spills=8)}
+    )
     assert command() == 1
     assert "a spec sm_90: spills 8 bytes a thread" in capsys.readouterr().err
     assert command.file.read_text() == TEXT
@@ -84,10 +90,21 @@ def test_keep(command):
 
 
 def test_row():
-    made = Resources("sm_90", 128, 40, 0, 0, 2048, opcodes={"LDG.E.128": 2, "LDG.E": 1, "STG.E.64": 1})
+    made = Resources(
+        "sm_90", 128, 40, 0, 0, 2048, opcodes={"LDG.E.128": 2, "LDG.E": 1, "STG.E.64": 1}
+    )
     cells = report.row("`k`", "two", made, Traffic(moved=400, scratch=50, least=300, elements=100))
     assert cells == (
-        *("`k`", "two", "sm_90", "40", "0 B", "2048 of 232448 B", "75%", "128-bit loads, 64-bit stores"),
+        *(
+            "`k`",
+            "two",
+            "sm_90",
+            "40",
+            "0 B",
+            "2048 of 232448 B",
+            "75%",
+            "128-bit loads, 64-bit stores",
+        ),
         *("4", "0.5", "3"),
     )
     assert len(cells) == len(report.COLUMNS)

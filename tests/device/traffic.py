@@ -23,7 +23,10 @@ class Bytes:
     def __init__(self, tensor):
         self.tensor = tensor  # kept, so that nothing else gets its address while we count
         self.itemsize = tensor.element_size()
-        self.touched = {kind: np.zeros(tensor.untyped_storage().nbytes() // self.itemsize, dtype=bool) for kind in ("load", "store")}
+        self.touched = {
+            kind: np.zeros(tensor.untyped_storage().nbytes() // self.itemsize, dtype=bool)
+            for kind in ("load", "store")
+        }
         self.moved = {"load": 0, "store": 0}
 
     def add(self, kind: str, offsets: np.ndarray) -> None:
@@ -73,9 +76,14 @@ def measure(case: str, op: str) -> Traffic:
     module, function = case.split(":")
     with count_traffic() as counter:
         tensors = getattr(importlib.import_module(module), function)(op)
-    inputs, outputs = ({_storage(t) for t in tensors[key].values() if t is not None and t.numel()} for key in ("inputs", "outputs"))
+    inputs, outputs = (
+        {_storage(t) for t in tensors[key].values() if t is not None and t.numel()}
+        for key in ("inputs", "outputs")
+    )
     counts = counter.storages
-    least = sum(counts[s].distinct_read for s in inputs if s in counts) + sum(counts[s].distinct_written for s in outputs if s in counts)
+    least = sum(counts[s].distinct_read for s in inputs if s in counts) + sum(
+        counts[s].distinct_written for s in outputs if s in counts
+    )
     if not least:
         raise ValueError(f"{case} of {op!r} launches no kernel that touches its inputs or outputs")
     moved, scratch = 0, 0
@@ -86,4 +94,9 @@ def measure(case: str, op: str) -> Traffic:
             moved += count.distinct_read + count.written
         else:
             moved += count.read + count.written
-    return Traffic(moved, scratch, least, max(max(c.distinct_read, c.distinct_written) // c.itemsize for c in counts.values()))
+    return Traffic(
+        moved,
+        scratch,
+        least,
+        max(max(c.distinct_read, c.distinct_written) // c.itemsize for c in counts.values()),
+    )

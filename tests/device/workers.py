@@ -10,7 +10,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 
 def _environment(folder: str, interpret: bool) -> None:
-    for name in [name for name in os.environ if name.startswith("TRITON_")]:  # a cache, another ptxas, an override of the IR
+    for name in [
+        name for name in os.environ if name.startswith("TRITON_")
+    ]:  # a cache, another ptxas, an override of the IR
         del os.environ[name]
     os.environ["TRITON_CACHE_DIR"] = folder
     if interpret:

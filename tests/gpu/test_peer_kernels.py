@@ -40,7 +40,10 @@ def opened(max_bytes, multicast=False):
 def parts_of(shape, dtype, device, seed):
     """Every rank's integers, the same lists on all ranks."""
     rng = torch.Generator().manual_seed(seed)
-    return [torch.randint(-8, 9, shape, generator=rng).to(dtype).to(device) for _ in range(dist.get_world_size())]
+    return [
+        torch.randint(-8, 9, shape, generator=rng).to(dtype).to(device)
+        for _ in range(dist.get_world_size())
+    ]
 
 
 def sums(multicast):
@@ -59,14 +62,24 @@ def layers():
     rank = dist.get_rank()
     for dtype in DTYPES:
         for rows, features in ((1, 64), (17, 100), (128, 1024)):
-            xs, ws = parts_of((rows, 16), dtype, device, 1), parts_of((features, 16), dtype, device, 2)
-            bias, residual = parts_of((features,), dtype, device, 3)[0], parts_of((rows, features), dtype, device, 4)[0]
-            weight = torch.rand(features, generator=torch.Generator().manual_seed(5)).to(device, dtype)
+            xs, ws = (
+                parts_of((rows, 16), dtype, device, 1),
+                parts_of((features, 16), dtype, device, 2),
+            )
+            bias, residual = (
+                parts_of((features,), dtype, device, 3)[0],
+                parts_of((rows, features), dtype, device, 4)[0],
+            )
+            weight = torch.rand(features, generator=torch.Generator().manual_seed(5)).to(
+                device, dtype
+            )
             for b, r in ((None, None), (bias, None), (None, residual), (bias, residual)):
                 want = reference.row_linear(xs, ws, b, r)
                 out = ops.row_linear(xs[rank], ws[rank], b, r, pg.group_name, 1, "row_forward")
                 torch.testing.assert_close(out, want)
-                h, y = ops.row_linear_rms_norm(xs[rank], ws[rank], b, r, weight, 1e-5, pg.group_name, 1, "row_forward")
+                h, y = ops.row_linear_rms_norm(
+                    xs[rank], ws[rank], b, r, weight, 1e-5, pg.group_name, 1, "row_forward"
+                )
                 assert torch.equal(h, out)
                 torch.testing.assert_close(y, reference.norm(h, None, weight, None, 1e-5, True)[0])
                 every = [torch.empty_like(y.cpu()) for _ in xs]
@@ -119,7 +132,9 @@ def mesh_takes_it():
     mesh = tpk.init_mesh(dist.get_world_size(), device="cuda")
     group = resolve_group(mesh["tp"])
     assert group.peers.max_bytes > 0, group.peers.reason
-    layer = tpk.nn.RowParallelLinear(256, 256, group=mesh["tp"], device="cuda", dtype=torch.bfloat16)
+    layer = tpk.nn.RowParallelLinear(
+        256, 256, group=mesh["tp"], device="cuda", dtype=torch.bfloat16
+    )
     assert "over symm" in layer.explain(16) and "over nccl" in layer.explain(100_000)
 
 
@@ -128,7 +143,10 @@ def test_sums(gpu_pool, ranks):
     gpu_pool.run(ranks, sums, False)
 
 
-@pytest.mark.skipif(DEVICES < 2 or torch.cuda.get_device_capability() < (9, 0), reason="needs NVLink SHARP: several sm_90 GPUs on a switch")
+@pytest.mark.skipif(
+    DEVICES < 2 or torch.cuda.get_device_capability() < (9, 0),
+    reason="needs NVLink SHARP: several sm_90 GPUs on a switch",
+)
 @pytest.mark.parametrize("ranks", RANKS)
 def test_sums_by_the_switch(gpu_pool, ranks):
     gpu_pool.run(ranks, sums, True)

@@ -31,6 +31,9 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=lambda dtype: str(dtype)[6:])
+@pytest.fixture(
+    params=[torch.float32, torch.bfloat16, torch.float16, torch.float64],
+    ids=lambda dtype: str(dtype)[6:],
+)
 def dtype(request):
     return request.param

@@ -6,7 +6,9 @@ import torch
 def assert_as_good_as_torch(out, same_dtype, exact):
     """As near to the float64 result as torch in the same dtype is, within a factor of two."""
     assert out.dtype == same_dtype.dtype and out.shape == same_dtype.shape
-    error, allowed = ((x.double() - exact).abs().max().item() if x.numel() else 0.0 for x in (out, same_dtype))
+    error, allowed = (
+        (x.double() - exact).abs().max().item() if x.numel() else 0.0 for x in (out, same_dtype)
+    )
     floor = 1e-12 if out.dtype == torch.float64 else 1e-6
     assert error < 2 * allowed + floor, f"error {error:.2e}, torch's {allowed:.2e}"
 

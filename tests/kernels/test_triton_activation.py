@@ -19,13 +19,17 @@ def make(act, shape, dtype, device, bias=True):
 
 def gradients(grad, x, bias, act):
     leaves = [t.detach().requires_grad_() for t in (x, bias) if t is not None]
-    return torch.autograd.grad(reference.bias_act(leaves[0], leaves[1] if bias is not None else None, act), leaves, grad)
+    return torch.autograd.grad(
+        reference.bias_act(leaves[0], leaves[1] if bias is not None else None, act), leaves, grad
+    )
 
 
 def check(act, grad, x, bias):
     wide = [None if t is None else t.double() for t in (grad, x, bias)]
     out = bias_act(x, bias, act)
-    assert_as_good_as_torch(out, reference.bias_act(x, bias, act), reference.bias_act(*wide[1:], act))
+    assert_as_good_as_torch(
+        out, reference.bias_act(x, bias, act), reference.bias_act(*wide[1:], act)
+    )
     grads = bias_act_backward(grad, x, bias, act, bias is not None)
     same, exact = gradients(grad, x, bias, act), gradients(*wide, act)
     for mine, ours, true in zip(grads, same, exact, strict=True):
@@ -57,7 +61,11 @@ def test_shapes(act, shape, device):
 def test_any_strides(act, lay, device):
     grad, x, bias = make(act, (4, 3, 20), torch.float32, device)
     torch.testing.assert_close(bias_act(lay(x), bias, act), bias_act(x, bias, act), atol=0, rtol=0)
-    pairs = zip(bias_act_backward(lay(grad), lay(x), bias, act, True), bias_act_backward(grad, x, bias, act, True), strict=True)
+    pairs = zip(
+        bias_act_backward(lay(grad), lay(x), bias, act, True),
+        bias_act_backward(grad, x, bias, act, True),
+        strict=True,
+    )
     for mine, want in pairs:
         torch.testing.assert_close(mine, want, atol=0, rtol=0)
 
@@ -66,7 +74,9 @@ def test_any_strides(act, lay, device):
 def test_integers_are_exact(act, device):
     x, grad = (torch.randint(-4, 5, (40, 300), device=device).float() for _ in range(2))
     bias = torch.arange(300.0, device=device) % 7 - 3
-    torch.testing.assert_close(bias_act(x, bias, act), reference.bias_act(x, bias, act), atol=0, rtol=0)
+    torch.testing.assert_close(
+        bias_act(x, bias, act), reference.bias_act(x, bias, act), atol=0, rtol=0
+    )
     slope = (x + bias > 0) * (1 if act == "relu" else 2 * (x + bias))
     dx, d_bias = bias_act_backward(grad, x, bias, act, True)
     torch.testing.assert_close(dx, grad * slope, atol=0, rtol=0)
@@ -78,7 +88,9 @@ def test_bias_gradient_of_another_dtype_and_without_bias(act, device):
     grad, x, bias = make(act, (70, 20), torch.bfloat16, device)
     assert bias_act_backward(grad, x, bias.float(), act, True)[1].dtype == torch.float32
     assert len(bias_act_backward(grad, x, bias, act, False)) == 1
-    without, zero = (bias_act_backward(grad, x, b, act, True) for b in (None, torch.zeros_like(bias)))
+    without, zero = (
+        bias_act_backward(grad, x, b, act, True) for b in (None, torch.zeros_like(bias))
+    )
     for mine, want in zip(without, zero, strict=True):
         torch.testing.assert_close(mine, want, atol=0, rtol=0)
 
@@ -100,7 +112,12 @@ def test_empty(act, shape, device):
     if act in GATED:
         halves = [*x.chunk(2, -1), *bias.chunk(2)]
         assert gated_act(*halves, act).shape == shape
-        assert [tuple(t.shape) for t in gated_act_backward(grad, *halves, act, True)] == [shape, shape, shape[-1:], shape[-1:]]
+        assert [tuple(t.shape) for t in gated_act_backward(grad, *halves, act, True)] == [
+            shape,
+            shape,
+            shape[-1:],
+            shape[-1:],
+        ]
 
 
 def test_launch_configurations_agree(monkeypatch, device):
@@ -108,6 +125,10 @@ def test_launch_configurations_agree(monkeypatch, device):
     want = bias_act(x, bias, "swiglu"), bias_act_backward(grad, x, bias, "swiglu", False)[0]
     for config in activation.FORWARD.candidates(64, 4):
         for tunable in (activation.FORWARD, activation.BACKWARD):
-            monkeypatch.setattr(tunable, "candidates", lambda features, itemsize, config=config: [config])
+            monkeypatch.setattr(
+                tunable, "candidates", lambda features, itemsize, config=config: [config]
+            )
         torch.testing.assert_close(bias_act(x, bias, "swiglu"), want[0], atol=0, rtol=0)
-        torch.testing.assert_close(bias_act_backward(grad, x, bias, "swiglu", False)[0], want[1], atol=0, rtol=0)
+        torch.testing.assert_close(
+            bias_act_backward(grad, x, bias, "swiglu", False)[0], want[1], atol=0, rtol=0
+        )

@@ -26,7 +26,9 @@ def test_sum_partials(parts, count, cols, device):
         (torch.randn(2, 0, 4), None),
         (torch.randn(3, 0), None),
     ],
-    ids=lambda value: f"{tuple(value.shape)} {value.stride()}" if isinstance(value, torch.Tensor) else None,
+    ids=lambda value: (
+        f"{tuple(value.shape)} {value.stride()}" if isinstance(value, torch.Tensor) else None
+    ),
 )
 def test_as_rows(tensor, shares):
     rows = as_rows(tensor)
@@ -38,8 +40,16 @@ def test_as_rows(tensor, shares):
 
 def test_tunable_takes_the_choice_of_its_size(monkeypatch):
     monkeypatch.setattr(Tunable, "known", {})
-    tunable = Tunable("example", lambda features, itemsize: [Config(dict(COLS=features)), Config(dict(COLS=itemsize))], None)
+    tunable = Tunable(
+        "example",
+        lambda features, itemsize: [Config(dict(COLS=features)), Config(dict(COLS=itemsize))],
+        None,
+    )
     assert Tunable.known == {"example": tunable}
     assert tunable(100, 2).blocks == dict(COLS=128)
     tunable.chosen[128, 2] = Config(dict(COLS=7))
-    assert tunable(65, 2).blocks == dict(COLS=7) and tunable(64, 2).blocks == dict(COLS=64) and tunable(100, 4).blocks == dict(COLS=128)
+    assert (
+        tunable(65, 2).blocks == dict(COLS=7)
+        and tunable(64, 2).blocks == dict(COLS=64)
+        and tunable(100, 4).blocks == dict(COLS=128)
+    )

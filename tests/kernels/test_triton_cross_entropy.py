@@ -20,16 +20,25 @@ def blocks(request, monkeypatch):
 def make(shape, dtype, device, first=10, target_dtype=torch.int64):
     """Targets before, in and after this rank's columns."""
     logits = 3 * torch.randn(shape, dtype=dtype, device=device)
-    return logits, torch.randint(0, first + 2 * shape[1], shape[:1], dtype=target_dtype, device=device), first
+    return (
+        logits,
+        torch.randint(0, first + 2 * shape[1], shape[:1], dtype=target_dtype, device=device),
+        first,
+    )
 
 
 def check_stats(logits, target, first):
-    out, same = cross_entropy.vocab_ce_stats(logits, target, first), reference.vocab_ce_stats(logits, target, first)
+    out, same = (
+        cross_entropy.vocab_ce_stats(logits, target, first),
+        reference.vocab_ce_stats(logits, target, first),
+    )
     exact = reference.vocab_ce_stats(logits.double(), target, first)
     for row in (0, 2):  # single logits
         torch.testing.assert_close(out[row], same[row], atol=0, rtol=0)
     for row in (1, 3):
-        assert_as_good_as_torch(out[row] / exact.shape[1], same[row] / exact.shape[1], exact[row] / exact.shape[1])
+        assert_as_good_as_torch(
+            out[row] / exact.shape[1], same[row] / exact.shape[1], exact[row] / exact.shape[1]
+        )
 
 
 def check_grad(logits, target, first, on_target=0.9, everywhere=0.1 / 64):
@@ -38,11 +47,22 @@ def check_grad(logits, target, first, on_target=0.9, everywhere=0.1 / 64):
     scale = torch.randn(logits.shape[0], dtype=wide, device=logits.device)
     scale[::3], log_norm[:1] = 0, torch.inf
     out = cross_entropy.vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere)
-    exact = reference.vocab_ce_grad(logits.double(), target, log_norm.double(), scale.double(), first, on_target, everywhere)
-    assert_as_good_as_torch(out, reference.vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere), exact)
+    exact = reference.vocab_ce_grad(
+        logits.double(), target, log_norm.double(), scale.double(), first, on_target, everywhere
+    )
+    assert_as_good_as_torch(
+        out,
+        reference.vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere),
+        exact,
+    )
     assert not out[::3].any() and out.is_contiguous()
     in_place = logits.clone()
-    assert cross_entropy.vocab_ce_grad_(in_place, target, log_norm, scale, first, on_target, everywhere) is None
+    assert (
+        cross_entropy.vocab_ce_grad_(
+            in_place, target, log_norm, scale, first, on_target, everywhere
+        )
+        is None
+    )
     torch.testing.assert_close(in_place, out, atol=0, rtol=0)
 
 
@@ -63,10 +83,18 @@ def test_any_strides(lay, device):
     logits, target, first = make((6, 40), torch.float32, device)
     both = torch.stack([target, target], 1)[:, 0]
     ones = torch.stack([torch.ones(6, device=device)] * 2, 1)[:, 0]
-    a, b = cross_entropy.vocab_ce_stats(lay(logits), both, first), cross_entropy.vocab_ce_stats(logits, target, first)
+    a, b = (
+        cross_entropy.vocab_ce_stats(lay(logits), both, first),
+        cross_entropy.vocab_ce_stats(logits, target, first),
+    )
     torch.testing.assert_close(a, b, atol=0, rtol=0)
     want = cross_entropy.vocab_ce_grad(logits, target, ones, ones, first, 1.0, 0.0)
-    torch.testing.assert_close(cross_entropy.vocab_ce_grad(lay(logits), both, ones, ones, first, 1.0, 0.0), want, atol=0, rtol=0)
+    torch.testing.assert_close(
+        cross_entropy.vocab_ce_grad(lay(logits), both, ones, ones, first, 1.0, 0.0),
+        want,
+        atol=0,
+        rtol=0,
+    )
     in_place = lay(logits.clone())
     cross_entropy.vocab_ce_grad_(in_place, target, ones, ones, first, 1.0, 0.0)
     torch.testing.assert_close(in_place, want, atol=0, rtol=0)
@@ -76,7 +104,9 @@ def test_integer_logits_are_exact(blocks, device):
     """All logits equal: exp is of 0."""
     logits = torch.full((5, 100), 2.0, device=device)
     out = cross_entropy.vocab_ce_stats(logits, torch.tensor([3, 102, 103, 2, 50], device=device), 3)
-    want = torch.tensor([[2.0] * 5, [100.0] * 5, [2.0, 2.0, 0.0, 0.0, 2.0], [200.0] * 5], device=device)
+    want = torch.tensor(
+        [[2.0] * 5, [100.0] * 5, [2.0, 2.0, 0.0, 0.0, 2.0], [200.0] * 5], device=device
+    )
     torch.testing.assert_close(out, want, atol=0, rtol=0)
 
 
@@ -85,7 +115,10 @@ def test_minus_infinity(blocks, device):
     logits = torch.randn(5, 70, device=device)
     logits[1, ::3] = logits[2, :40] = logits[3, :-1] = logits[4] = -torch.inf
     target = torch.tensor([4, 1, 2, 69, 0], device=device)
-    out, exact = cross_entropy.vocab_ce_stats(logits, target, 0), reference.vocab_ce_stats(logits.double(), target, 0)
+    out, exact = (
+        cross_entropy.vocab_ce_stats(logits, target, 0),
+        reference.vocab_ce_stats(logits.double(), target, 0),
+    )
     assert out[0, 4] == out[2, 4] == -torch.inf and out[1, 4] == 0
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
     zeros, ones = torch.zeros(5, device=device), torch.ones(5, device=device)
@@ -98,17 +131,30 @@ def test_nan_and_infinity_stay_in_their_row(value, blocks, device):
     logits = torch.randn(4, 70, device=device)
     logits[1, 33] = value
     target = torch.zeros(4, dtype=torch.int64, device=device)
-    out, same = cross_entropy.vocab_ce_stats(logits, target, 0), reference.vocab_ce_stats(logits, target, 0)
+    out, same = (
+        cross_entropy.vocab_ce_stats(logits, target, 0),
+        reference.vocab_ce_stats(logits, target, 0),
+    )
     torch.testing.assert_close(out, same, atol=1e-4, rtol=1e-5, equal_nan=True)
     assert out[1].isnan().tolist() == [False, True, False, False]
 
 
 def test_rows_that_do_not_count(device):
     """A scale of 0 gives 0 whatever the logits and the norm."""
-    logits, bad = torch.full((3, 20), torch.nan, device=device), torch.tensor([torch.nan, torch.inf, -torch.inf], device=device)
+    logits, bad = (
+        torch.full((3, 20), torch.nan, device=device),
+        torch.tensor([torch.nan, torch.inf, -torch.inf], device=device),
+    )
     target = torch.zeros(3, dtype=torch.int64, device=device)
-    assert (cross_entropy.vocab_ce_grad(logits, target, bad, torch.zeros(3, device=device), 0, 1.0, 0.0) == 0).all()
-    assert cross_entropy.vocab_ce_grad(logits, target, bad, torch.ones(3, device=device), 0, 1.0, 0.0).isnan().all()
+    assert (
+        cross_entropy.vocab_ce_grad(logits, target, bad, torch.zeros(3, device=device), 0, 1.0, 0.0)
+        == 0
+    ).all()
+    assert (
+        cross_entropy.vocab_ce_grad(logits, target, bad, torch.ones(3, device=device), 0, 1.0, 0.0)
+        .isnan()
+        .all()
+    )
 
 
 def test_empty(device):
@@ -119,5 +165,7 @@ def test_empty(device):
     assert cross_entropy.vocab_ce_stats(logits.new_empty(0, 9), none, 0).shape == (4, 0)
     for rows, target in ((logits, three), (logits.new_empty(0, 9), none)):
         ones = torch.ones(rows.shape[0], device=device)
-        assert cross_entropy.vocab_ce_grad(rows, target, ones, ones, 0, 1.0, 0.0).shape == rows.shape
+        assert (
+            cross_entropy.vocab_ce_grad(rows, target, ones, ones, 0, 1.0, 0.0).shape == rows.shape
+        )
         cross_entropy.vocab_ce_grad_(rows, target, ones, ones, 0, 1.0, 0.0)

@@ -13,7 +13,10 @@ def seed_of(value, device):
 
 @pytest.mark.parametrize(
     "word, random",
-    [(0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)), (0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662))],
+    [
+        (0, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
+    ],
 )
 def test_twin_is_philox(word, random):
     """Random123's known answers for philox4x32 with 7 rounds."""
@@ -23,7 +26,9 @@ def test_twin_is_philox(word, random):
 
 def check(x, p, row=0, column=0, seed=0x1234_5678_9ABC_DEF0):
     out = dropout(x, seed_of(seed, x.device), p, row, column)
-    torch.testing.assert_close(out, reference.dropout(x, seed_of(seed, x.device), p, row, column), atol=0, rtol=0)
+    torch.testing.assert_close(
+        out, reference.dropout(x, seed_of(seed, x.device), p, row, column), atol=0, rtol=0
+    )
     assert out.is_contiguous()
     return out
 
@@ -40,7 +45,9 @@ def test_dtypes_and_probabilities(p, dtype, device):
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 2**32])
-@pytest.mark.parametrize("row, column", [(0, 0), (2**31 - 2, 2**31), (2**32 - 3, 5), (2**40, 2**33 + 1)])
+@pytest.mark.parametrize(
+    "row, column", [(0, 0), (2**31 - 2, 2**31), (2**32 - 3, 5), (2**40, 2**33 + 1)]
+)
 def test_seeds_and_places(seed, row, column, device):
     check(torch.ones(6, 10, device=device), 0.5, row, column, seed)
 
@@ -48,7 +55,11 @@ def test_seeds_and_places(seed, row, column, device):
 def test_parts_drop_what_the_whole_drops(device):
     x, seed = torch.randn(20, 50, device=device), seed_of(7, device)
     whole = dropout(x, seed, 0.4, 0, 0)
-    for rows, cols in ((slice(0, 20), slice(13, 50)), (slice(5, 9), slice(0, 7)), (slice(19, 20), slice(49, 50))):
+    for rows, cols in (
+        (slice(0, 20), slice(13, 50)),
+        (slice(5, 9), slice(0, 7)),
+        (slice(19, 20), slice(49, 50)),
+    ):
         part = dropout(x[rows, cols], seed, 0.4, rows.start, cols.start)
         torch.testing.assert_close(part, whole[rows, cols], atol=0, rtol=0)
 
@@ -62,16 +73,22 @@ def test_none_and_all(device):
 
 def test_threshold_itself_is_kept(device):
     """Element (0, 5) has the second number of the counter (1, 0, 0, 0)."""
-    random = int(reference.philox4x32([torch.tensor([word]) for word in (1, 0, 0, 0)], (9, 0), 7)[1])
+    random = int(
+        reference.philox4x32([torch.tensor([word]) for word in (1, 0, 0, 0)], (9, 0), 7)[1]
+    )
     x, seed = torch.ones(1, 8, device=device), seed_of(9, device)
-    kept, dropped = (dropout(x, seed, threshold / 2**32, 0, 0)[0, 5].item() for threshold in (random, random + 1))
+    kept, dropped = (
+        dropout(x, seed, threshold / 2**32, 0, 0)[0, 5].item() for threshold in (random, random + 1)
+    )
     assert kept > 0 and dropped == 0
 
 
 def test_seeds_differ_and_the_rate_is_p(device):
     x = torch.ones(64, 256, device=device)
     a, b = (check(x, 0.25, seed=seed) for seed in (1, 2))
-    assert 0.2 < (a == 0).float().mean() < 0.3 and 0.3 < ((a == 0) != (b == 0)).float().mean() < 0.45
+    assert (
+        0.2 < (a == 0).float().mean() < 0.3 and 0.3 < ((a == 0) != (b == 0)).float().mean() < 0.45
+    )
     assert set(a.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
 
 
@@ -100,5 +117,7 @@ def test_tile_configurations_agree(monkeypatch, device):
     x, seed = torch.randn(9, 70, device=device), seed_of(3, device)
     want = dropout(x, seed, 0.5, 0, 0)
     for config in kernel.TUNABLE.candidates(64, 4):
-        monkeypatch.setattr(kernel.TUNABLE, "candidates", lambda features, itemsize, config=config: [config])
+        monkeypatch.setattr(
+            kernel.TUNABLE, "candidates", lambda features, itemsize, config=config: [config]
+        )
         torch.testing.assert_close(dropout(x, seed, 0.5, 0, 0), want, atol=0, rtol=0)

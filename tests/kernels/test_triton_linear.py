@@ -9,7 +9,11 @@ from tpkernels.kernels.linear import column_linear_act
 def make(shape, dtype, device, gated=False):
     rows, features, inner = shape
     rand = lambda *size: torch.randn(*size, dtype=dtype, device=device)  # noqa: E731
-    return rand(rows, inner), rand(features * (2 if gated else 1), inner), rand(features * (2 if gated else 1))
+    return (
+        rand(rows, inner),
+        rand(features * (2 if gated else 1), inner),
+        rand(features * (2 if gated else 1)),
+    )
 
 
 def twin(x, w, bias, act):
@@ -29,12 +33,16 @@ def check(act, x, w, bias):
 
 
 @pytest.mark.parametrize("act", ["relu", "relu2", "silu", "gelu_tanh", "gelu", "swiglu", "geglu"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
 def test_activations(act, dtype, device):
     check(act, *make((33, 40, 70), dtype, device, act in ("swiglu", "geglu")))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (129, 130, 5), (1, 300, 129), (5, 7, 64), (1200, 20, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (129, 130, 5), (1, 300, 129), (5, 7, 64), (1200, 20, 16)], ids=str
+)
 @pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])
 def test_shapes(act, shape, device):
     x, w, bias = make(shape, torch.bfloat16, device, act == "swiglu")
@@ -60,7 +68,10 @@ def test_strides_and_leading_dimensions(device):
 
 @pytest.mark.parametrize("act", ["relu", "relu2"])
 def test_integers_are_exact(act, device):
-    x, w, bias = (torch.randint(-3, 4, t.shape, device=device).float() for t in make((70, 130, 60), torch.float32, device))
+    x, w, bias = (
+        torch.randint(-3, 4, t.shape, device=device).float()
+        for t in make((70, 130, 60), torch.float32, device)
+    )
     out, pre = column_linear_act(x, w, bias, act, True)
     same, product = twin(x, w, bias, act)
     torch.testing.assert_close(out, same, atol=0, rtol=0)

@@ -22,7 +22,12 @@ def make(shape, dtype, device, residual=True, weight=True, bias=True):
     def random(wanted, size):
         return torch.randn(size, dtype=dtype, device=device) if wanted else None
 
-    return random(True, shape), random(residual, shape), random(weight, shape[-1]), random(bias, shape[-1])
+    return (
+        random(True, shape),
+        random(residual, shape),
+        random(weight, shape[-1]),
+        random(bias, shape[-1]),
+    )
 
 
 def double(*tensors):
@@ -33,7 +38,9 @@ def check(x, residual, weight, bias, rms, eps=1e-5):
     y, total, mean, rstd = norm.norm(x, residual, weight, bias, eps, rms)
     h = x if residual is None else x + residual
     exact = reference.norm(h.double(), None, *double(weight, bias), eps, rms)
-    same = reference.norm(h, None, *(None if t is None else t.to(x.dtype) for t in (weight, bias)), eps, rms)
+    same = reference.norm(
+        h, None, *(None if t is None else t.to(x.dtype) for t in (weight, bias)), eps, rms
+    )
     assert_as_good_as_torch(y, same[0], exact[0])
     assert_as_good_as_torch(mean, same[2], exact[2])
     assert_as_good_as_torch(rstd, same[3], exact[3])
@@ -45,16 +52,24 @@ def check(x, residual, weight, bias, rms, eps=1e-5):
     def gradients(h, weight, bias, grad, grad_sum):
         leaves = [t.detach().requires_grad_() for t in (h, weight, bias) if t is not None]
         rest = iter(leaves)
-        y = reference.norm(next(rest), None, *(None if t is None else next(rest) for t in (weight, bias)), eps, rms)[0]
+        y = reference.norm(
+            next(rest), None, *(None if t is None else next(rest) for t in (weight, bias)), eps, rms
+        )[0]
         grads = torch.autograd.grad(y, leaves, grad)
         return (grads[0] if grad_sum is None else grads[0] + grad_sum, *grads[1:])
 
     grad, grad_sum = torch.randn_like(h), None if residual is None else torch.randn_like(h)
-    out = norm.norm_backward(grad, grad_sum, h, weight, mean, rstd, rms, weight is not None, bias is not None)
+    out = norm.norm_backward(
+        grad, grad_sum, h, weight, mean, rstd, rms, weight is not None, bias is not None
+    )
     exact = gradients(*double(h, weight, bias, grad, grad_sum))
-    same = gradients(h, *(None if t is None else t.to(x.dtype) for t in (weight, bias)), grad, grad_sum)
+    same = gradients(
+        h, *(None if t is None else t.to(x.dtype) for t in (weight, bias)), grad, grad_sum
+    )
     assert len(out) == len(exact)
-    for mine, ours, true, like in zip(out, same, exact, [x, *(t for t in (weight, bias) if t is not None)], strict=True):
+    for mine, ours, true, like in zip(
+        out, same, exact, [x, *(t for t in (weight, bias) if t is not None)], strict=True
+    ):
         assert mine.dtype == like.dtype and mine.is_contiguous()
         assert_as_good_as_torch(mine, ours.to(like.dtype), true)
 
@@ -71,7 +86,11 @@ def test_dtypes(dtype, rms, blocks, device):
 
 
 @pytest.mark.parametrize("rms", [True, False], ids=["rms", "layer"])
-@pytest.mark.parametrize("present", [(False, True, True), (True, False, False), (False, False, True), (False, True, False)], ids=str)
+@pytest.mark.parametrize(
+    "present",
+    [(False, True, True), (True, False, False), (False, False, True), (False, True, False)],
+    ids=str,
+)
 def test_without_residual_weight_or_bias(present, rms, device):
     check(*make((6, 50), torch.float32, device, *present), rms)
 
@@ -82,7 +101,10 @@ def test_more_rows_than_programs_take_at_once(monkeypatch, blocks, device):
 
 
 def test_rows_longer_than_registers_hold(device):
-    assert norm.FORWARD(20000, 2).blocks["COLS"] < 20000 and norm.BACKWARD(20000, 2).blocks["COLS"] < 20000
+    assert (
+        norm.FORWARD(20000, 2).blocks["COLS"] < 20000
+        and norm.BACKWARD(20000, 2).blocks["COLS"] < 20000
+    )
     check(*make((1, 20000), torch.bfloat16, device, weight=False, bias=False), False)
 
 
@@ -94,7 +116,10 @@ def test_any_strides(lay, blocks, device):
     for a, b in zip(laid, plain, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
     _, total, mean, rstd = plain
-    grads = [norm.norm_backward(f(x), f(residual), f(total), weight, mean, rstd, False, True, True) for f in (lay, lambda t: t)]
+    grads = [
+        norm.norm_backward(f(x), f(residual), f(total), weight, mean, rstd, False, True, True)
+        for f in (lay, lambda t: t)
+    ]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, atol=0, rtol=0)
 
@@ -103,7 +128,10 @@ def test_broadcast_gradient(device):
     x, _, weight, bias = make((5, 30), torch.float32, device)
     _, _, mean, rstd = norm.norm(x, None, weight, bias, 1e-5, False)
     grad = torch.randn(30, device=device)
-    a, b = (norm.norm_backward(g, None, x, weight, mean, rstd, False, True, True) for g in (grad.expand(5, 30), grad.repeat(5, 1)))
+    a, b = (
+        norm.norm_backward(g, None, x, weight, mean, rstd, False, True, True)
+        for g in (grad.expand(5, 30), grad.repeat(5, 1))
+    )
     for left, right in zip(a, b, strict=True):
         torch.testing.assert_close(left, right, atol=0, rtol=0)
 
@@ -125,7 +153,11 @@ def test_statistics_do_not_cancel(blocks, device):
 
 def test_constant_rows_are_exact(blocks, device):
     """All deviations are zero: y is the bias and nothing is left of the gradient that LayerNorm's input gets."""
-    x, weight, bias = torch.full((4, 64), 3.0, device=device), torch.ones(64, device=device), torch.arange(64.0, device=device)
+    x, weight, bias = (
+        torch.full((4, 64), 3.0, device=device),
+        torch.ones(64, device=device),
+        torch.arange(64.0, device=device),
+    )
     y, _, mean, rstd = norm.norm(x, None, weight, bias, 0.25, False)
     torch.testing.assert_close(y, bias.expand(4, 64), atol=0, rtol=0)
     torch.testing.assert_close(mean, x[:, 0], atol=0, rtol=0)
@@ -143,15 +175,33 @@ def test_empty(shape, rms, device):
     x, residual, weight, bias = make(shape, torch.bfloat16, device)
     y, total, mean, rstd = norm.norm(x, residual, weight, bias, 1e-5, rms)
     rows = x.shape[:-1].numel()
-    assert y.shape == total.shape == shape and mean.shape == (0 if rms else rows,) and rstd.shape == (rows,)
+    assert (
+        y.shape == total.shape == shape
+        and mean.shape == (0 if rms else rows,)
+        and rstd.shape == (rows,)
+    )
     dx, d_weight, d_bias = norm.norm_backward(y, None, total, weight, mean, rstd, rms, True, True)
-    assert dx.shape == shape and not d_weight.any() and not d_bias.any() and d_weight.shape == d_bias.shape == shape[-1:]
+    assert (
+        dx.shape == shape
+        and not d_weight.any()
+        and not d_bias.any()
+        and d_weight.shape == d_bias.shape == shape[-1:]
+    )
 
 
 def test_nan_stays_in_its_row(blocks, device):
     x = torch.randn(5, 40, device=device)
     x[2, 7] = torch.nan
     y, _, mean, rstd = norm.norm(x, None, None, None, 1e-5, False)
-    assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == mean.isnan().tolist() == [False, False, True, False, False]
+    assert (
+        y.isnan().all(1).tolist()
+        == y.isnan().any(1).tolist()
+        == mean.isnan().tolist()
+        == [False, False, True, False, False]
+    )
     dx = norm.norm_backward(torch.ones_like(x), None, x, None, mean, rstd, False, False, False)[0]
-    assert dx.isnan().all(1).tolist() == dx.isnan().any(1).tolist() == [False, False, True, False, False]
+    assert (
+        dx.isnan().all(1).tolist()
+        == dx.isnan().any(1).tolist()
+        == [False, False, True, False, False]
+    )

@@ -13,7 +13,9 @@ from tpkernels import kernels
 from tpkernels.nn import ParallelMLP, ParallelTransformerBlock
 from tpkernels.shard import Split
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu runs these ops where they are registered anyway")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="tests/gpu runs these ops where they are registered anyway"
+)
 
 
 def run_layers():
@@ -25,7 +27,9 @@ def run_layers():
     for name, layer in {
         "mlp": ParallelMLP(24, 30, activation="gelu_tanh", group=group),
         "gated mlp": ParallelMLP(24, 31, activation="swiglu", group=group),
-        "block": ParallelTransformerBlock(24, 4, 50, 2, norm="rmsnorm", activation="swiglu", dropout=0.3, group=group),
+        "block": ParallelTransformerBlock(
+            24, 4, 50, 2, norm="rmsnorm", activation="swiglu", dropout=0.3, group=group
+        ),
         "old block": ParallelTransformerBlock(24, 4, 50, activation="relu2", group=group),
     }.items():
         tables = tpf.rotary_tables(5, 6)
@@ -39,11 +43,18 @@ def run_layers():
     options = dict(group=group, num_classes=37, label_smoothing=0.1)
     for name, loss in {
         "loss": lambda: tpf.vocab_parallel_cross_entropy(F.linear(x, mine), target, **options),
-        "fused loss": lambda: tpf.vocab_parallel_linear_cross_entropy(x, mine, target, chunk_rows=4, **options),
+        "fused loss": lambda: tpf.vocab_parallel_linear_cross_entropy(
+            x, mine, target, chunk_rows=4, **options
+        ),
     }.items():
         value = loss()
         value.backward()
-        found[f"{name}"], found[f"{name} weight"], x.grad, mine.grad = value.detach(), mine.grad, None, None
+        found[f"{name}"], found[f"{name} weight"], x.grad, mine.grad = (
+            value.detach(),
+            mine.grad,
+            None,
+            None,
+        )
     return found
 
 
@@ -53,7 +64,10 @@ def by_triton_and_by_cpp():
     for family in kernels.FAMILIES:
         module = __import__(f"tpkernels.kernels.{family}", fromlist=["OPS"])
         for name, launch in module.OPS.items():
-            module.OPS[name] = lambda *args, name=name, launch=launch: (launches.add(name), launch(*args))[1]
+            module.OPS[name] = lambda *args, name=name, launch=launch: (
+                launches.add(name),
+                launch(*args),
+            )[1]
     kernels.register("CPU")
     triton = run_layers()
     kernels._libraries.clear()
@@ -64,7 +78,15 @@ def by_triton_and_by_cpp():
 def test_layers_on_ranks(pool, ranks):
     results = pool.run(ranks, by_triton_and_by_cpp)
     for plain, triton, launches in results:
-        assert {"bias_act", "bias_act_backward", "norm", "norm_backward", "vocab_ce_stats", "vocab_ce_grad", "vocab_ce_grad_"} <= launches
+        assert {
+            "bias_act",
+            "bias_act_backward",
+            "norm",
+            "norm_backward",
+            "vocab_ce_stats",
+            "vocab_ce_grad",
+            "vocab_ce_grad_",
+        } <= launches
         assert {"dropout", "rotary"} <= launches
         for name, want in plain.items():
             error = (triton[name] - want).abs().max() / want.abs().max().clamp_min(1e-3)
@@ -84,7 +106,13 @@ def tuned(folder):
 
     clock = iter(range(10**6)) if dist.get_rank() == 0 else None
     pg = dist.distributed_c10d._get_default_group()
-    table = tuning.tune(pg, features=(100,), dtypes=(torch.float32,), device="cpu", measure=lambda call: -next(clock))
+    table = tuning.tune(
+        pg,
+        features=(100,),
+        dtypes=(torch.float32,),
+        device="cpu",
+        measure=lambda call: -next(clock),
+    )
     now = {name: tunable(100, 4) for name, tunable in Tunable.known.items()}
     for tunable in Tunable.known.values():
         tunable.chosen.clear()
@@ -97,7 +125,11 @@ def tuned(folder):
     path = tuning.table_path(torch.device("cpu"))
     whole = path.read_text()
     dist.barrier()
-    for text in (whole[:-9], '{"bias_act": 3}', '{"a kernel of old": {}}'):  # half a file, another format, another version
+    for text in (
+        whole[:-9],
+        '{"bias_act": 3}',
+        '{"a kernel of old": {}}',
+    ):  # half a file, another format, another version
         path.write_text(text)
         dist.barrier()
         assert tuning.load(pg, "cpu") == {}
@@ -110,7 +142,9 @@ def test_rank_0_tunes_for_all(pool, tmp_path):
     results = pool.run(2, tuned, str(tmp_path))
     (now, again, first), (other_now, other_again, _) = results
     assert now == again == other_now == other_again
-    assert any(now[name] != first[name] for name in now)  # the last of several candidates had the best time
+    assert any(
+        now[name] != first[name] for name in now
+    )  # the last of several candidates had the best time
     (file,) = (tmp_path / "tpkernels").iterdir()
     assert json.loads(file.read_text()).keys() == now.keys()
 

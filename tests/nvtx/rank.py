@@ -24,19 +24,39 @@ with profile_range("column backward, two chunks"):
 with profile_range("embedding"), torch.no_grad():
     tpk.nn.VocabParallelEmbedding(10, 4, group=group)(torch.arange(10))
 with profile_range("loss"):
-    tpk.functional.vocab_parallel_cross_entropy(torch.randn(ROWS, 5), torch.zeros(ROWS, dtype=torch.long), group=group)
+    tpk.functional.vocab_parallel_cross_entropy(
+        torch.randn(ROWS, 5), torch.zeros(ROWS, dtype=torch.long), group=group
+    )
 with profile_range("gather"), torch.no_grad():
     tpk.nn.ColumnParallelLinear(8, 6, group=group, gather_output=True)(x)
 ops = torch.ops.tpkernels
 with profile_range("an epilogue throws"):
     try:
-        ops.row_linear(shard, torch.randn(6, 8 // size), None, torch.randn(ROWS - 1, 6), group.group_name, 2, "row_forward")
+        ops.row_linear(
+            shard,
+            torch.randn(6, 8 // size),
+            None,
+            torch.randn(ROWS - 1, 6),
+            group.group_name,
+            2,
+            "row_forward",
+        )
     except RuntimeError as error:
         assert "exceeds dimension size" in str(error)
 with profile_range("a GEMM throws"):
     dys, weights = [torch.randn(ROWS, 3), torch.randn(ROWS - 1, 3)], [torch.randn(3, 8)] * 2
     try:
-        ops.column_linear_backward(dys, None, weights, True, [False] * 2, [False] * 2, group.group_name, 2, "column_backward")
+        ops.column_linear_backward(
+            dys,
+            None,
+            weights,
+            True,
+            [False] * 2,
+            [False] * 2,
+            group.group_name,
+            2,
+            "column_backward",
+        )
     except RuntimeError as error:
         assert "exceeds dimension size" in str(error)
 try:

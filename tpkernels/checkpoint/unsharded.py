@@ -16,7 +16,9 @@ from ..shard import Split
 
 
 @torch.no_grad()
-def unsharded_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offload: bool = False) -> dict[str, Tensor]:
+def unsharded_state_dict(
+    model: nn.Module, *, rank0_only: bool = False, cpu_offload: bool = False
+) -> dict[str, Tensor]:
     """The stock model's state dict: its names, shapes and layout, gathered over the ranks one parameter at a time.
 
     Also of a model under fully_shard. Every rank must call it.
@@ -46,11 +48,17 @@ def unsharded_state_dict(model: nn.Module, *, rank0_only: bool = False, cpu_offl
 def unsharded_gradients(model: nn.Module) -> dict[str, Tensor]:
     """The stock model's gradients by parameter name, as named_parameters gives them (tied ones once). Every rank must call it."""
     owners = _owners(model)
-    return {key: _gather(p.grad, *owners[key]) for key, p in model.named_parameters() if p.grad is not None}
+    return {
+        key: _gather(p.grad, *owners[key])
+        for key, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 @torch.no_grad()
-def load_unsharded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> None:
+def load_unsharded_state_dict(
+    model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
+) -> None:
     """Copies this rank's shards out of a stock state dict, whatever TP size it comes from. No communication.
 
     Raises:
@@ -59,7 +67,10 @@ def load_unsharded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     """
     owners = _owners(model)
     mine = model.state_dict()
-    missing, unexpected = [k for k in mine if k not in state_dict], [k for k in state_dict if k not in mine]
+    missing, unexpected = (
+        [k for k in mine if k not in state_dict],
+        [k for k in state_dict if k not in mine],
+    )
     if strict and (missing or unexpected):
         raise KeyError(
             f"state_dict does not fit {type(model).__name__}: missing {missing or 'none'}, unexpected {unexpected or 'none'} (strict=False ignores them)"
@@ -68,7 +79,9 @@ def load_unsharded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         if key in state_dict and torch.is_tensor(value):
             shape = _stock_shape(*owners[key]) if key in owners else tuple(value.shape)
             if tuple(state_dict[key].shape) != shape:
-                raise ValueError(f"state_dict[{key!r}] has shape {tuple(state_dict[key].shape)}, but the unsplit model's is {shape}")
+                raise ValueError(
+                    f"state_dict[{key!r}] has shape {tuple(state_dict[key].shape)}, but the unsplit model's is {shape}"
+                )
     for key, value in mine.items():
         if key not in state_dict:
             continue
@@ -108,7 +121,11 @@ def _gather(tensor: Tensor, module: nn.Module, name: str) -> Tensor:
     if isinstance(tensor, DTensor):
         full = tensor.full_tensor()
         # Where Shard cannot say how the ranks divide it, the DTensor is their padded parts one behind the other.
-        return full.clone() if split is None or split.is_chunk else split.unshard(full.split(split.stored_size, split.dim))
+        return (
+            full.clone()
+            if split is None or split.is_chunk
+            else split.unshard(full.split(split.stored_size, split.dim))
+        )
     if split is None:
         return tensor.clone()
     return all_gather_shards(tensor, split, module.group, "state_dict")
@@ -121,7 +138,13 @@ def _store(full: Tensor, module: nn.Module, name: str) -> None:
         parameter.copy_(full if split is None else split.shard(full, module.group.rank))
         return
     if split is not None and not split.is_chunk:
-        full = torch.cat([split.pad(split.shard(full, r)) for r in range(module.group.size)], split.dim)
+        full = torch.cat(
+            [split.pad(split.shard(full, r)) for r in range(module.group.size)], split.dim
+        )
     # fully_shard may have divided it further.
-    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-    parameter.to_local().copy_(full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))])
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, parameter.placements
+    )
+    parameter.to_local().copy_(
+        full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+    )

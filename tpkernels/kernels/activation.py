@@ -7,7 +7,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Tunable, as_rows, cdiv, on_device, parts_of, sum_partials, torch_wide, wide
+from .common import (
+    Config,
+    Tunable,
+    as_rows,
+    cdiv,
+    on_device,
+    parts_of,
+    sum_partials,
+    torch_wide,
+    wide,
+)
 
 
 @triton.jit
@@ -49,9 +59,23 @@ def act_and_grad(x, ACT: tl.constexpr):
 
 @triton.jit
 def bias_act_kernel(
-    gate, up, gate_bias, up_bias, out, rows, cols, gate_stride, up_stride, out_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    gate,
+    up,
+    gate_bias,
+    up_bias,
+    out,
+    rows,
+    cols,
+    gate_stride,
+    up_stride,
+    out_stride,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     tiles = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
@@ -70,11 +94,30 @@ def bias_act_kernel(
 
 @triton.jit
 def bias_act_backward_kernel(
-    grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols, parts,
-    grad_stride, gate_stride, up_stride, d_gate_stride, d_up_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    gate,
+    up,
+    gate_bias,
+    up_bias,
+    d_gate,
+    d_up,
+    partial,
+    rows,
+    cols,
+    parts,
+    grad_stride,
+    gate_stride,
+    up_stride,
+    d_gate_stride,
+    d_up_stride,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """One strip of columns and every parts-th tile of rows: the strip's share of the bias gradient stays in registers.
 
     partial [parts, 1, cols], or [parts, 2, cols] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
@@ -121,11 +164,17 @@ def bias_act_backward_kernel(
 def _tiles(features: int, itemsize: int) -> list[Config]:
     # A warp's row of 16-byte accesses is 32 * 16 bytes; a tile has as many rows as give each thread two to four of them.
     cols = min(max(features, 16), 512 // itemsize * 2)
-    return [Config(dict(ROWS=max(1, size // cols), COLS=cols), warps) for size, warps in ((4096, 4), (2048, 4), (8192, 8), (4096, 8))]
+    return [
+        Config(dict(ROWS=max(1, size // cols), COLS=cols), warps)
+        for size, warps in ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
+    ]
 
 
 def _sample(features, dtype, device):
-    x, b = torch.randn(4096, features, dtype=dtype, device=device), torch.randn(features, dtype=dtype, device=device)
+    x, b = (
+        torch.randn(4096, features, dtype=dtype, device=device),
+        torch.randn(features, dtype=dtype, device=device),
+    )
     return lambda: bias_act(x, b, "gelu_tanh")
 
 
@@ -154,13 +203,27 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
     grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols, config.blocks["COLS"]),)
     with on_device([gate]):
         bias_act_kernel[grid](
-            gate, up, gate_bias, up_bias, out, rows, cols, gate.stride(0), up.stride(0) if up is not None else 0, out.stride(0),
-            ACT=GATED.get(activation, activation), GATED=up is not None, BIAS=gate_bias is not None, WIDE=wide(gate.dtype),
+            gate,
+            up,
+            gate_bias,
+            up_bias,
+            out,
+            rows,
+            cols,
+            gate.stride(0),
+            up.stride(0) if up is not None else 0,
+            out.stride(0),
+            ACT=GATED.get(activation, activation),
+            GATED=up is not None,
+            BIAS=gate_bias is not None,
+            WIDE=wide(gate.dtype),
             **config.options(),
-        )  # fmt: skip
+        )
 
 
-def _launch_backward(grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad) -> Tensor | None:
+def _launch_backward(
+    grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
+) -> Tensor | None:
     """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial sums, [parts, 1 (2 for gated ones), cols]."""
     rows, cols = gate.shape
     halves = 2 if up is not None else 1
@@ -169,14 +232,34 @@ def _launch_backward(grad, gate, up, gate_bias, up_bias, d_gate, d_up, activatio
     config = (BACKWARD if up is None else GATED_BACKWARD)(cols, gate.element_size())
     columns = cdiv(cols, config.blocks["COLS"])
     parts = parts_of(rows, config.blocks["ROWS"], columns)
-    partial = gate.new_empty(parts, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    partial = (
+        gate.new_empty(parts, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    )
     with on_device([gate]):
         bias_act_backward_kernel[(parts * columns,)](
-            grad, gate, up, gate_bias, up_bias, d_gate, d_up, partial, rows, cols, parts, grad.stride(0), gate.stride(0),
-            up.stride(0) if up is not None else 0, d_gate.stride(0), d_up.stride(0) if up is not None else 0,
-            ACT=GATED.get(activation, activation), GATED=up is not None, BIAS=gate_bias is not None, BIAS_GRAD=bias_grad,
-            WIDE=wide(gate.dtype), **config.options(),
-        )  # fmt: skip
+            grad,
+            gate,
+            up,
+            gate_bias,
+            up_bias,
+            d_gate,
+            d_up,
+            partial,
+            rows,
+            cols,
+            parts,
+            grad.stride(0),
+            gate.stride(0),
+            up.stride(0) if up is not None else 0,
+            d_gate.stride(0),
+            d_up.stride(0) if up is not None else 0,
+            ACT=GATED.get(activation, activation),
+            GATED=up is not None,
+            BIAS=gate_bias is not None,
+            BIAS_GRAD=bias_grad,
+            WIDE=wide(gate.dtype),
+            **config.options(),
+        )
     return partial
 
 
@@ -197,31 +280,59 @@ def bias_act(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     return out
 
 
-def bias_act_backward(grad: Tensor, input: Tensor, bias: Tensor | None, activation: str, bias_grad: bool) -> list[Tensor]:
+def bias_act_backward(
+    grad: Tensor, input: Tensor, bias: Tensor | None, activation: str, bias_grad: bool
+) -> list[Tensor]:
     x, dx = as_rows(input), input.new_empty(input.shape)
     flat = as_rows(dx)
     if activation in GATED:
         (gate, up), (d_gate, d_up), (gate_bias, up_bias) = _halves(x), _halves(flat), _halves(bias)
     else:
         gate, up, d_gate, d_up, gate_bias, up_bias = x, None, flat, None, bias, None
-    partial = _launch_backward(as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad)
-    return [dx] if partial is None else [dx, *sum_partials(partial.flatten(1).unsqueeze(1), _bias_dtype(input, bias))]
+    partial = _launch_backward(
+        as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
+    )
+    return (
+        [dx]
+        if partial is None
+        else [dx, *sum_partials(partial.flatten(1).unsqueeze(1), _bias_dtype(input, bias))]
+    )
 
 
-def gated_act(gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str) -> Tensor:
+def gated_act(
+    gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
+) -> Tensor:
     out = gate.new_empty(gate.shape)
     _launch(as_rows(gate), as_rows(up), gate_bias, up_bias, as_rows(out), activation)
     return out
 
 
 def gated_act_backward(
-    grad: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str, bias_grad: bool
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    bias_grad: bool,
 ) -> list[Tensor]:
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
     partial = _launch_backward(
-        as_rows(grad), as_rows(gate), as_rows(up), gate_bias, up_bias, as_rows(d_gate), as_rows(d_up), activation, bias_grad
+        as_rows(grad),
+        as_rows(gate),
+        as_rows(up),
+        gate_bias,
+        up_bias,
+        as_rows(d_gate),
+        as_rows(d_up),
+        activation,
+        bias_grad,
     )
-    return [d_gate, d_up] if partial is None else [d_gate, d_up, *sum_partials(partial, _bias_dtype(gate, gate_bias))]
+    return (
+        [d_gate, d_up]
+        if partial is None
+        else [d_gate, d_up, *sum_partials(partial, _bias_dtype(gate, gate_bias))]
+    )
 
 
 OPS = {f.__name__: f for f in (bias_act, bias_act_backward, gated_act, gated_act_backward)}

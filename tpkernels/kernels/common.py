@@ -36,7 +36,12 @@ class Tunable:
 
     known: dict[str, Tunable] = {}  # noqa: RUF012  every Tunable, by name
 
-    def __init__(self, name: str, candidates: Callable[[int, int], list[Config]], sample: Callable[..., Callable[[], object]]):
+    def __init__(
+        self,
+        name: str,
+        candidates: Callable[[int, int], list[Config]],
+        sample: Callable[..., Callable[[], object]],
+    ):
         self.name, self.candidates, self.sample = name, candidates, sample
         self.chosen: dict[tuple[int, int], Config] = {}
         Tunable.known[name] = self
@@ -68,7 +73,11 @@ def torch_wide(dtype: torch.dtype) -> torch.dtype:
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., N] -> [M, N] with unit stride along N; a copy only where a view cannot be had."""
     if tensor.dim() != 2:
-        tensor = tensor.reshape(-1, tensor.shape[-1]) if tensor.numel() else tensor.new_empty(tensor.shape[:-1].numel(), tensor.shape[-1])
+        tensor = (
+            tensor.reshape(-1, tensor.shape[-1])
+            if tensor.numel()
+            else tensor.new_empty(tensor.shape[:-1].numel(), tensor.shape[-1])
+        )
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
@@ -85,14 +94,18 @@ def parts_of(rows: int, rows_per_tile: int, columns: int) -> int:
 
 
 @triton.jit
-def sum_partials_kernel(partial, first, second, parts, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+def sum_partials_kernel(
+    partial, first, second, parts, cols, ROWS: tl.constexpr, COLS: tl.constexpr
+):
     """first [cols] (and second [cols]) = partial [parts, 1 or 2, cols] added up in one fixed order."""
     width = cols * 2 if second is not None else cols
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     total = tl.zeros((ROWS, COLS), partial.dtype.element_ty)
     for start in range(0, parts, ROWS):
         row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partial + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0)
+        total += tl.load(
+            partial + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0
+        )
     value = tl.sum(total, 0).to(first.dtype.element_ty)
     tl.store(first + col, value, col < cols)
     if second is not None:
@@ -106,5 +119,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
     if count and cols:
         with on_device([partial]):
             grid = (cdiv(count * cols, 32),)
-            sum_partials_kernel[grid](partial, out[0], out[1] if count == 2 else None, parts, cols, ROWS=64, COLS=32)
+            sum_partials_kernel[grid](
+                partial, out[0], out[1] if count == 2 else None, parts, cols, ROWS=64, COLS=32
+            )
     return out

@@ -12,9 +12,17 @@ from .common import Config, Tunable, as_rows, cdiv, on_device, torch_wide, wide
 
 @triton.jit
 def stats_kernel(
-    logits, target, out, rows, cols, logits_stride, first,
-    WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    target,
+    out,
+    rows,
+    cols,
+    logits_stride,
+    first,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -37,15 +45,32 @@ def stats_kernel(
     tl.store(out + rows + row, tl.sum(s, 1), inside)
     label = tl.load(target + row, inside, other=0).to(tl.int64) - first
     here = inside & (label >= 0) & (label < cols)
-    tl.store(out + 2 * rows + row, tl.load(logits + row * logits_stride + label, here, other=0.0).to(WIDE), inside)
+    tl.store(
+        out + 2 * rows + row,
+        tl.load(logits + row * logits_stride + label, here, other=0.0).to(WIDE),
+        inside,
+    )
     tl.store(out + 3 * rows + row, tl.sum(total, 1), inside)
 
 
 @triton.jit
 def grad_kernel(
-    logits, target, log_norm, scale, out, rows, cols, logits_stride, out_stride, first,
-    ON_TARGET: tl.constexpr, EVERYWHERE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    target,
+    log_norm,
+    scale,
+    out,
+    rows,
+    cols,
+    logits_stride,
+    out_stride,
+    first,
+    ON_TARGET: tl.constexpr,
+    EVERYWHERE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """`out` may be `logits`."""
     tiles = tl.cdiv(cols, COLS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -63,17 +88,27 @@ def grad_kernel(
 
 def _stats_tiles(features: int, itemsize: int) -> list[Config]:
     options = ((4096, 8), (4096, 4), (2048, 4), (8192, 16))
-    return [Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps) for size, warps in options]
+    return [
+        Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps)
+        for size, warps in options
+    ]
 
 
 def _grad_tiles(features: int, itemsize: int) -> list[Config]:
     options = ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
-    return [Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps) for size, warps in options]
+    return [
+        Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps)
+        for size, warps in options
+    ]
 
 
 def _sample_inputs(features, dtype, device):
     logits = torch.randn(2048, features, dtype=dtype, device=device)
-    return logits, torch.zeros(2048, dtype=torch.int64, device=device), torch.ones(2048, dtype=torch_wide(dtype), device=device)
+    return (
+        logits,
+        torch.zeros(2048, dtype=torch.int64, device=device),
+        torch.ones(2048, dtype=torch_wide(dtype), device=device),
+    )
 
 
 def _sample_stats(features, dtype, device):
@@ -98,28 +133,58 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
     grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols, config.blocks["COLS"]),)
     with on_device([logits]):
         grad_kernel[grid](
-            logits, target.contiguous(), log_norm.contiguous(), scale.contiguous(), out, rows, cols, logits.stride(0), out.stride(0),
-            first, ON_TARGET=on_target, EVERYWHERE=everywhere, WIDE=wide(logits.dtype), **config.options(),
-        )  # fmt: skip
+            logits,
+            target.contiguous(),
+            log_norm.contiguous(),
+            scale.contiguous(),
+            out,
+            rows,
+            cols,
+            logits.stride(0),
+            out.stride(0),
+            first,
+            ON_TARGET=on_target,
+            EVERYWHERE=everywhere,
+            WIDE=wide(logits.dtype),
+            **config.options(),
+        )
 
 
 def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
     z = as_rows(logits)
     rows, cols = z.shape
-    out = z.new_zeros(4, rows, dtype=torch_wide(z.dtype)) if not cols else z.new_empty(4, rows, dtype=torch_wide(z.dtype))
+    out = (
+        z.new_zeros(4, rows, dtype=torch_wide(z.dtype))
+        if not cols
+        else z.new_empty(4, rows, dtype=torch_wide(z.dtype))
+    )
     if not z.numel():
         out[0] = -torch.inf
         return out
     config = STATS(cols, z.element_size())
     with on_device([z]):
         stats_kernel[(cdiv(rows, config.blocks["ROWS"]),)](
-            z, target.contiguous(), out, rows, cols, z.stride(0), first, WIDE=wide(z.dtype), **config.options()
+            z,
+            target.contiguous(),
+            out,
+            rows,
+            cols,
+            z.stride(0),
+            first,
+            WIDE=wide(z.dtype),
+            **config.options(),
         )
     return out
 
 
 def vocab_ce_grad(
-    logits: Tensor, target: Tensor, log_norm: Tensor, scale: Tensor, first: int, on_target: float, everywhere: float
+    logits: Tensor,
+    target: Tensor,
+    log_norm: Tensor,
+    scale: Tensor,
+    first: int,
+    on_target: float,
+    everywhere: float,
 ) -> Tensor:
     out = logits.new_empty(logits.shape)
     _launch_grad(as_rows(logits), target, log_norm, scale, out, first, on_target, everywhere)
@@ -127,7 +192,13 @@ def vocab_ce_grad(
 
 
 def vocab_ce_grad_(
-    logits: Tensor, target: Tensor, log_norm: Tensor, scale: Tensor, first: int, on_target: float, everywhere: float
+    logits: Tensor,
+    target: Tensor,
+    log_norm: Tensor,
+    scale: Tensor,
+    first: int,
+    on_target: float,
+    everywhere: float,
 ) -> None:
     z = as_rows(logits)
     _launch_grad(z, target, log_norm, scale, z, first, on_target, everywhere)

@@ -12,9 +12,21 @@ from .common import Config, Tunable, as_rows, cdiv, on_device, wide
 
 @triton.jit
 def dropout_kernel(
-    input, seed, out, rows, cols, input_stride, first_row: tl.int64, first_group,
-    SHIFT: tl.constexpr, THRESHOLD: tl.constexpr, SCALE: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    input,
+    seed,
+    out,
+    rows,
+    cols,
+    input_stride,
+    first_row: tl.int64,
+    first_group,
+    SHIFT: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+    SCALE: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Philox4x32 with 7 rounds (Salmon et al. 2011), one call for four neighbours: tiles begin where a group of four does, SHIFT
     columns before the tensor's own first."""
     tiles = tl.cdiv(cols + SHIFT, COLS)
@@ -24,7 +36,9 @@ def dropout_kernel(
     mask = (row < rows) & (col >= 0) & (col < cols)
     group = (first_group + tile * (COLS // 4) + tl.arange(0, COLS // 4)[None, :]).to(tl.uint32)
     where = row + first_row
-    a, b, c, d = tl.philox(tl.load(seed), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7)
+    a, b, c, d = tl.philox(
+        tl.load(seed), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7
+    )
     random = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     x = tl.load(input + row * input_stride + col, mask, other=0.0).to(WIDE)
     y = tl.where(random >= THRESHOLD, x * SCALE, 0)
@@ -33,11 +47,17 @@ def dropout_kernel(
 
 def _tiles(features: int, itemsize: int) -> list[Config]:
     cols = min(max(features, 16), 512 // itemsize * 4)
-    return [Config(dict(ROWS=max(1, size // cols), COLS=cols), warps) for size, warps in ((2048, 4), (4096, 8), (1024, 4), (4096, 4))]
+    return [
+        Config(dict(ROWS=max(1, size // cols), COLS=cols), warps)
+        for size, warps in ((2048, 4), (4096, 8), (1024, 4), (4096, 4))
+    ]
 
 
 def _sample(features, dtype, device):
-    x, seed = torch.randn(4096, features, dtype=dtype, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    x, seed = (
+        torch.randn(4096, features, dtype=dtype, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
     return lambda: dropout(x, seed, 0.1, 0, 0)
 
 
@@ -58,9 +78,20 @@ def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Ten
     grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols + shift, config.blocks["COLS"]),)
     with on_device([x]):
         dropout_kernel[grid](
-            x, seed, out, rows, cols, x.stride(0), row, group,
-            SHIFT=shift, THRESHOLD=threshold, SCALE=1 / (1 - p), WIDE=wide(input.dtype), **config.options(),
-        )  # fmt: skip
+            x,
+            seed,
+            out,
+            rows,
+            cols,
+            x.stride(0),
+            row,
+            group,
+            SHIFT=shift,
+            THRESHOLD=threshold,
+            SCALE=1 / (1 - p),
+            WIDE=wide(input.dtype),
+            **config.options(),
+        )
     return out
 
 

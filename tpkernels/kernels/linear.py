@@ -12,7 +12,21 @@ from .common import Config, Tunable, as_rows, cdiv, on_device
 
 
 @triton.jit
-def _half(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _half(
+    a,
+    w,
+    row,
+    col,
+    rows,
+    cols,
+    inner,
+    a_stride,
+    w_stride,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """a[row] @ w[col]^T in float32."""
     k = tl.arange(0, DEPTH)
     a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
@@ -29,7 +43,21 @@ def _half(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION: tl.c
 
 
 @triton.jit
-def _halves(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _halves(
+    a,
+    w,
+    row,
+    col,
+    rows,
+    cols,
+    inner,
+    a_stride,
+    w_stride,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """a[row] @ w[col]^T and a[row] @ w[cols + col]^T in float32, a read once."""
     k = tl.arange(0, DEPTH)
     a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
@@ -51,10 +79,26 @@ def _halves(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION: tl
 
 @triton.jit
 def column_linear_act_kernel(
-    a, w, bias, out, pre, rows, cols, inner, a_stride, w_stride,
-    ACT: tl.constexpr, GATED: tl.constexpr, BIAS: tl.constexpr, KEEP: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
+    a,
+    w,
+    bias,
+    out,
+    pre,
+    rows,
+    cols,
+    inner,
+    a_stride,
+    w_stride,
+    ACT: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    KEEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
     """out [rows, cols] = act(a [rows, inner] @ w^T + bias), w [cols, inner], or [2 cols, inner] for [gate; up].
 
     pre: the product without bias, as wide as w is long. Tiles of GROUP rows of tiles follow each other column by column, so that
@@ -70,7 +114,9 @@ def column_linear_act_kernel(
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     at = row[:, None].to(tl.int64) * cols + col[None, :]
     if GATED:
-        gate, up = _halves(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH)
+        gate, up = _halves(
+            a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH
+        )
         if KEEP:
             packed = row[:, None].to(tl.int64) * (2 * cols) + col[None, :]
             tl.store(pre + packed, gate.to(pre.dtype.element_ty), mask)
@@ -80,7 +126,9 @@ def column_linear_act_kernel(
             up += tl.load(bias + cols + col, col < cols, other=0.0).to(tl.float32)[None, :]
         y = act(gate, ACT) * up
     else:
-        x = _half(a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH)
+        x = _half(
+            a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH
+        )
         if KEEP:
             tl.store(pre + at, x.to(pre.dtype.element_ty), mask)
         if BIAS:
@@ -93,25 +141,38 @@ def _candidates(features: int, itemsize: int) -> list[Config]:
     shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3), (16, 128, 128, 4, 3))
     if itemsize > 2:  # full precision: as many bytes a tile
         shapes = ((64, 64, 32, 4, 2), (128, 64, 32, 4, 2))
-    return [Config(dict(ROWS=m, COLS=n, DEPTH=k, GROUP=8), warps, stages) for m, n, k, warps, stages in shapes]
+    return [
+        Config(dict(ROWS=m, COLS=n, DEPTH=k, GROUP=8), warps, stages)
+        for m, n, k, warps, stages in shapes
+    ]
 
 
 def _gated_candidates(features: int, itemsize: int) -> list[Config]:
     """Half as many columns: a program holds two accumulators."""
-    halved = [Config({**c.blocks, "COLS": c.blocks["COLS"] // 2}, *c[1:]) for c in _candidates(features, itemsize)]
+    halved = [
+        Config({**c.blocks, "COLS": c.blocks["COLS"] // 2}, *c[1:])
+        for c in _candidates(features, itemsize)
+    ]
     return [c for c in halved if c.blocks["COLS"] >= 32]
 
 
 def _sample(features, dtype, device, activation="gelu_tanh"):
-    x, w = torch.randn(4096, features, dtype=dtype, device=device), torch.randn(features, features, dtype=dtype, device=device)
+    x, w = (
+        torch.randn(4096, features, dtype=dtype, device=device),
+        torch.randn(features, features, dtype=dtype, device=device),
+    )
     return lambda: column_linear_act(x, w, None, activation, True)
 
 
 PLAIN = Tunable("column_linear_act", _candidates, _sample)
-PACKED = Tunable("column_linear_act_gated", _gated_candidates, lambda *args: _sample(*args, activation="swiglu"))
+PACKED = Tunable(
+    "column_linear_act_gated", _gated_candidates, lambda *args: _sample(*args, activation="swiglu")
+)
 
 
-def column_linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool) -> tuple[Tensor, Tensor]:
+def column_linear_act(
+    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+) -> tuple[Tensor, Tensor]:
     gated = activation in GATED
     x, w = as_rows(input), as_rows(weight)
     rows, inner, features = x.shape[0], x.shape[1], w.shape[0]
@@ -123,10 +184,23 @@ def column_linear_act(input: Tensor, weight: Tensor, bias: Tensor | None, activa
         blocks = config.blocks
         with on_device([x]):
             column_linear_act_kernel[(cdiv(rows, blocks["ROWS"]) * cdiv(cols, blocks["COLS"]),)](
-                x, w, bias, out, pre, rows, cols, inner, x.stride(0), w.stride(0),
-                ACT=GATED.get(activation, activation), GATED=gated, BIAS=bias is not None, KEEP=keep,
-                PRECISION="ieee" if x.element_size() > 2 else "tf32", **config.options(),
-            )  # fmt: skip
+                x,
+                w,
+                bias,
+                out,
+                pre,
+                rows,
+                cols,
+                inner,
+                x.stride(0),
+                w.stride(0),
+                ACT=GATED.get(activation, activation),
+                GATED=gated,
+                BIAS=bias is not None,
+                KEEP=keep,
+                PRECISION="ieee" if x.element_size() > 2 else "tf32",
+                **config.options(),
+            )
     return out, pre
 
 

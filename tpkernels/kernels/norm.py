@@ -12,9 +12,24 @@ from .common import Config, Tunable, as_rows, cdiv, on_device, sum_partials, tor
 
 @triton.jit
 def norm_kernel(
-    input, residual, weight, bias, out, total, mean, rstd, rows, cols, input_stride, residual_stride,
-    EPS: tl.constexpr, RMS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    input,
+    residual,
+    weight,
+    bias,
+    out,
+    total,
+    mean,
+    rstd,
+    rows,
+    cols,
+    input_stride,
+    residual_stride,
+    EPS: tl.constexpr,
+    RMS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Whole rows in registers: COLS >= cols. `out` and `total` (the sum, with a residual) are contiguous."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -27,7 +42,9 @@ def norm_kernel(
     if bias is not None:
         b = tl.load(bias + col, col < cols, other=0.0)
     if residual is not None:
-        h = (h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)).to(out.dtype.element_ty)
+        h = (
+            h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)
+        ).to(out.dtype.element_ty)
         tl.store(total + r * cols + col, h, mask)
     x = h.to(WIDE)
     if not RMS:
@@ -46,9 +63,24 @@ def norm_kernel(
 
 @triton.jit
 def norm_long_kernel(
-    input, residual, weight, bias, out, total, mean, rstd, rows, cols, input_stride, residual_stride,
-    EPS: tl.constexpr, RMS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    input,
+    residual,
+    weight,
+    bias,
+    out,
+    total,
+    mean,
+    rstd,
+    rows,
+    cols,
+    input_stride,
+    residual_stride,
+    EPS: tl.constexpr,
+    RMS: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Rows that do not fit in registers, block by block: the sum is read a second time, mostly from L2.
 
     Blocks' means and squared deviations are merged as by Chan, Golub, LeVeque 1979, so that nothing cancels.
@@ -63,7 +95,9 @@ def norm_long_kernel(
         mask = inside[:, None] & (col < cols)
         h = tl.load(input + r * input_stride + col, mask, other=0.0)
         if residual is not None:
-            h = (h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)).to(out.dtype.element_ty)
+            h = (
+                h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)
+            ).to(out.dtype.element_ty)
             tl.store(total + r * cols + col, h, mask)
         x = h.to(WIDE)
         if not RMS:
@@ -98,9 +132,27 @@ def norm_long_kernel(
 
 @triton.jit
 def norm_backward_kernel(
-    grad, grad_sum, total, weight, mean, rstd, out, partial, rows, cols, parts, grad_stride, grad_sum_stride, total_stride,
-    RMS: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    grad_sum,
+    total,
+    weight,
+    mean,
+    rstd,
+    out,
+    partial,
+    rows,
+    cols,
+    parts,
+    grad_stride,
+    grad_sum_stride,
+    total_stride,
+    RMS: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """Every parts-th tile of whole rows, COLS >= cols: the program's share of the weight's and bias's gradient stays in registers.
 
     partial [parts, WEIGHT_GRAD + BIAS_GRAD, cols]: what `sum_partials` adds up. No atomics: their order would vary.
@@ -147,9 +199,27 @@ def norm_backward_kernel(
 
 @triton.jit
 def norm_backward_long_kernel(
-    grad, grad_sum, total, weight, mean, rstd, out, partial, rows, cols, parts, grad_stride, grad_sum_stride, total_stride,
-    RMS: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
+    grad,
+    grad_sum,
+    total,
+    weight,
+    mean,
+    rstd,
+    out,
+    partial,
+    rows,
+    cols,
+    parts,
+    grad_stride,
+    grad_sum_stride,
+    total_stride,
+    RMS: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    WIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
     """The same for rows that do not fit in registers, a tile of rows block by block: `grad` and `total` are read a second time and
     the partial sums are kept in memory, all of it mostly L2."""
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), parts):
@@ -187,7 +257,9 @@ def norm_backward_long_kernel(
             place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * cols + column
             started = (column < cols) & (tile >= parts)
             if WEIGHT_GRAD:
-                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < cols)
+                tl.store(
+                    place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < cols
+                )
                 place += cols
             if BIAS_GRAD:
                 tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < cols)
@@ -210,25 +282,42 @@ def _whole_rows(features: int, options: list[tuple[int, int]]) -> list[Config]:
 
 def _configs(features: int, itemsize: int) -> list[Config]:
     if features * max(itemsize, 4) > 16384 * 4:
-        return [Config(dict(ROWS=1, COLS=size), warps) for size, warps in ((8192, 16), (4096, 8), (4096, 4))]
+        return [
+            Config(dict(ROWS=1, COLS=size), warps)
+            for size, warps in ((8192, 16), (4096, 8), (4096, 4))
+        ]
     warps = max(features // 512, 4)
-    return _whole_rows(features, [(2048, warps), (2048, max(features // 1024, 4)), (2048, 2 * warps), (4096, 2 * warps)])
+    return _whole_rows(
+        features,
+        [(2048, warps), (2048, max(features // 1024, 4)), (2048, 2 * warps), (4096, 2 * warps)],
+    )
 
 
 def _configs_backward(features: int, itemsize: int) -> list[Config]:
-    if features * max(itemsize, 4) > 8192 * 4:  # a row takes up to four times its size: two sums, the gradient and x
-        return [Config(dict(ROWS=rows, COLS=size), warps) for rows, size, warps in ((8, 1024, 16), (4, 1024, 8), (8, 512, 8))]
+    if (
+        features * max(itemsize, 4) > 8192 * 4
+    ):  # a row takes up to four times its size: two sums, the gradient and x
+        return [
+            Config(dict(ROWS=rows, COLS=size), warps)
+            for rows, size, warps in ((8, 1024, 16), (4, 1024, 8), (8, 512, 8))
+        ]
     warps = max(features // 512, 4)
     return _whole_rows(features, [(2048, warps), (2048, 2 * warps), (4096, 2 * warps)])
 
 
 def _sample(features, dtype, device):
-    x, w = torch.randn(4096, features, dtype=dtype, device=device), torch.ones(features, dtype=dtype, device=device)
+    x, w = (
+        torch.randn(4096, features, dtype=dtype, device=device),
+        torch.ones(features, dtype=dtype, device=device),
+    )
     return lambda: norm(x, x, w, None, 1e-6, True)
 
 
 def _sample_backward(features, dtype, device):
-    x, w = torch.randn(4096, features, dtype=dtype, device=device), torch.ones(features, dtype=dtype, device=device)
+    x, w = (
+        torch.randn(4096, features, dtype=dtype, device=device),
+        torch.ones(features, dtype=dtype, device=device),
+    )
     rstd = torch.ones(4096, dtype=torch_wide(dtype), device=device)
     return lambda: norm_backward(x, x, x, w, rstd[:0], rstd, True, True, False)
 
@@ -241,7 +330,12 @@ PARTS, FEW_PARTS = 256, 64
 
 
 def norm(
-    input: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = as_rows(input)
     rows, cols = x.shape
@@ -256,9 +350,23 @@ def norm(
     kernel = norm_kernel if config.blocks["COLS"] >= cols else norm_long_kernel
     with on_device([x]):
         kernel[(cdiv(rows, config.blocks["ROWS"]),)](
-            x, r, weight, bias, out, total, mean, rstd, rows, cols, x.stride(0), 0 if r is None else r.stride(0),
-            EPS=eps, RMS=rms, WIDE=wide(input.dtype), **config.options(),
-        )  # fmt: skip
+            x,
+            r,
+            weight,
+            bias,
+            out,
+            total,
+            mean,
+            rstd,
+            rows,
+            cols,
+            x.stride(0),
+            0 if r is None else r.stride(0),
+            EPS=eps,
+            RMS=rms,
+            WIDE=wide(input.dtype),
+            **config.options(),
+        )
     return out, total, mean, rstd
 
 
@@ -278,18 +386,44 @@ def norm_backward(
     out = sum.new_empty(sum.shape)
     config = BACKWARD(cols, sum.element_size())
     sums = weight_grad + bias_grad
-    parts = max(1, min(cdiv(rows, max(config.blocks["ROWS"], 4)), max(FEW_PARTS, rows // (25 * max(sums, 1))), PARTS))
+    parts = max(
+        1,
+        min(
+            cdiv(rows, max(config.blocks["ROWS"], 4)),
+            max(FEW_PARTS, rows // (25 * max(sums, 1))),
+            PARTS,
+        ),
+    )
     partial = rstd.new_empty(parts, sums, cols)
     if not sum.numel():
         partial.zero_()
     else:
         s = None if grad_sum is None else as_rows(grad_sum)
-        kernel = norm_backward_kernel if config.blocks["COLS"] >= cols else norm_backward_long_kernel
+        kernel = (
+            norm_backward_kernel if config.blocks["COLS"] >= cols else norm_backward_long_kernel
+        )
         with on_device([h]):
             kernel[(parts,)](
-                g, s, h, weight, mean, rstd, out, partial, rows, cols, parts, g.stride(0), 0 if s is None else s.stride(0), h.stride(0),
-                RMS=rms, WEIGHT_GRAD=weight_grad, BIAS_GRAD=bias_grad, WIDE=wide(sum.dtype), **config.options(),
-            )  # fmt: skip
+                g,
+                s,
+                h,
+                weight,
+                mean,
+                rstd,
+                out,
+                partial,
+                rows,
+                cols,
+                parts,
+                g.stride(0),
+                0 if s is None else s.stride(0),
+                h.stride(0),
+                RMS=rms,
+                WEIGHT_GRAD=weight_grad,
+                BIAS_GRAD=bias_grad,
+                WIDE=wide(sum.dtype),
+                **config.options(),
+            )
     return [out, *sum_partials(partial, sum.dtype if weight is None else weight.dtype)]
 
 

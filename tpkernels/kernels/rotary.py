@@ -12,12 +12,34 @@ from .common import Config, Tunable, cdiv, on_device, power_of_two, wide
 
 @triton.jit
 def rotary_kernel(
-    input, cos, sin, out, heads, tokens, features, half,
-    input_batch, input_head, input_token, input_feature, out_batch, out_head, out_token, out_feature,
-    cos_batch, cos_token, sin_batch, sin_token,
-    INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr,
-):  # fmt: skip
+    input,
+    cos,
+    sin,
+    out,
+    heads,
+    tokens,
+    features,
+    half,
+    input_batch,
+    input_head,
+    input_token,
+    input_feature,
+    out_batch,
+    out_head,
+    out_token,
+    out_feature,
+    cos_batch,
+    cos_token,
+    sin_batch,
+    sin_token,
+    INTERLEAVED: tl.constexpr,
+    INVERSE: tl.constexpr,
+    WIDE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    REST: tl.constexpr,
+):
     """Some heads of some tokens of one sequence, as [TOKENS, HEADS, features]: the angles are read once for all these heads.
 
     HALF >= half, the number of pairs; REST >= the number of features that pass through, 0 if there are none.
@@ -26,7 +48,9 @@ def rotary_kernel(
     head_tiles = tl.cdiv(heads, HEADS)
     program = tl.program_id(0)
     batch = (program // (token_tiles * head_tiles)).to(tl.int64)
-    token = ((program // head_tiles) % token_tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    token = ((program // head_tiles) % token_tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[
+        :, None, None
+    ]
     head = (program % head_tiles).to(tl.int64) * HEADS + tl.arange(0, HEADS)[None, :, None]
     inside = (token < tokens) & (head < heads)
     x = input + batch * input_batch + head * input_head + token * input_token
@@ -57,7 +81,10 @@ def rotary_kernel(
 
 
 def _heads_of_tokens(features: int, itemsize: int) -> list[Config]:
-    return [Config(dict(ROWS=max(1, size // features)), warps) for size, warps in ((4096, 4), (2048, 4), (8192, 8), (2048, 2))]
+    return [
+        Config(dict(ROWS=max(1, size // features)), warps)
+        for size, warps in ((4096, 4), (2048, 4), (8192, 8), (2048, 2))
+    ]
 
 
 def _sample(features, dtype, device):
@@ -76,18 +103,39 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
     batches, heads, tokens, features = input.shape
     half = cos.shape[-1]
     cos, sin = (t if t.stride(-1) == 1 or half <= 1 else t.contiguous() for t in (cos, sin))
-    config = TUNABLE(2 * half, input.element_size())  # what is rotated: its halves are what a thread reads 16 bytes of
+    config = TUNABLE(
+        2 * half, input.element_size()
+    )  # what is rotated: its halves are what a thread reads 16 bytes of
     rows = config.blocks["ROWS"]
     tile = dict(HEADS=min(power_of_two(heads), rows))
     tile["TOKENS"] = min(rows // tile["HEADS"], power_of_two(tokens))
     rest = features - 2 * half
     with on_device([input]):
         rotary_kernel[(batches * cdiv(tokens, tile["TOKENS"]) * cdiv(heads, tile["HEADS"]),)](
-            input, cos, sin, out, heads, tokens, features, half, *input.stride(), *out.stride(),
-            *(stride for t in (cos, sin) for stride in (t.stride(0) if t.dim() == 3 else 0, t.stride(-2))),
-            INTERLEAVED=interleaved, INVERSE=inverse, WIDE=wide(input.dtype), HALF=power_of_two(half),
-            REST=power_of_two(rest) if rest else 0, num_warps=config.num_warps, num_stages=config.num_stages, **tile,
-        )  # fmt: skip
+            input,
+            cos,
+            sin,
+            out,
+            heads,
+            tokens,
+            features,
+            half,
+            *input.stride(),
+            *out.stride(),
+            *(
+                stride
+                for t in (cos, sin)
+                for stride in (t.stride(0) if t.dim() == 3 else 0, t.stride(-2))
+            ),
+            INTERLEAVED=interleaved,
+            INVERSE=inverse,
+            WIDE=wide(input.dtype),
+            HALF=power_of_two(half),
+            REST=power_of_two(rest) if rest else 0,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            **tile,
+        )
     return out
 
 

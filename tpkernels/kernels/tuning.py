@@ -51,7 +51,9 @@ def tune(
     """
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tune() measures, which a CUDA graph cannot record: call it before the capture")
+        raise RuntimeError(
+            "tune() measures, which a CUDA graph cannot record: call it before the capture"
+        )
     table: dict[str, dict[str, Config]] = {}
     if group.rank() == 0:
         if measure is None:
@@ -64,14 +66,18 @@ def tune(
             best = table.setdefault(tunable.name, {})
             for dtype in dtypes:
                 for size in sorted({power_of_two(n) for n in features}):
-                    best[f"{size},{dtype.itemsize}"] = _fastest(tunable, size, dtype, device, measure)
+                    best[f"{size},{dtype.itemsize}"] = _fastest(
+                        tunable, size, dtype, device, measure
+                    )
         path = table_path(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(table, indent=1))
     return install(table, group)
 
 
-def _fastest(tunable: Tunable, features: int, dtype: torch.dtype, device: torch.device, measure) -> Config:
+def _fastest(
+    tunable: Tunable, features: int, dtype: torch.dtype, device: torch.device, measure
+) -> Config:
     call, key = tunable.sample(features, dtype, device), (features, dtype.itemsize)
     before, times = tunable.chosen.get(key), {}
     candidates = tunable.candidates(*key)
@@ -80,7 +86,9 @@ def _fastest(tunable: Tunable, features: int, dtype: torch.dtype, device: torch.
             tunable.chosen[key] = config
             try:
                 times[i] = measure(call)
-            except Exception as error:  # a configuration that this chip has not the shared memory for
+            except (
+                Exception
+            ) as error:  # a configuration that this chip has not the shared memory for
                 if type(error).__name__ != "OutOfResources":
                     raise
     finally:
@@ -97,13 +105,24 @@ def load(group: ProcessGroup, device: torch.device | str = "cuda") -> dict[str, 
     if group.rank() == 0 and path.exists():
         try:
             rows = json.loads(path.read_text())
-            table = {kernel: {key: Config(*row) for key, row in rows[kernel].items()} for kernel in rows.keys() & _tunables().keys()}
-        except (ValueError, TypeError, AttributeError) as error:  # the others wait for a table, whatever this one's state
-            warnings.warn(f"{path} cannot be read ({error}): run `tpkernels tune` again", stacklevel=2)
+            table = {
+                kernel: {key: Config(*row) for key, row in rows[kernel].items()}
+                for kernel in rows.keys() & _tunables().keys()
+            }
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as error:  # the others wait for a table, whatever this one's state
+            warnings.warn(
+                f"{path} cannot be read ({error}): run `tpkernels tune` again", stacklevel=2
+            )
     return install(table, group)
 
 
-def install(table: dict[str, dict[str, Config]], group: ProcessGroup) -> dict[str, dict[str, Config]]:
+def install(
+    table: dict[str, dict[str, Config]], group: ProcessGroup
+) -> dict[str, dict[str, Config]]:
     """Makes every rank use rank 0's `table`: kernel -> "features,itemsize" -> configuration. Kernels not in it keep theirs."""
     box = [table]
     dist.broadcast_object_list(box, group=group, group_src=0)

@@ -49,7 +49,9 @@ class ParallelSelfAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_kv_heads if num_kv_heads is not None else num_heads
         if head_dim is None and hidden_size % num_heads:
-            raise ValueError(f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}: pass head_dim")
+            raise ValueError(
+                f"hidden_size={hidden_size} is not a multiple of num_heads={num_heads}: pass head_dim"
+            )
         self.head_dim = head_dim if head_dim is not None else hidden_size // num_heads
         self.causal, self.dropout = causal, dropout
         group = resolve_group(group)
@@ -59,10 +61,14 @@ class ParallelSelfAttention(nn.Module):
         self.q_proj = ColumnParallelLinear(hidden_size, q.size, bias, out_split=q, **options)
         self.k_proj = ColumnParallelLinear(hidden_size, kv.size, bias, out_split=kv, **options)
         self.v_proj = ColumnParallelLinear(hidden_size, kv.size, bias, out_split=kv, **options)
-        self.o_proj = RowParallelLinear(q.size, hidden_size, bias, in_split=self.heads.q_split(self.head_dim, dim=1), **options)
+        self.o_proj = RowParallelLinear(
+            q.size, hidden_size, bias, in_split=self.heads.q_split(self.head_dim, dim=1), **options
+        )
         shared = (self.k_proj, self.v_proj) if kv.overlaps else ()
         summed = [(layer, name) for layer in shared for name in layer.splits]
-        self.region = SplitRegion(self, [self.q_proj, self.k_proj, self.v_proj], self.o_proj, summed, group)
+        self.region = SplitRegion(
+            self, [self.q_proj, self.k_proj, self.v_proj], self.o_proj, summed, group
+        )
 
     def forward(
         self,

@@ -50,19 +50,40 @@ class ParallelTransformerBlock(nn.Module):
         place = dict(device=device, dtype=dtype)
         options = dict(bias=bias, group=resolve_group(group), overlap=overlap, **place)
         self.attention_norm = norms[norm](hidden_size, eps, **place)
-        self.attention = ParallelSelfAttention(hidden_size, num_heads, num_kv_heads, causal=causal, dropout=attention_dropout, **options)
+        self.attention = ParallelSelfAttention(
+            hidden_size,
+            num_heads,
+            num_kv_heads,
+            causal=causal,
+            dropout=attention_dropout,
+            **options,
+        )
         self.mlp_norm = norms[norm](hidden_size, eps, **place)
-        self.mlp = ParallelMLP(hidden_size, ffn_size if ffn_size is not None else 4 * hidden_size, activation=activation, **options)
+        self.mlp = ParallelMLP(
+            hidden_size,
+            ffn_size if ffn_size is not None else 4 * hidden_size,
+            activation=activation,
+            **options,
+        )
         self.dropout = Dropout(dropout)
 
-    def forward(self, input: Tensor, attn_mask: Tensor | None = None, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        attn_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """`attn_mask`, `rotary`: as ParallelSelfAttention's."""
         x = self.attention_norm(input)
         if self.training and self.dropout.p:
-            x, stream = self.mlp_norm(self.dropout(self.attention(x, attn_mask, rotary=rotary)), input)
+            x, stream = self.mlp_norm(
+                self.dropout(self.attention(x, attn_mask, rotary=rotary)), input
+            )
             return stream + self.dropout(self.mlp(x))
         if isinstance(self.mlp_norm, RMSNorm):
-            normed, x = self.attention(x, attn_mask, residual=input, rotary=rotary, norm=self.mlp_norm)
+            normed, x = self.attention(
+                x, attn_mask, residual=input, rotary=rotary, norm=self.mlp_norm
+            )
         else:
             x = self.attention(x, attn_mask, residual=input, rotary=rotary)
             normed = self.mlp_norm(x)

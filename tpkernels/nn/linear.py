@@ -42,7 +42,11 @@ class _ParallelLinear(Sharded, nn.Module):
 
     def _weight_split(self, split: Split) -> Split:
         """Of the weight as it is stored."""
-        return Split(1 - split.dim, split.size, split.ranges, split.replicated) if self.transposed else split
+        return (
+            Split(1 - split.dim, split.size, split.ranges, split.replicated)
+            if self.transposed
+            else split
+        )
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
         weight = self.local("weight", cast=True)
@@ -59,16 +63,34 @@ class _ParallelLinear(Sharded, nn.Module):
     def reset_parameters(self) -> None:
         """nn.Linear's initialisation: for one seed the same full weights at any TP size. Draws one full weight at a time."""
         like = self.weight
-        stock = nn.Linear(self.in_features, self.out_features, self.bias is not None, device=like.device, dtype=like.dtype)
+        stock = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=like.device,
+            dtype=like.dtype,
+        )
         self.fill("weight", stock.weight.t() if self.transposed else stock.weight)
         if self.bias is not None:
             self.fill("bias", stock.bias)
 
     def _explain(self, rows: int, features: int, when: str, weight_grad: bool = False) -> str:
-        together = [self] if self.region is None or self not in self.region.siblings else self.region.siblings
+        together = (
+            [self]
+            if self.region is None or self not in self.region.siblings
+            else self.region.siblings
+        )
         share = sum(layer.share for layer in together)
-        text = explain(self.overlap, rows, features, self.group, share, self.weight.dtype, weight_grad)
-        return "\n".join([f"{self}", f"{when}: {text}", *[self._explain_gemm(rows)] * (self.weight.device.type == "cpu")])
+        text = explain(
+            self.overlap, rows, features, self.group, share, self.weight.dtype, weight_grad
+        )
+        return "\n".join(
+            [
+                f"{self}",
+                f"{when}: {text}",
+                *[self._explain_gemm(rows)] * (self.weight.device.type == "cpu"),
+            ]
+        )
 
     def _explain_gemm(self, rows: int) -> str:
         """How the forward product of `rows` rows is computed, and what a packed copy of the weight takes."""
@@ -76,12 +98,19 @@ class _ParallelLinear(Sharded, nn.Module):
             weight, _ = self.weight_and_bias()
 
         def name(library, wide, packed) -> str:
-            return {"aten": "at::mm", "mkl": "MKL", "onednn": "oneDNN"}[library.name] + " in float32" * wide + " on packed weights" * packed
+            return (
+                {"aten": "at::mm", "mkl": "MKL", "onednn": "oneDNN"}[library.name]
+                + " in float32" * wide
+                + " on packed weights" * packed
+            )
 
         constant, training = (_C.choose_gemm(weight, rows, constant) for constant in (True, False))
         text = f"gemm of {rows} rows: {name(*constant)} without gradient, {name(*training)} with"
         _, wide, packed = constant
-        size, held = weight.numel() * (4 if wide else weight.element_size()), _C.packed_bytes(weight)
+        size, held = (
+            weight.numel() * (4 if wide else weight.element_size()),
+            _C.packed_bytes(weight),
+        )
         if packed:
             text += f"; the packed copy takes {size:,} bytes from the second call on"
         return text + (f"; {held:,} bytes are held now" if packed or held else "")
@@ -123,7 +152,15 @@ class ColumnParallelLinear(_ParallelLinear):
         out_split: Split | None = None,
     ):
         _refuse_sequence_parallel(sequence_parallel)
-        self._setup(in_features, out_features, resolve_group(group), activation, gather_output, overlap, out_split)
+        self._setup(
+            in_features,
+            out_features,
+            resolve_group(group),
+            activation,
+            gather_output,
+            overlap,
+            out_split,
+        )
         self.put_empty("weight", (out_features, in_features), self.out_split, device, dtype)
         if bias:
             self.put_empty("bias", (out_features,), self.out_split, device, dtype)
@@ -131,17 +168,29 @@ class ColumnParallelLinear(_ParallelLinear):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def _setup(self, in_features, out_features, group, activation, gather_output, overlap, out_split) -> None:
+    def _setup(
+        self, in_features, out_features, group, activation, gather_output, overlap, out_split
+    ) -> None:
         self._init_linear(in_features, out_features, group, overlap)
         check_activation(activation)
         halves = 2 if activation in GATED else 1
         if out_features % halves:
-            raise ValueError(f"out_features={out_features} must be even for {activation}: it counts both halves, [gate; up]")
+            raise ValueError(
+                f"out_features={out_features} must be even for {activation}: it counts both halves, [gate; up]"
+            )
         self.activation, self.gather_output, self.tag = activation, gather_output, "column_backward"
-        self.out_split = out_split if out_split is not None else Split.chunks(out_features, group.size, blocks=halves)
+        self.out_split = (
+            out_split
+            if out_split is not None
+            else Split.chunks(out_features, group.size, blocks=halves)
+        )
         self.share = self.out_split.largest
         # The layout of the output's last dimension, after the activation.
-        self.output_split = Split.chunks(out_features // 2, group.size, dim=-1) if halves == 2 else _last_dim(self.out_split)
+        self.output_split = (
+            Split.chunks(out_features // 2, group.size, dim=-1)
+            if halves == 2
+            else _last_dim(self.out_split)
+        )
 
     @classmethod
     def from_linear(
@@ -159,7 +208,15 @@ class ColumnParallelLinear(_ParallelLinear):
         _refuse_sequence_parallel(sequence_parallel)
         new = cls.__new__(cls)
         in_features, out_features = linear_features(linear)
-        new._setup(in_features, out_features, resolve_group(group), activation, gather_output, overlap, out_split)
+        new._setup(
+            in_features,
+            out_features,
+            resolve_group(group),
+            activation,
+            gather_output,
+            overlap,
+            out_split,
+        )
         weight, bias = new._from(linear)
         new.put("weight", weight, new._weight_split(new.out_split))
         new.put("bias", bias, new.out_split)
@@ -168,17 +225,33 @@ class ColumnParallelLinear(_ParallelLinear):
     def linear(self, input: Tensor) -> Tensor:
         """x A^T + b without the siblings."""
         weight, bias = self.weight_and_bias()
-        return column_linears(input, [weight], [bias], self.group, self.overlap, self.tag, self.share)[0]
+        return column_linears(
+            input, [weight], [bias], self.group, self.overlap, self.tag, self.share
+        )[0]
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.activation is None and not self.gather_output and (y := self._now(input)) is not None:
+        if (
+            self.activation is None
+            and not self.gather_output
+            and (y := self._now(input)) is not None
+        ):
             return y
         if self.activation is not None and self.region is None:
-            y = column_linear_act(input, *self.weight_and_bias(), self.activation, self.group, self.overlap, self.tag, self.share)
+            y = column_linear_act(
+                input,
+                *self.weight_and_bias(),
+                self.activation,
+                self.group,
+                self.overlap,
+                self.tag,
+                self.share,
+            )
         else:
             y = self.linear(input) if self.region is None else self.region.column(self, input)
             y = bias_act(y, None, self.activation)
-        return gather(y, self.output_split, self.group, "gather_output") if self.gather_output else y
+        return (
+            gather(y, self.output_split, self.group, "gather_output") if self.gather_output else y
+        )
 
     def explain(self, rows: int) -> str:
         """The schedule of the backward all-reduce for an input of `rows` rows (tokens), its alternatives, and why."""
@@ -217,7 +290,15 @@ class RowParallelLinear(_ParallelLinear):
         in_split: Split | None = None,
     ):
         _refuse_sequence_parallel(sequence_parallel)
-        self._setup(in_features, out_features, resolve_group(group), input_is_parallel, skip_bias_add, overlap, in_split)
+        self._setup(
+            in_features,
+            out_features,
+            resolve_group(group),
+            input_is_parallel,
+            skip_bias_add,
+            overlap,
+            in_split,
+        )
         self.put_empty("weight", (out_features, in_features), self.in_split, device, dtype)
         if bias:
             self.put_empty("bias", (out_features,), None, device, dtype)
@@ -225,10 +306,14 @@ class RowParallelLinear(_ParallelLinear):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def _setup(self, in_features, out_features, group, input_is_parallel, skip_bias_add, overlap, in_split) -> None:
+    def _setup(
+        self, in_features, out_features, group, input_is_parallel, skip_bias_add, overlap, in_split
+    ) -> None:
         self._init_linear(in_features, out_features, group, overlap)
         self.input_is_parallel, self.skip_bias_add = input_is_parallel, skip_bias_add
-        self.in_split = in_split if in_split is not None else Split.chunks(in_features, group.size, dim=1)
+        self.in_split = (
+            in_split if in_split is not None else Split.chunks(in_features, group.size, dim=1)
+        )
         self.input_split, self.share = _last_dim(self.in_split), self.in_split.largest
 
     @classmethod
@@ -247,7 +332,15 @@ class RowParallelLinear(_ParallelLinear):
         _refuse_sequence_parallel(sequence_parallel)
         new = cls.__new__(cls)
         in_features, out_features = linear_features(linear)
-        new._setup(in_features, out_features, resolve_group(group), input_is_parallel, skip_bias_add, overlap, in_split)
+        new._setup(
+            in_features,
+            out_features,
+            resolve_group(group),
+            input_is_parallel,
+            skip_bias_add,
+            overlap,
+            in_split,
+        )
         weight, bias = new._from(linear)
         new.put("weight", weight, new._weight_split(new.in_split))
         new.put("bias", bias, None)
@@ -259,11 +352,15 @@ class RowParallelLinear(_ParallelLinear):
         Raises:
             ValueError: norm with skip_bias_add, which leaves nothing to be normed yet; otherwise as `row_parallel_linear`.
         """
-        alone = self.group.size == 1 and residual is None and norm is None and not self.skip_bias_add
+        alone = (
+            self.group.size == 1 and residual is None and norm is None and not self.skip_bias_add
+        )
         if alone and (y := self._now(input)) is not None:
             return y
         if norm is not None and self.skip_bias_add:
-            raise ValueError("norm needs the whole output, but skip_bias_add=True leaves its bias to the caller: pass one of them")
+            raise ValueError(
+                "norm needs the whole output, but skip_bias_add=True leaves its bias to the caller: pass one of them"
+            )
         if self.region is not None:
             self.region.leave()
         weight, bias = self.weight_and_bias()
@@ -294,9 +391,13 @@ def linear_features(linear: nn.Module) -> tuple[int, int]:
 
     A subclass with a forward of its own (a quantised layer) is something else: its forward would be lost.
     """
-    stock = type(linear).__name__ == "Conv1D" or (isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward)
+    stock = type(linear).__name__ == "Conv1D" or (
+        isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    )
     if not stock:
-        raise TypeError(f"linear must be an nn.Linear with nn.Linear's forward, or a transformers Conv1D, got {type(linear).__name__}")
+        raise TypeError(
+            f"linear must be an nn.Linear with nn.Linear's forward, or a transformers Conv1D, got {type(linear).__name__}"
+        )
     rows, columns = linear.weight.shape
     return (columns, rows) if isinstance(linear, nn.Linear) else (rows, columns)
 

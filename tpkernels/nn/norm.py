@@ -11,7 +11,14 @@ from ..ops.norm import layer_norm, rms_norm
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm over the last dimension; forward(input, residual) returns (norm(input + residual), input + residual)."""
 
-    def __init__(self, normalized_shape: int, eps: float | None = None, elementwise_affine: bool = True, device=None, dtype=None):
+    def __init__(
+        self,
+        normalized_shape: int,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device=None,
+        dtype=None,
+    ):
         super().__init__(_features(normalized_shape), eps, elementwise_affine, device, dtype)
 
     def epsilon(self, dtype: torch.dtype) -> float:
@@ -25,7 +32,13 @@ class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm over the last dimension; forward(input, residual) returns (norm(input + residual), input + residual)."""
 
     def __init__(
-        self, normalized_shape: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True, device=None, dtype=None
+        self,
+        normalized_shape: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
     ):
         super().__init__(_features(normalized_shape), eps, elementwise_affine, bias, device, dtype)
 
@@ -35,5 +48,7 @@ class LayerNorm(nn.LayerNorm):
 
 def _features(normalized_shape) -> int:
     if not isinstance(normalized_shape, int):
-        raise ValueError(f"normalized_shape must be an int, the size of the last dimension, got {normalized_shape!r}")
+        raise ValueError(
+            f"normalized_shape must be an int, the size of the last dimension, got {normalized_shape!r}"
+        )
     return normalized_shape

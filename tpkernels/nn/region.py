@@ -26,10 +26,23 @@ class SplitRegion:
     """
 
     def __init__(
-        self, parent: nn.Module, siblings: Sequence[nn.Module], row: nn.Module | None, summed: Sequence[tuple[Sharded, str]], group: Group
+        self,
+        parent: nn.Module,
+        siblings: Sequence[nn.Module],
+        row: nn.Module | None,
+        summed: Sequence[tuple[Sharded, str]],
+        group: Group,
     ):
-        self.parent, self.siblings, self.row, self.summed, self.group = parent, list(siblings), row, list(summed), group
-        self.active = self.drops = False  # `drops`: something in this call of the parent may draw random numbers
+        self.parent, self.siblings, self.row, self.summed, self.group = (
+            parent,
+            list(siblings),
+            row,
+            list(summed),
+            group,
+        )
+        self.active = self.drops = (
+            False  # `drops`: something in this call of the parent may draw random numbers
+        )
         self.input: Tensor | None = None
         self.outputs: dict[nn.Module, Tensor] = {}
         self.random = RankRandom(group.rank)
@@ -42,10 +55,19 @@ class SplitRegion:
         self._end()
         self.active, self.drops = True, self.row is not None and self._drops()
         if self.summed and torch.is_grad_enabled() and self.group.size > 1:
-            wanted = [(module, name) for module, name in self.summed if module._parameters[name].requires_grad]
+            wanted = [
+                (module, name)
+                for module, name in self.summed
+                if module._parameters[name].requires_grad
+            ]
             if wanted:
                 parameters = [module.stored(name) for module, name in wanted]
-                totals = sum_gradients(parameters, [module.divided(name) for module, name in wanted], self.group, "replicated_gradients")
+                totals = sum_gradients(
+                    parameters,
+                    [module.divided(name) for module, name in wanted],
+                    self.group,
+                    "replicated_gradients",
+                )
                 for (module, name), total in zip(wanted, totals, strict=True):
                     module._summed[name] = total
 
@@ -67,7 +89,9 @@ class SplitRegion:
             parameters = [s.weight_and_bias() for s in self.siblings]
             weights, biases = zip(*parameters, strict=True)
             share = sum(s.share for s in self.siblings)
-            outputs = column_linears(input, weights, biases, self.group, layer.overlap, layer.tag, share)
+            outputs = column_linears(
+                input, weights, biases, self.group, layer.overlap, layer.tag, share
+            )
             self.input, self.outputs = input, dict(zip(self.siblings, outputs, strict=True))
         if input is self.input and layer in self.outputs:
             return self.outputs.pop(layer)
@@ -84,4 +108,6 @@ class SplitRegion:
         named = [*vars(self.parent).items(), *vars(getattr(self.parent, "config", self)).items()]
         if any("drop" in name and isinstance(value, float) and value > 0 for name, value in named):
             return True
-        return any(m.p > 0 for m in self.parent.modules() if isinstance(m, nn.modules.dropout._DropoutNd))
+        return any(
+            m.p > 0 for m in self.parent.modules() if isinstance(m, nn.modules.dropout._DropoutNd)
+        )

@@ -30,7 +30,9 @@ class Sharded:
 
     def _init_sharded(self, group: Group) -> None:
         self.group, self.splits = group, {}
-        self._summed: dict[str, Tensor] = {}  # set by a SplitRegion for one forward: parameters whose gradients are summed
+        self._summed: dict[
+            str, Tensor
+        ] = {}  # set by a SplitRegion for one forward: parameters whose gradients are summed
         _alive.add(self)
 
     def __setstate__(self, state) -> None:
@@ -47,7 +49,9 @@ class Sharded:
         shard = self.own(name, full.detach()).clone(memory_format=torch.contiguous_format)
         self.register_parameter(name, nn.Parameter(shard, full.requires_grad))
 
-    def put_empty(self, name: str, shape: tuple[int, ...], split: Split | None, device, dtype) -> None:
+    def put_empty(
+        self, name: str, shape: tuple[int, ...], split: Split | None, device, dtype
+    ) -> None:
         self.splits[name] = split
         shape = list(shape)
         if self.divided(name):
@@ -102,7 +106,9 @@ def shard_dtensor(local: Tensor, group: Group, dim: int, size: int) -> DTensor:
     shape = list(local.shape)
     shape[dim] = size
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(local, group.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(
+        local, group.mesh, [Shard(dim)], run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def localize(module: nn.Module, group: Group) -> None:
@@ -125,6 +131,10 @@ def localize(module: nn.Module, group: Group) -> None:
             for name in names:
                 del attributes[name]
 
-    module.__class__ = type(f"Local{stock.__name__}", (Sharded, stock), {"forward": forward, "__module__": stock.__module__})
+    module.__class__ = type(
+        f"Local{stock.__name__}",
+        (Sharded, stock),
+        {"forward": forward, "__module__": stock.__module__},
+    )
     module._init_sharded(group)
     module.splits.update(dict.fromkeys(names))

@@ -17,12 +17,16 @@ def check_activation(activation: str | None) -> None:
     """Raises ValueError unless `activation` is None or a known name."""
     known = [*ACTIVATIONS, *GATED]
     if activation is not None and activation not in known:
-        raise ValueError(f"activation must be None or one of {', '.join(known)}, got {activation!r}")
+        raise ValueError(
+            f"activation must be None or one of {', '.join(known)}, got {activation!r}"
+        )
 
 
 @torch.library.register_fake("tpkernels::bias_act")
 def _(input, bias, activation):
-    return input.new_empty(*input.shape[:-1], input.shape[-1] // 2 if activation in GATED else input.shape[-1])
+    return input.new_empty(
+        *input.shape[:-1], input.shape[-1] // 2 if activation in GATED else input.shape[-1]
+    )
 
 
 @torch.library.register_fake("tpkernels::bias_act_backward")
@@ -39,7 +43,11 @@ def _(gate, up, gate_bias, up_bias, activation):
 @torch.library.register_fake("tpkernels::gated_act_backward")
 def _(grad, gate, up, gate_bias, up_bias, activation, bias_grad):
     halves = [gate.new_empty(gate.shape), up.new_empty(up.shape)]
-    return halves + [(gate_bias if gate_bias is not None else gate).new_empty(gate.shape[-1]) for _ in halves if bias_grad]
+    return halves + [
+        (gate_bias if gate_bias is not None else gate).new_empty(gate.shape[-1])
+        for _ in halves
+        if bias_grad
+    ]
 
 
 class _BiasAct(torch.autograd.Function):
@@ -78,7 +86,9 @@ class _GatedAct(torch.autograd.Function):
         bias_grad = any(ctx.needs_input_grad[2:4])
         grads = _ops.gated_act_backward(dy, *ctx.saved_tensors, ctx.activation, bias_grad)
         grads = [*grads, *[None] * (4 - len(grads))]
-        return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), None
+        return *(
+            g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)
+        ), None
 
 
 def _same_dtype(input: Tensor, bias: Tensor | None, name: str) -> tuple[Tensor, Tensor | None]:
@@ -90,7 +100,9 @@ def _same_dtype(input: Tensor, bias: Tensor | None, name: str) -> tuple[Tensor, 
     if bias is None:
         return input, None
     if bias.shape != input.shape[-1:]:
-        raise ValueError(f"{name} has shape {tuple(bias.shape)} but input has {input.shape[-1]} features")
+        raise ValueError(
+            f"{name} has shape {tuple(bias.shape)} but input has {input.shape[-1]} features"
+        )
     dtype = torch.promote_types(input.dtype, bias.dtype)
     return input.to(dtype), bias.to(dtype)
 
@@ -112,11 +124,19 @@ def bias_act(input: Tensor, bias: Tensor | None, activation: str | None) -> Tens
     if activation is None:
         return input if bias is None else input + bias
     if activation in GATED and input.shape[-1] % 2:
-        raise ValueError(f"{activation} takes [gate; up], two halves of one size, got {input.shape[-1]} features")
+        raise ValueError(
+            f"{activation} takes [gate; up], two halves of one size, got {input.shape[-1]} features"
+        )
     return _BiasAct.apply(input, bias, activation)
 
 
-def gated_act(gate: Tensor, up: Tensor, activation: str, gate_bias: Tensor | None = None, up_bias: Tensor | None = None) -> Tensor:
+def gated_act(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
     """act(gate + gate_bias) * (up + up_bias) from separate halves, for "swiglu" and "geglu"; see `bias_act`.
 
     Args:
@@ -130,7 +150,9 @@ def gated_act(gate: Tensor, up: Tensor, activation: str, gate_bias: Tensor | Non
     if activation not in GATED:
         raise ValueError(f"activation must be one of {', '.join(GATED)}, got {activation!r}")
     if gate.shape != up.shape:
-        raise ValueError(f"gate and up must have one shape, got {tuple(gate.shape)} and {tuple(up.shape)}")
+        raise ValueError(
+            f"gate and up must have one shape, got {tuple(gate.shape)} and {tuple(up.shape)}"
+        )
     if (gate_bias is None) != (up_bias is None):
         raise ValueError("gate_bias and up_bias: pass both or neither")
     gate, gate_bias = _same_dtype(gate, gate_bias, "gate_bias")

@@ -47,7 +47,9 @@ def log_collectives() -> Iterator[list[Collective]]:
 
 def _log_fake(op: str, tag: str, group: str, buffer: Tensor, chunks: int = 0) -> None:
     """What the real op writes for `buffer`: a line, or with `chunks` one for each chunk of its rows."""
-    if not _C.log_enabled():  # sizes are symbols where dynamic shapes are traced: nothing below is asked of them then
+    if (
+        not _C.log_enabled()
+    ):  # sizes are symbols where dynamic shapes are traced: nothing below is asked of them then
         return
     if not chunks:
         _log_fake_chunk(op, tag, group, buffer, 0, 1)
@@ -60,7 +62,11 @@ def _log_fake(op: str, tag: str, group: str, buffer: Tensor, chunks: int = 0) ->
 
 def _log_fake_chunk(op: str, tag: str, group: str, buffer: Tensor, chunk: int, chunks: int) -> None:
     """What the real op writes for `buffer`, one of `chunks`: nothing if it is empty or the group's only rank's."""
-    if _C.log_enabled() and buffer.numel() and dist.distributed_c10d._resolve_process_group(group).size() > 1:
+    if (
+        _C.log_enabled()
+        and buffer.numel()
+        and dist.distributed_c10d._resolve_process_group(group).size() > 1
+    ):
         _C.log_write(op, tag, group, buffer.numel() * buffer.itemsize, chunk, chunks)
 
 
@@ -97,7 +103,9 @@ def all_reduce_(tensor: Tensor, group) -> Tensor:
         _C.all_reduce_(tensor, name)  # a small message's time is mostly the dispatcher's
     else:
         _ops.all_reduce_(tensor, name, "sum", "all_reduce")
-        torch.autograd.graph.increment_version(tensor)  # so that autograd notices where it had been saved
+        torch.autograd.graph.increment_version(
+            tensor
+        )  # so that autograd notices where it had been saved
     return tensor
 
 
@@ -107,7 +115,10 @@ def sum_over_ranks(parts: Sequence[Tensor], group: Group, tag: str) -> list[Tens
     torch.cat([p.reshape(-1) for p in parts], out=flat)
     _ops.all_reduce_(flat, group.name, "sum", tag)
     # Clones: a gradient that is a view at an offset, wrapped in a DTensor, cannot be deep-copied.
-    return [s.view(p.shape).clone() for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)]
+    return [
+        s.view(p.shape).clone()
+        for s, p in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+    ]
 
 
 def all_gather_shards(shard: Tensor, split: Split, group: Group, tag: str) -> Tensor:
@@ -159,14 +170,25 @@ class _SumGradients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        grads = [g if split is None else split.add_up(g, ctx.group.rank) for g, split in zip(grads, ctx.splits, strict=True)]
+        grads = [
+            g if split is None else split.add_up(g, ctx.group.rank)
+            for g, split in zip(grads, ctx.splits, strict=True)
+        ]
         out: list[Tensor | None] = [None] * len(grads)
         # A dtype at a time; unused parameters take part with zeros, so that every rank sends the same buffer.
         for dtype in dict.fromkeys(g.dtype for g in grads):
-            mine = [i for i, g in enumerate(grads) if g.dtype == dtype and ctx.needs_input_grad[3 + i]]
+            mine = [
+                i for i, g in enumerate(grads) if g.dtype == dtype and ctx.needs_input_grad[3 + i]
+            ]
             if mine:
-                for i, total in zip(mine, sum_over_ranks([grads[i] for i in mine], ctx.group, ctx.tag), strict=True):
-                    out[i] = total if ctx.splits[i] is None else ctx.splits[i].shard(total, ctx.group.rank)
+                for i, total in zip(
+                    mine, sum_over_ranks([grads[i] for i in mine], ctx.group, ctx.tag), strict=True
+                ):
+                    out[i] = (
+                        total
+                        if ctx.splits[i] is None
+                        else ctx.splits[i].shard(total, ctx.group.rank)
+                    )
         return None, None, None, *out
 
 
@@ -180,6 +202,8 @@ def scatter(x: Tensor, split: Split, group: Group, tag: str) -> Tensor:
     return x if group.size == 1 else _Scatter.apply(x, split, group, tag)
 
 
-def sum_gradients(parameters: Sequence[Tensor], splits: Sequence[Split | None], group: Group, tag: str) -> tuple[Tensor, ...]:
+def sum_gradients(
+    parameters: Sequence[Tensor], splits: Sequence[Split | None], group: Group, tag: str
+) -> tuple[Tensor, ...]:
     """See `_SumGradients`."""
     return _SumGradients.apply(splits, group, tag, *parameters)

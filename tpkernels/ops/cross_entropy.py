@@ -35,22 +35,45 @@ def _(logits, target, first, num_classes, ignore_index, smoothing, group, tag):
     rows = logits.new_empty(logits.shape[0], dtype=_wide(logits.dtype))
     _log_fake("all_reduce", tag, group, rows.new_empty(logits.shape[0] + 2))
     _log_fake("all_reduce", tag, group, rows.new_empty(3 if smoothing else 2, logits.shape[0]))
-    return rows, torch.empty_like(rows), rows.new_empty(logits.shape[0] + 2)[logits.shape[0] :]  # the end of a buffer
+    return (
+        rows,
+        torch.empty_like(rows),
+        rows.new_empty(logits.shape[0] + 2)[logits.shape[0] :],
+    )  # the end of a buffer
 
 
 @torch.library.register_fake("tpkernels::vocab_linear_ce")
 def _(
-    input, weight, bias, target, scale, first, num_classes, ignore_index, smoothing, chunk_rows,
-    input_grad, weight_grad, bias_grad, group, tag,
-):  # fmt: skip
+    input,
+    weight,
+    bias,
+    target,
+    scale,
+    first,
+    num_classes,
+    ignore_index,
+    smoothing,
+    chunk_rows,
+    input_grad,
+    weight_grad,
+    bias_grad,
+    group,
+    tag,
+):
     rows = input.shape[0]
     chunks = max(1, -(-rows // chunk_rows))
     for i in range(chunks):
         part = input[i * chunk_rows : (i + 1) * chunk_rows]
-        torch.ops.tpkernels.vocab_ce(part, target, first, num_classes, ignore_index, smoothing, group, tag)
+        torch.ops.tpkernels.vocab_ce(
+            part, target, first, num_classes, ignore_index, smoothing, group, tag
+        )
         if scale is not None and input_grad:
             _log_fake_chunk("all_reduce", f"{tag}_input", group, part, i, chunks)
-    grads = [t.new_empty(t.shape) for t, need in ((input, input_grad), (weight, weight_grad), (bias, bias_grad)) if need]
+    grads = [
+        t.new_empty(t.shape)
+        for t, need in ((input, input_grad), (weight, weight_grad), (bias, bias_grad))
+        if need
+    ]
     return [input.new_empty(rows, dtype=_wide(input.dtype)), *grads]
 
 
@@ -74,7 +97,9 @@ class _VocabCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, target, first, num_classes, ignore_index, smoothing, group, check_even):
-        loss, log_norm, widths = _ops.vocab_ce(z, target, first, num_classes, ignore_index, smoothing, group.name, "loss")
+        loss, log_norm, widths = _ops.vocab_ce(
+            z, target, first, num_classes, ignore_index, smoothing, group.name, "loss"
+        )
         if check_even:
             _check_even(widths, group)
         ctx.save_for_backward(z, target, log_norm)
@@ -88,7 +113,16 @@ class _VocabCrossEntropy(torch.autograd.Function):
         z, target, log_norm = ctx.saved_tensors
         scale = dloss.masked_fill(target == ctx.ignore_index, 0)
         # Not in place: the logits may be read by others, an earlier retain_graph among them.
-        return _ops.vocab_ce_grad(z, target, log_norm, scale, *ctx.options), None, None, None, None, None, None, None
+        return (
+            _ops.vocab_ce_grad(z, target, log_norm, scale, *ctx.options),
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _VocabLinearCrossEntropy(torch.autograd.Function):
@@ -105,12 +139,37 @@ class _VocabLinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, target, first, num_classes, ignore_index, smoothing, chunk_rows, group, record):
+    def forward(
+        ctx,
+        x,
+        weight,
+        bias,
+        target,
+        first,
+        num_classes,
+        ignore_index,
+        smoothing,
+        chunk_rows,
+        group,
+        record,
+    ):
         wanted = [record and need for need in ctx.needs_input_grad[:3]]
         scale = (target != ignore_index).to(_wide(x.dtype)) if any(wanted) else None
         loss, *grads = _ops.vocab_linear_ce(
-            x, weight, bias, target, scale, first, num_classes, ignore_index, smoothing, chunk_rows, *wanted, group.name, "loss"
-        )  # fmt: skip
+            x,
+            weight,
+            bias,
+            target,
+            scale,
+            first,
+            num_classes,
+            ignore_index,
+            smoothing,
+            chunk_rows,
+            *wanted,
+            group.name,
+            "loss",
+        )
         grads = iter(grads)
         ctx.save_for_backward(*(next(grads) if need else None for need in wanted))
         return loss.sum()
@@ -131,7 +190,12 @@ def _check_even(widths: Tensor, group: Group) -> None:
 
 
 def _check_target(target: Tensor, ignore_index: int, num_classes: int) -> None:
-    check_in_range("target", target.masked_fill(target == ignore_index, 0), num_classes, f"{num_classes} classes")
+    check_in_range(
+        "target",
+        target.masked_fill(target == ignore_index, 0),
+        num_classes,
+        f"{num_classes} classes",
+    )
 
 
 def vocab_parallel_cross_entropy(
@@ -163,13 +227,28 @@ def vocab_parallel_cross_entropy(
     width = logits_shard.shape[-1] if logits_shard.dim() else 0
     classes = num_classes if num_classes is not None else width * group.size
     first = _check(
-        "logits_shard", logits_shard, width, target, group, classes, label_smoothing, reduction, ("mean", "sum", "none")
-    )  # fmt: skip
+        "logits_shard",
+        logits_shard,
+        width,
+        target,
+        group,
+        classes,
+        label_smoothing,
+        reduction,
+        ("mean", "sum", "none"),
+    )
     flat = target.reshape(-1)
     if num_classes is not None:
         _check_target(flat, ignore_index, classes)
     loss = _VocabCrossEntropy.apply(
-        logits_shard.reshape(flat.numel(), width), flat, first, classes, ignore_index, label_smoothing, group, num_classes is None
+        logits_shard.reshape(flat.numel(), width),
+        flat,
+        first,
+        classes,
+        ignore_index,
+        label_smoothing,
+        group,
+        num_classes is None,
     )
     if reduction == "none":
         return loss.view(target.shape)
@@ -211,25 +290,44 @@ def vocab_parallel_linear_cross_entropy(
     x, weight, bias = (autocast(t, device_type) for t in (input, weight_shard, bias_shard))
     width = weight.shape[0] if weight.dim() == 2 else -1
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
-        raise ValueError(f"input has shape {tuple(x.shape)} but weight_shard is {tuple(weight.shape)}: it must be [V_r, {x.shape[-1]}]")
+        raise ValueError(
+            f"input has shape {tuple(x.shape)} but weight_shard is {tuple(weight.shape)}: it must be [V_r, {x.shape[-1]}]"
+        )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias_shard has shape {tuple(bias.shape)} but weight_shard has {width} classes")
+        raise ValueError(
+            f"bias_shard has shape {tuple(bias.shape)} but weight_shard has {width} classes"
+        )
     for name, tensor in (("weight_shard", weight), ("bias_shard", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but input is {x.dtype}: cast one of them, or run under torch.autocast")
-    first = _check("input", x, width, target, group, num_classes, label_smoothing, reduction, ("mean", "sum"))
+            raise TypeError(
+                f"{name} is {tensor.dtype} but input is {x.dtype}: cast one of them, or run under torch.autocast"
+            )
+    first = _check(
+        "input", x, width, target, group, num_classes, label_smoothing, reduction, ("mean", "sum")
+    )
     flat = target.reshape(-1)
     _check_target(flat, ignore_index, num_classes)
     rows, features = flat.numel(), x.shape[-1]
     if chunk_rows is None:
-        widest = max(chunk_sizes(num_classes, group.size)[0], 1)  # rank 0's: every rank takes the same chunks
+        widest = max(
+            chunk_sizes(num_classes, group.size)[0], 1
+        )  # rank 0's: every rank takes the same chunks
         chunk_rows = max(256, 1 << (rows * features // widest).bit_length())
     elif not isinstance(chunk_rows, int) or chunk_rows < 1:
         raise ValueError(f"chunk_rows must be an int of at least 1, got {chunk_rows!r}")
     total = _VocabLinearCrossEntropy.apply(
-        x.reshape(rows, features), weight, bias, flat, first, num_classes, ignore_index, label_smoothing, chunk_rows, group,
+        x.reshape(rows, features),
+        weight,
+        bias,
+        flat,
+        first,
+        num_classes,
+        ignore_index,
+        label_smoothing,
+        chunk_rows,
+        group,
         torch.is_grad_enabled(),
-    )  # fmt: skip
+    )
     if reduction == "sum":
         return total
     counted = (flat != ignore_index).sum()
@@ -237,7 +335,9 @@ def vocab_parallel_linear_cross_entropy(
     return torch.where(counted > 0, total / counted.clamp_min(1), torch.nan)
 
 
-def _check(name, values, width, target, group, classes, label_smoothing, reduction, reductions) -> int:
+def _check(
+    name, values, width, target, group, classes, label_smoothing, reduction, reductions
+) -> int:
     """Raises before any communication; returns the first of this rank's classes. `values`: [..., one row of them for a target]."""
     if reduction not in reductions:
         raise ValueError(f"reduction must be one of {', '.join(reductions)}, got {reduction!r}")
@@ -246,10 +346,14 @@ def _check(name, values, width, target, group, classes, label_smoothing, reducti
     if not values.is_floating_point():
         raise TypeError(f"{name} must be floating point, got {values.dtype}")
     if values.shape[:-1] != target.shape:
-        raise ValueError(f"target has shape {tuple(target.shape)}, but {name} {tuple(values.shape)} needs {tuple(values.shape[:-1])}")
+        raise ValueError(
+            f"target has shape {tuple(target.shape)}, but {name} {tuple(values.shape)} needs {tuple(values.shape[:-1])}"
+        )
     sizes = chunk_sizes(classes, group.size)
     if width != sizes[group.rank]:
         shard = "weight_shard" if name == "input" else name
-        raise ValueError(f"{shard} has {width} classes on rank {group.rank}, but {classes} split over {group.size} ranks are {sizes}")
+        raise ValueError(
+            f"{shard} has {width} classes on rank {group.rank}, but {classes} split over {group.size} ranks are {sizes}"
+        )
     check_integers("target", target)
     return sum(sizes[: group.rank])

@@ -36,7 +36,9 @@ def draw_seed(device: torch.device) -> Tensor:
     return torch.randint(2**63 - 1, (1,), device=device)
 
 
-def dropout(input: Tensor, p: float = 0.5, seed: Tensor | None = None, *, row: int = 0, column: int = 0) -> Tensor:
+def dropout(
+    input: Tensor, p: float = 0.5, seed: Tensor | None = None, *, row: int = 0, column: int = 0
+) -> Tensor:
     """Zeroes elements with probability p and divides the others by 1 - p, as torch.nn.functional.dropout.
 
     Whether the element at row r (of the flattened leading dimensions) and column c is kept depends on the seed, r and c alone:

@@ -58,15 +58,25 @@ def check_in_range(name: str, values: Tensor, size: int, what: str) -> None:
     if not values.numel():
         return
     if values.device.type == "cuda":
-        torch._assert_async(((values >= 0) & (values < size)).all(), f"{name} outside [0, {size}), {what}")
+        torch._assert_async(
+            ((values >= 0) & (values < size)).all(), f"{name} outside [0, {size}), {what}"
+        )
     elif values.device.type == "cpu" and not torch._subclasses.fake_tensor.is_fake(values):
         low, high = (v.item() for v in values.aminmax())
         if low < 0 or high >= size:
-            raise IndexError(f"{name} has values from {low} to {high}, but {what} takes 0 to {size - 1}")
+            raise IndexError(
+                f"{name} has values from {low} to {high}, but {what} takes 0 to {size - 1}"
+            )
 
 
 def vocab_parallel_embedding(
-    ids: Tensor, weight: Tensor, num_embeddings: int, *, group=None, padding_idx: int | None = None, tag: str = "embedding"
+    ids: Tensor,
+    weight: Tensor,
+    num_embeddings: int,
+    *,
+    group=None,
+    padding_idx: int | None = None,
+    tag: str = "embedding",
 ) -> Tensor:
     """Rows `ids` of a table whose rows are split over the ranks in torch.chunk's sizes: [*ids.shape, H], whole on every rank.
 

@@ -42,7 +42,11 @@ def _(input, weight, bias, grad):
 @torch.library.register_fake("tpkernels::row_linear_backward")
 def _(grad_output, input, weight, bias_grad):
     n = grad_output.shape[-1]
-    grads = [grad_output.new_empty(*grad_output.shape[:-1], weight.shape[1])] if weight is not None else []
+    grads = (
+        [grad_output.new_empty(*grad_output.shape[:-1], weight.shape[1])]
+        if weight is not None
+        else []
+    )
     grads += [grad_output.new_empty(n, input.shape[-1])] if input is not None else []
     return grads + [grad_output.new_empty(n)] * bias_grad
 
@@ -53,8 +57,14 @@ def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, c
     if input_grad:
         grads.append(grad_outputs[0].new_empty(*grad_outputs[0].shape[:-1], weights[0].shape[1]))
         _log_fake("all_reduce", tag, group, grads[0], chunks)
-    grads += [dy.new_empty(dy.shape[-1], input.shape[-1]) for dy, need in zip(grad_outputs, weight_grad, strict=True) if need]
-    grads += [dy.new_empty(dy.shape[-1]) for dy, need in zip(grad_outputs, bias_grad, strict=True) if need]
+    grads += [
+        dy.new_empty(dy.shape[-1], input.shape[-1])
+        for dy, need in zip(grad_outputs, weight_grad, strict=True)
+        if need
+    ]
+    grads += [
+        dy.new_empty(dy.shape[-1]) for dy, need in zip(grad_outputs, bias_grad, strict=True) if need
+    ]
     return grads
 
 
@@ -103,7 +113,15 @@ class _ColumnLinear(torch.autograd.Function):
             chunks = ctx.chunks
             grads = iter(
                 _ops.column_linear_backward(
-                    list(dys), x, weights, need_x, list(need_w), list(need_b), ctx.group.channel(chunks), chunks, ctx.tag
+                    list(dys),
+                    x,
+                    weights,
+                    need_x,
+                    list(need_w),
+                    list(need_b),
+                    ctx.group.channel(chunks),
+                    chunks,
+                    ctx.tag,
                 )
             )
             if need_x:
@@ -147,8 +165,18 @@ class _ColumnLinearAct(torch.autograd.Function):
         grads = []
         if need_x or need_w:
             weights, channel = [weight] if need_x else [], ctx.group.channel(ctx.chunks)
-            grads = _ops.column_linear_backward([dp], x, weights, need_x, [need_w], [False], channel, ctx.chunks, ctx.tag)
-        return grads[0] if need_x else None, grads[-1] if need_w else None, db[0] if need_b else None, None, None, None, None
+            grads = _ops.column_linear_backward(
+                [dp], x, weights, need_x, [need_w], [False], channel, ctx.chunks, ctx.tag
+            )
+        return (
+            grads[0] if need_x else None,
+            grads[-1] if need_w else None,
+            db[0] if need_b else None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 class _RowLinear(torch.autograd.Function):
@@ -165,7 +193,16 @@ class _RowLinear(torch.autograd.Function):
     def forward(ctx, x, weight, bias, residual, group, chunks, tag):
         need_x, need_w = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_w else None, weight if need_x else None)
-        return _ops.row_linear(x, weight, bias, residual, group.channel(chunks), chunks, tag, grad=any(ctx.needs_input_grad))
+        return _ops.row_linear(
+            x,
+            weight,
+            bias,
+            residual,
+            group.channel(chunks),
+            chunks,
+            tag,
+            grad=any(ctx.needs_input_grad),
+        )
 
     @staticmethod
     @once_differentiable
@@ -192,11 +229,17 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, group: Group, kin
         )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype:
-            raise TypeError(f"{name} is {tensor.dtype} but input is {input.dtype}: cast one of them, or run under torch.autocast")
+            raise TypeError(
+                f"{name} is {tensor.dtype} but input is {input.dtype}: cast one of them, or run under torch.autocast"
+            )
         if tensor is not None and tensor.device != input.device:
-            raise ValueError(f"{name} is on {tensor.device} but input is on {input.device}: move one of them")
+            raise ValueError(
+                f"{name} is on {tensor.device} but input is on {input.device}: move one of them"
+            )
     if bias is not None and bias.shape != weight.shape[:1]:
-        hint = {"column": "this rank's part of the bias", "row": "the whole bias on every rank"}[kind]
+        hint = {"column": "this rank's part of the bias", "row": "the whole bias on every rank"}[
+            kind
+        ]
         raise ValueError(
             f"bias has shape {tuple(bias.shape)} but weight has {weight.shape[0]} output features on rank {group.rank} of {group.size}: pass {hint}"
         )
@@ -215,9 +258,18 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _chunks(overlap, input: Tensor, features: int, group: Group, inner: int | None, weight_grad: bool = False) -> int:
+def _chunks(
+    overlap,
+    input: Tensor,
+    features: int,
+    group: Group,
+    inner: int | None,
+    weight_grad: bool = False,
+) -> int:
     """Row chunks of an all-reduce of [rows of input, features]; `inner` and `weight_grad` as `choose` takes them."""
-    return choose(overlap, _rows(input), features * input.itemsize, group, inner, input.dtype, weight_grad).chunks
+    return choose(
+        overlap, _rows(input), features * input.itemsize, group, inner, input.dtype, weight_grad
+    ).chunks
 
 
 def column_linears(
@@ -266,7 +318,9 @@ def column_linear_act(
     _check(x, weight, bias, group, "column")
     record = _wants_grad(x, weight, bias)
     if not fuses_activation(x.device, x.dtype, _rows(x), *weight.shape, record):
-        return bias_act(*column_linears(x, [weight], [None], group, overlap, tag, share), bias, activation)
+        return bias_act(
+            *column_linears(x, [weight], [None], group, overlap, tag, share), bias, activation
+        )
     if not record:
         return _ops.column_linear_act(x, weight, bias, activation, False)[0]
     chunks = _chunks(overlap, x, x.shape[-1], group, share, weight.requires_grad)
@@ -346,7 +400,11 @@ def row_parallel_linear(
     check_overlap(overlap)
     group = resolve_group(group)
     device_type = input.device.type
-    x, weight, bias = autocast(input, device_type), autocast(weight, device_type), autocast(bias, device_type)
+    x, weight, bias = (
+        autocast(input, device_type),
+        autocast(weight, device_type),
+        autocast(bias, device_type),
+    )
     if not input_is_parallel and x.dim() and weight.dim() == 2:
         if in_split is None:
             in_split = Split.chunks(weight.shape[1] * group.size, group.size, dim=-1)
@@ -357,14 +415,22 @@ def row_parallel_linear(
         x = scatter(x, in_split, group, "scatter_backward")
     _check(x, weight, bias, group, "row")
     if residual is not None and residual.shape != (*x.shape[:-1], weight.shape[0]):
-        raise ValueError(f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}")
-    chunks = _chunks(overlap, x, weight.shape[0], group, None if in_split is None else in_split.largest)
+        raise ValueError(
+            f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], weight.shape[0])}"
+        )
+    chunks = _chunks(
+        overlap, x, weight.shape[0], group, None if in_split is None else in_split.largest
+    )
     if norm is not None and norm[0] is not None and norm[0].shape != weight.shape[:1]:
-        raise ValueError(f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features")
+        raise ValueError(
+            f"norm's weight has shape {tuple(norm[0].shape)} but the output has {weight.shape[0]} features"
+        )
     mixed = residual is not None and residual.dtype != x.dtype
     same = norm is not None and norm[0] is not None and norm[0].dtype == x.dtype
     if same and not mixed and not _wants_grad(x, weight, bias, residual, norm[0]):
-        y, normed = _ops.row_linear_rms_norm(x, weight, bias, residual, *norm, group.channel(chunks), chunks, tag)
+        y, normed = _ops.row_linear_rms_norm(
+            x, weight, bias, residual, *norm, group.channel(chunks), chunks, tag
+        )
         return normed, y
     rest = None if mixed else residual
     if _wants_grad(x, weight, bias, rest):

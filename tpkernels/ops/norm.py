@@ -14,13 +14,21 @@ _ops = torch.ops.tpkernels
 def _(input, residual, weight, bias, eps, rms):
     rows, wide = input.shape[:-1].numel(), torch.promote_types(input.dtype, torch.float32)
     total = input.new_empty(0 if residual is None else input.shape)
-    return input.new_empty(input.shape), total, input.new_empty(0 if rms else rows, dtype=wide), input.new_empty(rows, dtype=wide)
+    return (
+        input.new_empty(input.shape),
+        total,
+        input.new_empty(0 if rms else rows, dtype=wide),
+        input.new_empty(rows, dtype=wide),
+    )
 
 
 @torch.library.register_fake("tpkernels::norm_backward")
 def _(grad, grad_sum, sum, weight, mean, rstd, rms, weight_grad, bias_grad):
     like = weight if weight is not None else sum
-    return [sum.new_empty(sum.shape), *(like.new_empty(sum.shape[-1]) for need in (weight_grad, bias_grad) if need)]
+    return [
+        sum.new_empty(sum.shape),
+        *(like.new_empty(sum.shape[-1]) for need in (weight_grad, bias_grad) if need),
+    ]
 
 
 class _Norm(torch.autograd.Function):
@@ -61,16 +69,22 @@ def _norm(input, weight, bias, eps, residual, rms):
         raise ValueError("input must have at least one dimension, [..., N]")
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape != input.shape[-1:]:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} but input has {input.shape[-1]} features")
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} but input has {input.shape[-1]} features"
+            )
     if residual is not None:
         if residual.shape != input.shape:
-            raise ValueError(f"residual has shape {tuple(residual.shape)} but input has {tuple(input.shape)}")
+            raise ValueError(
+                f"residual has shape {tuple(residual.shape)} but input has {tuple(input.shape)}"
+            )
         dtype = torch.promote_types(input.dtype, residual.dtype)
         input, residual = input.to(dtype), residual.to(dtype)
     return _Norm.apply(input, residual, weight, bias, eps, rms)
 
 
-def rms_norm(input: Tensor, weight: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None):
+def rms_norm(
+    input: Tensor, weight: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
+):
     """RMSNorm over the last dimension of input, or of input + residual: returns y, or (y, input + residual) with a residual.
 
     Args:
@@ -83,6 +97,12 @@ def rms_norm(input: Tensor, weight: Tensor | None = None, eps: float = 1e-5, res
     return _norm(input, weight, None, eps, residual, True)
 
 
-def layer_norm(input: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None):
+def layer_norm(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+):
     """LayerNorm over the last dimension; arguments and results as `rms_norm`'s, with a bias [N] or None."""
     return _norm(input, weight, bias, eps, residual, False)

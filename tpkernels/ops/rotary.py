@@ -30,11 +30,15 @@ class _Rotary(torch.autograd.Function):
         return _ops.rotary(dy, *ctx.saved_tensors, ctx.interleaved, True), None, None, None
 
 
-def rotary_tables(positions: int, features: int, theta: float = 10000.0, device=None, dtype=None) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    positions: int, features: int, theta: float = 10000.0, device=None, dtype=None
+) -> tuple[Tensor, Tensor]:
     """cos and sin [positions, features / 2] of position * theta^(-2 i / features) (RoFormer, Su et al. 2021, equation 15)."""
     if features % 2:
         raise ValueError(f"features must be even, pairs are rotated, got {features}")
-    frequency = theta ** (-torch.arange(0, features, 2, device=device, dtype=torch.float32) / features)
+    frequency = theta ** (
+        -torch.arange(0, features, 2, device=device, dtype=torch.float32) / features
+    )
     angle = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequency)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
@@ -56,14 +60,22 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, got {input.dtype}: cast it first")
     if input.dim() != 4:
-        raise ValueError(f"input must be [batch, heads, tokens, head_dim], got {tuple(input.shape)}")
+        raise ValueError(
+            f"input must be [batch, heads, tokens, head_dim], got {tuple(input.shape)}"
+        )
     batch, _, tokens, head_dim = input.shape
-    if cos.shape != sin.shape or cos.dim() not in (2, 3) or cos.shape[:-1] not in ((tokens,), (batch, tokens)):
+    if (
+        cos.shape != sin.shape
+        or cos.dim() not in (2, 3)
+        or cos.shape[:-1] not in ((tokens,), (batch, tokens))
+    ):
         raise ValueError(
             f"cos and sin must be [{tokens}, R / 2] or [{batch}, {tokens}, R / 2], got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if 2 * cos.shape[-1] > head_dim:
-        raise ValueError(f"cos has {cos.shape[-1]} pairs of features, but head_dim {head_dim} has {head_dim // 2}")
+        raise ValueError(
+            f"cos has {cos.shape[-1]} pairs of features, but head_dim {head_dim} has {head_dim // 2}"
+        )
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos and sin get no gradient here: detach them")
     return _Rotary.apply(input, cos, sin, interleaved)

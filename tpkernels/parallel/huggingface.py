@@ -24,12 +24,18 @@ def adapt(model: nn.Module, group: Group, loss_parallel: bool) -> None:
     if loss_parallel and isinstance(head, ColumnParallelLinear) and head.gather_output:
         head.tag = "head_backward"
         stock = getattr(model, "loss_function", None)
-        shift = {"ForCausalLMLoss": True, "ForMaskedLMLoss": False}.get(getattr(stock, "__name__", None))
+        shift = {"ForCausalLMLoss": True, "ForMaskedLMLoss": False}.get(
+            getattr(stock, "__name__", None)
+        )
         if shift is not None and _calls_loss_function(model):
             model.loss_function = _ParallelLoss(head, stock, shift)
             parameters = list(inspect.signature(model.forward).parameters)
-            assert group.mesh is not None  # made now: not in a forward, where torch.compile could not
-            _LabelledCall(head, parameters.index("labels") if "labels" in parameters else None).attach(model)
+            assert (
+                group.mesh is not None
+            )  # made now: not in a forward, where torch.compile could not
+            _LabelledCall(
+                head, parameters.index("labels") if "labels" in parameters else None
+            ).attach(model)
 
 
 def _refuse_save(*args, **kwargs):
@@ -51,10 +57,23 @@ class _ParallelLoss:
         self.head, self.stock, self.shift = head, stock, shift
 
     def __call__(
-        self, logits: Tensor, labels: Tensor, vocab_size: int | None = None, num_items_in_batch=None, ignore_index: int = -100, **options
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int | None = None,
+        num_items_in_batch=None,
+        ignore_index: int = -100,
+        **options,
     ) -> Tensor:
         if self.head.gather_output:  # called outside of model(labels=...), on whole logits
-            return self.stock(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch, ignore_index=ignore_index, **options)
+            return self.stock(
+                logits,
+                labels,
+                vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                **options,
+            )
         target = options.get("shift_labels") if self.shift else labels
         if target is None:
             target = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -68,7 +87,11 @@ class _ParallelLoss:
         )
         if num_items_in_batch is None:
             return loss
-        return loss / (num_items_in_batch.to(loss.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
+        return loss / (
+            num_items_in_batch.to(loss.device)
+            if torch.is_tensor(num_items_in_batch)
+            else num_items_in_batch
+        )
 
 
 class _LabelledCall:

@@ -69,7 +69,9 @@ def parallelize(
         raise ValueError(f"plan must be 'auto' or a dict of name patterns to styles, got {plan!r}")
     styles = match_plan(model, auto_plan(model) if plan == "auto" else plan)
     families = _families(model, styles)
-    layouts = {family.name: _layout(family, group, dtensor) for family in families}  # every check is done before anything changes
+    layouts = {
+        family.name: _layout(family, group, dtensor) for family in families
+    }  # every check is done before anything changes
     tied = _check_ties(model, styles)
 
     shared: dict[int, nn.Parameter] = {}  # id of a tied stock parameter -> its shard
@@ -115,7 +117,10 @@ def _families(model: nn.Module, styles: Mapping[str, str]) -> list[_Family]:
                 linear_features(module)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name!r} cannot be split as {style!r}: {error}") from None
-        families.setdefault(parent_name, _Family(parent_name, parent, {})).children[key] = (module, style)
+        families.setdefault(parent_name, _Family(parent_name, parent, {})).children[key] = (
+            module,
+            style,
+        )
     for family in families.values():
         _check_unnamed(family, families)
     return list(families.values())
@@ -129,7 +134,11 @@ def _check_unnamed(family: _Family, families: Mapping[str, _Family]) -> None:
     for key, module in family.parent.named_children():
         name = prefix + key
         split_inside = any(other == name or other.startswith(f"{name}.") for other in families)
-        if key not in family.children and not split_inside and any(True for _ in module.parameters()):
+        if (
+            key not in family.children
+            and not split_inside
+            and any(True for _ in module.parameters())
+        ):
             raise ValueError(
                 f"{name} has parameters and stands beside split layers, but the plan does not name it: give it "
                 "'replicated_with_grad_allreduce' if it is applied to the rank's own heads or features, 'replicate' if to whole activations"
@@ -145,8 +154,14 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
     """`whole`: KV heads that several ranks read are stored whole on each: as DTensors, copies would count twice in torch's norm."""
     n = group.size
     columns, rows = family.styled(*COLUMN), family.styled("rowwise")
-    splits = {key: Split.chunks(linear_features(m)[1], n) for key, m in family.styled("colwise_gather_output").items()}
-    splits |= {key: Split.chunks(linear_features(m)[0], n, dim=1) for key, m in family.styled("rowwise_split_input").items()}
+    splits = {
+        key: Split.chunks(linear_features(m)[1], n)
+        for key, m in family.styled("colwise_gather_output").items()
+    }
+    splits |= {
+        key: Split.chunks(linear_features(m)[0], n, dim=1)
+        for key, m in family.styled("rowwise_split_input").items()
+    }
     head_dim = _head_dim(family.parent, rows)
     if head_dim is None or not columns:
         for key, module in columns.items():
@@ -156,7 +171,9 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
                     f"{family.name}.{key}: {style!r} needs to know the head size: {family.name} has none of {', '.join(_HEAD_DIM)}"
                 )
             if style == "packed_colwise" and size % 2:
-                raise ValueError(f"{family.name}.{key}: 'packed_colwise' splits two equal halves, but it has {size} output features")
+                raise ValueError(
+                    f"{family.name}.{key}: 'packed_colwise' splits two equal halves, but it has {size} output features"
+                )
             splits[key] = Split.chunks(size, n, blocks=2 if style == "packed_colwise" else 1)
         for key, module in rows.items():
             splits[key] = Split.chunks(linear_features(module)[0], n, dim=1)
@@ -173,7 +190,9 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
             f"{family.name} is an attention module whose {', '.join(columns)} are split, but the plan names no 'rowwise' layer in it"
         )
     if len(rows) > 1:
-        raise ValueError(f"{family.name} has more than one 'rowwise' layer ({', '.join(rows)}) beside attention heads")
+        raise ValueError(
+            f"{family.name} has more than one 'rowwise' layer ({', '.join(rows)}) beside attention heads"
+        )
     ((row_key, row),) = rows.items()
     num_heads = linear_features(row)[0] // head_dim
     counts = {}  # KV heads as each column layer tells them
@@ -206,7 +225,9 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
         elif style == "interleaved_qkv_colwise":
             splits[key] = heads.q_split(3 * head_dim)
         else:
-            splits[key] = heads.kv_split(head_dim, whole) if key in counts else heads.q_split(head_dim)
+            splits[key] = (
+                heads.kv_split(head_dim, whole) if key in counts else heads.q_split(head_dim)
+            )
     splits[row_key] = heads.q_split(head_dim, dim=1)
     return _Layout(splits, heads, head_dim)
 
@@ -214,7 +235,8 @@ def _layout(family: _Family, group: Group, whole: bool) -> _Layout:
 def _head_dim(parent: nn.Module, rows: Mapping[str, nn.Module]) -> int | None:
     """Features of one attention head, None outside attention."""
     size, count = (
-        next((n for name in names if isinstance(n := getattr(parent, name, None), int)), None) for names in (_HEAD_DIM, _NUM_HEADS)
+        next((n for name in names if isinstance(n := getattr(parent, name, None), int)), None)
+        for names in (_HEAD_DIM, _NUM_HEADS)
     )
     width = linear_features(next(iter(rows.values())))[0] if rows else None
     if size is None and count and width:
@@ -245,16 +267,25 @@ def _check_ties(model: nn.Module, styles: Mapping[str, str]) -> dict[int, nn.Par
 
 
 def _split_family(
-    family: _Family, layout: _Layout, group: Group, overlap, tied: Mapping[int, nn.Parameter], shared: dict[int, nn.Parameter]
+    family: _Family,
+    layout: _Layout,
+    group: Group,
+    overlap,
+    tied: Mapping[int, nn.Parameter],
+    shared: dict[int, nn.Parameter],
 ) -> None:
     parent, options = family.parent, dict(group=group, overlap=overlap)
     made: dict[str, nn.Module] = {}
     for key, (old, style) in family.children.items():
         if style in (*COLUMN, "colwise_gather_output"):
             gathers = style == "colwise_gather_output"
-            new = ColumnParallelLinear.from_linear(old, out_split=layout.splits[key], gather_output=gathers, **options)
+            new = ColumnParallelLinear.from_linear(
+                old, out_split=layout.splits[key], gather_output=gathers, **options
+            )
         elif style in ROW:
-            new = RowParallelLinear.from_linear(old, in_split=layout.splits[key], input_is_parallel=style == "rowwise", **options)
+            new = RowParallelLinear.from_linear(
+                old, in_split=layout.splits[key], input_is_parallel=style == "rowwise", **options
+            )
         elif style == "embedding_rowwise":
             new = VocabParallelEmbedding.from_embedding(old, group=group)
         else:
@@ -273,13 +304,21 @@ def _split_family(
 
     columns = [made[key] for key in family.styled(*COLUMN)]
     rows = [made[key] for key in family.styled("rowwise")]
-    summed = [(made[key], name) for key in family.styled("replicated_with_grad_allreduce") for name in getattr(made[key], "splits", ())]
-    summed += [(layer, name) for layer in columns for name, split in layer.splits.items() if split.overlaps]
+    summed = [
+        (made[key], name)
+        for key in family.styled("replicated_with_grad_allreduce")
+        for name in getattr(made[key], "splits", ())
+    ]
+    summed += [
+        (layer, name) for layer in columns for name, split in layer.splits.items() if split.overlaps
+    ]
     if columns and (rows or len(columns) > 1):
         SplitRegion(parent, columns, rows[0] if rows else None, summed, group)
     gathered = [made[key] for key in family.styled("colwise_gather_output")]
     if len(gathered) > 1:
-        SplitRegion(parent, gathered, None, [], group)  # what follows is whole on every rank: only the all-reduce is shared
+        SplitRegion(
+            parent, gathered, None, [], group
+        )  # what follows is whole on every rank: only the all-reduce is shared
     if layout.heads is not None and group.size > 1:
         _set_share(parent, layout.heads, layout.head_dim, group.rank)
 
@@ -315,6 +354,8 @@ def _as_dtensors(model: nn.Module, group: Group) -> None:
                 elif split.is_chunk:
                     tensor = shard_dtensor(local, group, split.dim, split.size)
                 else:
-                    tensor = shard_dtensor(split.pad(local), group, split.dim, split.stored_size * group.size)
+                    tensor = shard_dtensor(
+                        split.pad(local), group, split.dim, split.stored_size * group.size
+                    )
                 done[id(parameter)] = nn.Parameter(tensor, parameter.requires_grad)
             module._parameters[name] = done[id(parameter)]

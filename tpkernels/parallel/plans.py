@@ -80,7 +80,11 @@ def auto_plan(model: nn.Module) -> dict[str, str]:
             f"plan='auto': {type(model).__name__} carries no tensor-parallel plan (model._tp_plan) and tpkernels has none for it "
             f"(it has {', '.join(FAMILIES)}): pass plan={{name pattern: style}}"
         )
-    plan = {pattern: style for pattern, style in plan.items() if any(matches(pattern, name) for name in names.values())}
+    plan = {
+        pattern: style
+        for pattern, style in plan.items()
+        if any(matches(pattern, name) for name in names.values())
+    }
     # Tied tables are split alike, or not at all.
     table = model.get_input_embeddings() if head is not None else None
     if table is not None and head.weight is table.weight:
@@ -108,7 +112,9 @@ def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
         style = check_style(pattern, style)
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            near = difflib.get_close_matches(pattern, [re.sub(r"\.\d+\.", ".*.", name) for name in names], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(
+                pattern, [re.sub(r"\.\d+\.", ".*.", name) for name in names], n=3, cutoff=0.5
+            )
             raise ValueError(
                 f"plan[{pattern!r}] matches no module of {type(model).__name__}"
                 + (f": near names are {', '.join(dict.fromkeys(near))}" if near else "")

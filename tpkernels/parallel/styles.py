@@ -12,7 +12,10 @@ STYLES = {
     "replicated_with_grad_allreduce": "whole on every rank, applied to the rank's own heads: its gradient is summed over the ranks",
     "replicate": "whole on every rank, applied to whole activations: left as it is",
 }
-ALIASES = {"colwise_rep": "colwise_gather_output", "rowwise_rep": "rowwise_split_input"}  # transformers 4's names
+ALIASES = {
+    "colwise_rep": "colwise_gather_output",
+    "rowwise_rep": "rowwise_split_input",
+}  # transformers 4's names
 COLUMN = ("colwise", "packed_colwise", "packed_qkv_colwise", "interleaved_qkv_colwise")
 ROW = ("rowwise", "rowwise_split_input")
 
@@ -21,5 +24,7 @@ def check_style(pattern: str, style: str) -> str:
     """The style's name without aliases; raises ValueError for an unknown one."""
     style = ALIASES.get(style, style) if isinstance(style, str) else style
     if style not in STYLES:
-        raise ValueError(f"plan[{pattern!r}] = {style!r} is not a style tpkernels knows: use one of {', '.join(STYLES)}")
+        raise ValueError(
+            f"plan[{pattern!r}] = {style!r} is not a style tpkernels knows: use one of {', '.join(STYLES)}"
+        )
     return style

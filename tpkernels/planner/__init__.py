@@ -49,7 +49,11 @@ def plan(
     elif isinstance(model, dict):
         model = from_config(model)
     elif not isinstance(model, Model):
-        raise PlanError(f"model must be a name, a path, a configuration or a Model, got {type(model).__name__}")
-    options = dict(dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit)
+        raise PlanError(
+            f"model must be a name, a path, a configuration or a Model, got {type(model).__name__}"
+        )
+    options = dict(
+        dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit
+    )
     job = make_job(model, gpu, seq, **options)
     return search(job, gpus, sequences(job.seq, batch_tokens, global_batch), max_pp)

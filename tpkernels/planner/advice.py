@@ -11,11 +11,14 @@ def binds(row: Row, plan: Plan) -> str:
     time, layout = row.time, row.layout
     costs = {
         "the TP all-reduces (the node's link)": time.tp_exposed,
-        "the data-parallel collectives (the network)" if layout.gpus > row.job.hardware.gpus_per_node else "the data-parallel collectives": time.dp_exposed,
-        "the pipeline (its bubble and sends; a larger batch fills it)": time.bubble + time.pp_exposed,
+        "the data-parallel collectives (the network)"
+        if layout.gpus > row.job.hardware.gpus_per_node
+        else "the data-parallel collectives": time.dp_exposed,
+        "the pipeline (its bubble and sends; a larger batch fills it)": time.bubble
+        + time.pp_exposed,
         "recomputation (memory)": time.recompute,
         "the optimizer's step": time.optimizer,
-    }  # fmt: skip
+    }
     name, seconds = max(costs.items(), key=lambda item: item[1])
     text = f"computing takes {time.compute / time.total:.0%} of the step"
     if seconds > 0.01 * time.total:
@@ -78,14 +81,21 @@ def tp_needed_from(plan: Plan) -> str:
         alone = found.first(lambda layout: layout.tp == 1)
         if alone is None or alone.step_s > 1.01 * found.best.step_s:
             why = (
-                "nothing without it fits or divides the batch" if alone is None else f"it saves {1 - found.best.step_s / alone.step_s:.0%}"
+                "nothing without it fits or divides the batch"
+                if alone is None
+                else f"it saves {1 - found.best.step_s / alone.step_s:.0%}"
             )
             needed = needed or (size, why, found.best.layout.tp)
         else:
             needed = None
     if needed is None:
-        return "Without a pipeline, TP is not needed for this batch on up to " + f"{sizes[-1]} GPUs: FSDP or DP is as fast."
-    return f"Without a pipeline, TP is needed from {needed[0]} GPUs on ({needed[1]}; TP {needed[2]})."
+        return (
+            "Without a pipeline, TP is not needed for this batch on up to "
+            + f"{sizes[-1]} GPUs: FSDP or DP is as fast."
+        )
+    return (
+        f"Without a pipeline, TP is needed from {needed[0]} GPUs on ({needed[1]}; TP {needed[2]})."
+    )
 
 
 def the_batch(plan: Plan) -> str:
@@ -99,17 +109,32 @@ def the_batch(plan: Plan) -> str:
 
 
 def advice(plan: Plan) -> list[str]:
-    words = [f"Best: {plan.best.layout.words()}, {plan.best.tokens_per_s:,.0f} tokens/s: " + binds(plan.best, plan), where_tp_pays(plan), tp_or_fsdp(plan), tp_needed_from(plan), the_batch(plan)]  # fmt: skip
+    words = [
+        f"Best: {plan.best.layout.words()}, {plan.best.tokens_per_s:,.0f} tokens/s: "
+        + binds(plan.best, plan),
+        where_tp_pays(plan),
+        tp_or_fsdp(plan),
+        tp_needed_from(plan),
+        the_batch(plan),
+    ]
     if plan.best.layout.sequence_parallel:
         whole = plan.first(lambda layout: not layout.sequence_parallel and layout.pp <= plan.pp)
         words.append(
             "tpkernels does not run sequence parallelism (SP) yet; without it "
-            + (f"the best is {whole.layout.words()}: {whole.step_s / plan.best.step_s:.2f}x of the time." if whole else "nothing fits.")
+            + (
+                f"the best is {whole.layout.words()}: {whole.step_s / plan.best.step_s:.2f}x of the time."
+                if whole
+                else "nothing fits."
+            )
         )
     if plan.pp > 1:
         flat = plan.first(lambda layout: layout.pp == 1)
         words.append(
             "tpkernels has no pipeline of its own; without one "
-            + (f"the best is {flat.layout.words()}: {flat.step_s / plan.best.step_s:.2f}x of the time." if flat else "nothing fits.")
+            + (
+                f"the best is {flat.layout.words()}: {flat.step_s / plan.best.step_s:.2f}x of the time."
+                if flat
+                else "nothing fits."
+            )
         )
     return words

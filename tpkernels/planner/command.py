@@ -21,25 +21,57 @@ from .layout import Job, Layout
 from .model import PlanError, count, load_model
 from .search import Row, predict, search
 
-ModelName = Annotated[str | None, typer.Option("--model", help="A named model, or the path of a Hugging Face config.json.")]
-Hidden = Annotated[int | None, typer.Option(help="Features between blocks; with --layers and --heads in place of --model.")]
+ModelName = Annotated[
+    str | None,
+    typer.Option("--model", help="A named model, or the path of a Hugging Face config.json."),
+]
+Hidden = Annotated[
+    int | None,
+    typer.Option(help="Features between blocks; with --layers and --heads in place of --model."),
+]
 Layers = Annotated[int | None, typer.Option(help="Blocks.")]
 Heads = Annotated[int | None, typer.Option(help="Query heads.")]
-KvHeads = Annotated[int | None, typer.Option(help="Key and value heads; as many as heads if not said.")]
-Ffn = Annotated[int | None, typer.Option(help="Inner features of the MLP; 4 x hidden if not said, 8/3 if gated.")]
-Gated = Annotated[bool, typer.Option(help="A gated MLP, RMSNorm, rotary positions and no biases, as Llama has; else as GPT.")]
+KvHeads = Annotated[
+    int | None, typer.Option(help="Key and value heads; as many as heads if not said.")
+]
+Ffn = Annotated[
+    int | None,
+    typer.Option(help="Inner features of the MLP; 4 x hidden if not said, 8/3 if gated."),
+]
+Gated = Annotated[
+    bool,
+    typer.Option(
+        help="A gated MLP, RMSNorm, rotary positions and no biases, as Llama has; else as GPT."
+    ),
+]
 Vocab = Annotated[int, typer.Option(help="Tokens of the vocabulary.")]
 Seq = Annotated[int | None, typer.Option(help=f"Tokens of a sequence [default: {jobs.SEQ}].")]
-Gpu = Annotated[str, typer.Option(help="A named GPU, or the path of a JSON file that describes one.")]
+Gpu = Annotated[
+    str, typer.Option(help="A named GPU, or the path of a JSON file that describes one.")
+]
 Gpus = Annotated[int, typer.Option(help="How many.")]
 Batch = Annotated[str | None, typer.Option(help="Tokens of a step: 4194304, or 4M (4 x 2^20).")]
-GlobalBatch = Annotated[str | None, typer.Option(help="Sequences of a step, in place of --batch-tokens.")]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32 [default: the GPU's 16-bit type].")]
-Software = Annotated[str | None, typer.Option(help="tpkernels (fused attention and loss, overlap) or megatron-2021 (neither).")]
+GlobalBatch = Annotated[
+    str | None, typer.Option(help="Sequences of a step, in place of --batch-tokens.")
+]
+Dtype = Annotated[
+    str | None, typer.Option(help="bfloat16, float16, float32 [default: the GPU's 16-bit type].")
+]
+Software = Annotated[
+    str | None,
+    typer.Option(help="tpkernels (fused attention and loss, overlap) or megatron-2021 (neither)."),
+]
 PerNode = Annotated[int | None, typer.Option(help="GPUs of a node, in place of the file's.")]
-Network = Annotated[float | None, typer.Option(help="Gbit/s of a GPU's share of its node's ports, in place of the file's.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write JSON to this file; - prints nothing else.")]
-MaxPp = Annotated[int | None, typer.Option(help="Stages of a pipeline at most; 1: none, as tpkernels runs.")]
+Network = Annotated[
+    float | None,
+    typer.Option(help="Gbit/s of a GPU's share of its node's ports, in place of the file's."),
+]
+Json = Annotated[
+    Path | None, typer.Option("--json", help="Also write JSON to this file; - prints nothing else.")
+]
+MaxPp = Annotated[
+    int | None, typer.Option(help="Stages of a pipeline at most; 1: none, as tpkernels runs.")
+]
 
 
 class Asked(NamedTuple):
@@ -69,14 +101,28 @@ def asked(
     """What every command is asked about: the job, and the sequences of a step."""
     sizes = {"--hidden": hidden, "--layers": layers, "--heads": heads}
     if model is not None:
-        if said := [key for key, value in {**sizes, "--kv-heads": kv_heads, "--ffn": ffn}.items() if value is not None]:
+        if said := [
+            key
+            for key, value in {**sizes, "--kv-heads": kv_heads, "--ffn": ffn}.items()
+            if value is not None
+        ]:
             raise PlanError(f"--model={model} has its own sizes: leave {', '.join(said)} out")
         chosen = load_model(model)
     else:
         if missing := [key for key, value in sizes.items() if value is None]:
-            raise PlanError(f"pass --model, or sizes: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing")
+            raise PlanError(
+                f"pass --model, or sizes: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+            )
         chosen = sized_model(hidden, layers, heads, vocab, kv_heads, ffn, gated, seq or jobs.SEQ)
-    job = make_job(chosen, gpu, seq, dtype=dtype, software=software, gpus_per_node=gpus_per_node, network_gbit=network_gbit)
+    job = make_job(
+        chosen,
+        gpu,
+        seq,
+        dtype=dtype,
+        software=software,
+        gpus_per_node=gpus_per_node,
+        network_gbit=network_gbit,
+    )
     return Asked(job, sequences(job.seq, batch_tokens, global_batch), software)
 
 
@@ -90,7 +136,13 @@ def refuses(function: Callable) -> Callable:
         except BrokenPipeError:  # `| head`: click ends that quietly
             raise
         except (PlanError, OSError) as error:
-            Console(stderr=True).print(f"tpkernels plan: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            Console(stderr=True).print(
+                f"tpkernels plan: {error}",
+                style="red",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
             raise typer.Exit(1) from None
 
     return run
@@ -104,7 +156,9 @@ def command(function: Callable) -> Callable:
     def run(**options):
         return function(asked(**{name: options.pop(name) for name in shared}), **options)
 
-    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own)])
+    run.__signature__ = inspect.Signature(
+        [p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own)]
+    )
     run.__annotations__ = {p.name: p.annotation for p in run.__signature__.parameters.values()}
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     return refuses(run)
@@ -128,8 +182,13 @@ def plan(
     gpus: Gpus = 8,
     max_pp: MaxPp = None,
     top: Annotated[int, typer.Option(min=1, help="Rows of the table.")] = 8,
-    sweep: Annotated[str | None, typer.Option(help="gpus: a curve over 1, 2, 4 ... --gpus instead of the table.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Also draw the rows, or the curve, to this .svg, .png or .pdf.")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="gpus: a curve over 1, 2, 4 ... --gpus instead of the table.")
+    ] = None,
+    picture: Annotated[
+        Path | None,
+        typer.Option(help="Also draw the rows, or the curve, to this .svg, .png or .pdf."),
+    ] = None,
     json_file: Json = None,
 ) -> None:
     job, batch, _ = given
@@ -138,9 +197,7 @@ def plan(
     if picture is not None:
         report.pyplot(picture)
     model = job.model
-    title = (
-        f"{model.name or 'the model'}, {model.parameters / 1e9:.2f}B parameters, {batch} x {job.seq} tokens a step, {job.hardware.title}"
-    )
+    title = f"{model.name or 'the model'}, {model.parameters / 1e9:.2f}B parameters, {batch} x {job.seq} tokens a step, {job.hardware.title}"
     if sweep:
         _sweep(job, gpus, batch, max_pp, title, picture, json_file)
         return
@@ -168,13 +225,24 @@ class Group(typer.core.TyperGroup):
         return super().parse_args(context, args)
 
 
-app = typer.Typer(cls=Group, help="When TP, when FSDP, when both, and what it will cost.", no_args_is_help=True)
+app = typer.Typer(
+    cls=Group, help="When TP, when FSDP, when both, and what it will cost.", no_args_is_help=True
+)
 app.command(
-    "layouts", help="The best layouts of a model on GPUs: memory, communication, step time, and the reasons (also without `layouts`)."
+    "layouts",
+    help="The best layouts of a model on GPUs: memory, communication, step time, and the reasons (also without `layouts`).",
 )(plan)
 
 
-def _sweep(job: Job, most: int, batch: int, max_pp: int | None, title: str, picture: Path | None, json_file: Path | None) -> None:
+def _sweep(
+    job: Job,
+    most: int,
+    batch: int,
+    max_pp: int | None,
+    title: str,
+    picture: Path | None,
+    json_file: Path | None,
+) -> None:
     kinds: dict[str, Callable[[Layout], bool]] = {
         "best": lambda layout: True,
         "no TP, no pipeline (DP, FSDP)": lambda layout: layout.tp == 1 and layout.pp == 1,
@@ -185,17 +253,29 @@ def _sweep(job: Job, most: int, batch: int, max_pp: int | None, title: str, pict
     for gpus in (2**i for i in range(most.bit_length())):
         try:
             plan = search(job, gpus, batch, max_pp)
-            found[gpus] = {kind: row for kind, wanted in kinds.items() if (row := plan.first(wanted))}
+            found[gpus] = {
+                kind: row for kind, wanted in kinds.items() if (row := plan.first(wanted))
+            }
         except PlanError as error:
             found[gpus] = error
     fitting = {gpus: rows for gpus, rows in found.items() if not isinstance(rows, PlanError)}
     if not fitting:
         raise PlanError(f"no number of GPUs up to {most} fits: {found[gpus]}")
     if picture is not None:
-        points = [(gpus, {kind: row.tokens_per_s / gpus for kind, row in rows.items()}) for gpus, rows in fitting.items()]
+        points = [
+            (gpus, {kind: row.tokens_per_s / gpus for kind, row in rows.items()})
+            for gpus, rows in fitting.items()
+        ]
         report.draw_sweep(points, picture, title)
     data = [
-        {"gpus": gpus, **({kind: report.as_dict(row) for kind, row in rows.items()} if gpus in fitting else {"error": str(rows)})}
+        {
+            "gpus": gpus,
+            **(
+                {kind: report.as_dict(row) for kind, row in rows.items()}
+                if gpus in fitting
+                else {"error": str(rows)}
+            ),
+        }
         for gpus, rows in found.items()
     ]
     if put_json(json_file, {"sweep": data}):
@@ -219,14 +299,22 @@ def predict_command(
     micro_batch: Annotated[int, typer.Option(help="Sequences of one pass.")] = 1,
     interleave: Annotated[int, typer.Option(help="Model chunks of a stage.")] = 1,
     recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none",
-    sequence_parallel: Annotated[bool, typer.Option("--sequence-parallel", help="Norms and residual split over the TP ranks too.")] = False,
+    sequence_parallel: Annotated[
+        bool,
+        typer.Option("--sequence-parallel", help="Norms and residual split over the TP ranks too."),
+    ] = False,
     zero: Annotated[int, typer.Option(help="0 to 3: what the data-parallel ranks share out.")] = 0,
     json_file: Json = None,
     arithmetic: Annotated[bool, typer.Option("--explain", help="Print the arithmetic.")] = False,
 ) -> None:
     """One layout's step time, FLOP/s and memory; --software is what the GPU's own measured rows ran, unless said."""
     job = given.job if given.software else replace(given.job, software=given.job.hardware.software)
-    row = predict(job, Layout(tp, pp, dp, micro_batch, given.batch, interleave, recompute, sequence_parallel, zero))
+    row = predict(
+        job,
+        Layout(
+            tp, pp, dp, micro_batch, given.batch, interleave, recompute, sequence_parallel, zero
+        ),
+    )
     if put_json(json_file, report.as_dict(row)):
         return
     if arithmetic:
@@ -239,7 +327,12 @@ def predict_command(
 @command
 def compare_command(
     given: Asked,
-    layouts: Annotated[list[str], typer.Argument(help='Layouts such as "tp=8,zero=1" or "tp=4,pp=2,sp,micro-batch=2,recompute=full".')],
+    layouts: Annotated[
+        list[str],
+        typer.Argument(
+            help='Layouts such as "tp=8,zero=1" or "tp=4,pp=2,sp,micro-batch=2,recompute=full".'
+        ),
+    ],
     gpus: Gpus = 8,
     json_file: Json = None,
 ) -> None:
@@ -253,8 +346,12 @@ def compare_command(
 @command
 def explain_command(
     given: Asked,
-    layout: Annotated[str | None, typer.Argument(help='A layout such as "tp=8,zero=1"; the best if none is said.')] = None,
-    row: Annotated[int, typer.Option(min=1, help="The row of the plan's table, where no layout is said.")] = 1,
+    layout: Annotated[
+        str | None, typer.Argument(help='A layout such as "tp=8,zero=1"; the best if none is said.')
+    ] = None,
+    row: Annotated[
+        int, typer.Option(min=1, help="The row of the plan's table, where no layout is said.")
+    ] = 1,
     gpus: Gpus = 8,
     max_pp: MaxPp = None,
 ) -> None:
@@ -281,7 +378,12 @@ def fit_command() -> None:
 @app.command("validate")
 @refuses
 def validate_command(
-    page: Annotated[Path | None, typer.Option(help="Also write the tables into this page, its plot and every row beside it.")] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the tables into this page, its plot and every row beside it."
+        ),
+    ] = None,
 ) -> None:
     """Hold every measured row against its prediction."""
     from .validate import print_errors, write_page

@@ -23,10 +23,19 @@ MEASURED = DATA / "measured"
 COMMAND = "tpkernels plan fit"
 # First guess and bounds. hidden is not in the data, where nothing overlapped; 0.8 is what benchmarks/bench_link.py hides on CPUs.
 START = {
-    "gemm": (0.75, 0.5, 0.9), "attention": (0.6, 0.2, 0.85), "tail": (0.5, 0.1, 3), "memory": (0.8, 0.4, 0.95), "host": (6e-4, 1e-4, 2e-3),
-    "skew": (0.3, 1e-3, 2), "link": (0.8, 0.3, 1), "network": (0.6, 0.2, 1), "reduce": (2e-5, 1e-7, 2e-4), "send": (2e-5, 1e-7, 1e-3),
-    "update": (36, 8, 80), "step": (3e-3, 1e-4, 2e-2),
-}  # fmt: skip
+    "gemm": (0.75, 0.5, 0.9),
+    "attention": (0.6, 0.2, 0.85),
+    "tail": (0.5, 0.1, 3),
+    "memory": (0.8, 0.4, 0.95),
+    "host": (6e-4, 1e-4, 2e-3),
+    "skew": (0.3, 1e-3, 2),
+    "link": (0.8, 0.3, 1),
+    "network": (0.6, 0.2, 1),
+    "reduce": (2e-5, 1e-7, 2e-4),
+    "send": (2e-5, 1e-7, 1e-3),
+    "update": (36, 8, 80),
+    "step": (3e-3, 1e-4, 2e-2),
+}
 HIDDEN = 0.8
 PUBLISHED_WEIGHT = 5.0  # of a published row beside one of the single node's
 
@@ -70,7 +79,15 @@ def single_node() -> list[Measured]:
             layout = Layout(tp, pp, dp, micro, batch, recompute="full")
             held = int(hashlib.sha256(",".join(line[:10]).encode()).hexdigest(), 16) % 5 == 0
             group = f"vTrain, {gpus} GPUs, {'held back' if held else 'fitted to'}"
-            rows.append(Measured(group, Job(model, gpu, seq, "float16", "megatron-2021"), layout, float(line[10]) / 1e3, held))
+            rows.append(
+                Measured(
+                    group,
+                    Job(model, gpu, seq, "float16", "megatron-2021"),
+                    layout,
+                    float(line[10]) / 1e3,
+                    held,
+                )
+            )
     return rows
 
 
@@ -79,17 +96,29 @@ def published() -> list[Measured]:
     rows = []
     with (MEASURED / "published_rows.csv").open(newline="") as file:
         for line in csv.DictReader(file):
-            model = Model(*(int(line[key]) for key in ("hidden", "layers", "heads", "vocab")), positions=int(line["seq"]), tied=True)
+            model = Model(
+                *(int(line[key]) for key in ("hidden", "layers", "heads", "vocab")),
+                positions=int(line["seq"]),
+                tied=True,
+            )
             gpu, unsaid = load_hardware(line["gpu"].lower()), not line["micro_batch"]
             job = Job(model, gpu, int(line["seq"]), "bfloat16", gpu.software)
             layout = Layout(
-                int(line["tp"]), int(line["pp"]), int(line["dp"]), int(line["micro_batch"] or 1), int(line["global_batch"]),
-                int(line["interleave"] or 1), line["recompute"] or "none", line["sequence_parallel"] == "yes",
-            )  # fmt: skip
+                int(line["tp"]),
+                int(line["pp"]),
+                int(line["dp"]),
+                int(line["micro_batch"] or 1),
+                int(line["global_batch"]),
+                int(line["interleave"] or 1),
+                line["recompute"] or "none",
+                line["sequence_parallel"] == "yes",
+            )
             flops = layout.global_batch * model.step_flops(job.seq)
             if line["tflops_counts_recompute"] == "yes":
                 flops *= hardware_share(job, layout)
-            seconds = float(line["step_s"] or flops / (float(line["tflops_per_gpu"]) * 1e12 * layout.gpus))
+            seconds = float(
+                line["step_s"] or flops / (float(line["tflops_per_gpu"]) * 1e12 * layout.gpus)
+            )
             rows.append(Measured(line["source"], job, layout, seconds, open=unsaid))
     return rows
 
@@ -98,7 +127,11 @@ def error(row: Measured, constants: Constants | None = None) -> float:
     return row.error(row.predict(constants))
 
 
-def _solve(rows: list[tuple[Measured, float]], base: dict[str, float], free: dict[str, tuple[float, float, float]]) -> dict[str, float]:
+def _solve(
+    rows: list[tuple[Measured, float]],
+    base: dict[str, float],
+    free: dict[str, tuple[float, float, float]],
+) -> dict[str, float]:
     """`base` with the `free` constants at the least squares of the rows' weighted log errors, large ones counted linearly."""
     try:
         from scipy.optimize import least_squares
@@ -108,24 +141,48 @@ def _solve(rows: list[tuple[Measured, float]], base: dict[str, float], free: dic
     names = list(free)
 
     def constants(x) -> Constants:
-        return Constants(**{**base, **{name: math.exp(value) for name, value in zip(names, x, strict=True)}})
+        return Constants(
+            **{**base, **{name: math.exp(value) for name, value in zip(names, x, strict=True)}}
+        )
 
     def residuals(x) -> list[float]:
         c = constants(x)
         return [weight * math.log1p(error(row, c)) for row, weight in rows]
 
     start, low, high = ([math.log(free[name][i]) for name in names] for i in range(3))
-    found = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=0.05, diff_step=1e-4, max_nfev=60)
-    return {**base, **{name: float(f"{math.exp(value):.4g}") for name, value in zip(names, found.x, strict=True)}}
+    found = least_squares(
+        residuals,
+        start,
+        bounds=(low, high),
+        loss="soft_l1",
+        f_scale=0.05,
+        diff_step=1e-4,
+        max_nfev=60,
+    )
+    return {
+        **base,
+        **{
+            name: float(f"{math.exp(value):.4g}")
+            for name, value in zip(names, found.x, strict=True)
+        },
+    }
 
 
 def fit() -> dict:
     """The contents of data/fitted.json."""
-    said, unsaid = ([row for row in published() if row.open == is_open] for is_open in (False, True))
-    rows = [(row, 1.0) for row in single_node() if not row.held] + [(row, PUBLISHED_WEIGHT) for row in said]
+    said, unsaid = (
+        [row for row in published() if row.open == is_open] for is_open in (False, True)
+    )
+    rows = [(row, 1.0) for row in single_node() if not row.held] + [
+        (row, PUBLISHED_WEIGHT) for row in said
+    ]
     a100 = _solve(rows, {"hidden": HIDDEN}, START)
     # Four rows fix two constants. Fused attention's share of an H100's peak, causal, is FlashAttention-2's (arXiv 2307.08691, section 4).
-    h100 = _solve([(row, 1.0) for row in unsaid], {**a100, "attention": 0.35}, {name: START[name] for name in ("gemm", "network")})
+    h100 = _solve(
+        [(row, 1.0) for row in unsaid],
+        {**a100, "attention": 0.35},
+        {name: START[name] for name in ("gemm", "network")},
+    )
     files = sorted(MEASURED.glob("*.csv"))
     return {
         "command": COMMAND,

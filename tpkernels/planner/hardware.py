@@ -51,7 +51,9 @@ class Hardware:
         for name, value in self.flops_per_s:
             if name == dtype:
                 return value
-        raise PlanError(f"{self.name} has no {dtype} arithmetic; it has {', '.join(name for name, _ in self.flops_per_s)}")
+        raise PlanError(
+            f"{self.name} has no {dtype} arithmetic; it has {', '.join(name for name, _ in self.flops_per_s)}"
+        )
 
     @property
     def half(self) -> str:
@@ -83,7 +85,9 @@ def _read(path: Path, name: str) -> Hardware:
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error}") from None
     except KeyError as error:
-        raise PlanError(f"{path} has no key {error}; docs/planner.md lists what a GPU's file needs") from None
+        raise PlanError(
+            f"{path} has no key {error}; docs/planner.md lists what a GPU's file needs"
+        ) from None
     except (TypeError, ValueError, AttributeError) as error:
         raise PlanError(f"{path} does not describe a GPU: {error}") from None
     numbers = {
@@ -97,7 +101,11 @@ def _read(path: Path, name: str) -> Hardware:
         **{f"constants.{name}": value for name, value in hardware.constants},
     }
     for key, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < math.inf
+        ):
             raise PlanError(f"{path}: {key} must be a positive number, got {value!r}")
     return hardware
 
@@ -106,7 +114,9 @@ def _read(path: Path, name: str) -> Hardware:
 def _names() -> dict[str, str]:
     names = {}
     for path in (DATA / "hardware").glob("*.json"):
-        names.update(dict.fromkeys([path.stem, *json.loads(path.read_text())["aliases"]], path.stem))
+        names.update(
+            dict.fromkeys([path.stem, *json.loads(path.read_text())["aliases"]], path.stem)
+        )
     return names
 
 
@@ -128,10 +138,18 @@ def load_hardware(name: str) -> Hardware:
 def _curve() -> tuple[tuple[float, ...], tuple[float, ...], float]:
     """(log messages in bytes, their share of the bus bandwidth of the largest, that bandwidth): 8xH200, measured."""
     with (DATA / "measured" / "allreduce_busbw.csv").open() as file:
-        rows = [(float(r["message_MiB"]) * 2**20, float(r["busbw_GBps"]) * 1e9) for r in csv.DictReader(file) if r["system"] == "8xH200 NVLink SHARP"]  # fmt: skip
+        rows = [
+            (float(r["message_MiB"]) * 2**20, float(r["busbw_GBps"]) * 1e9)
+            for r in csv.DictReader(file)
+            if r["system"] == "8xH200 NVLink SHARP"
+        ]
     rows.sort()
     best = rows[-1][1]
-    return tuple(math.log(message) for message, _ in rows), tuple(bandwidth / best for _, bandwidth in rows), best
+    return (
+        tuple(math.log(message) for message, _ in rows),
+        tuple(bandwidth / best for _, bandwidth in rows),
+        best,
+    )
 
 
 def bus_share(message: float, bus_bytes_per_s: float) -> float:

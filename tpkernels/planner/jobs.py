@@ -30,25 +30,49 @@ def amount(text: str | int, name: str) -> int:
 
 
 def sized_model(
-    hidden: int, layers: int, heads: int, vocab: int = VOCAB, kv_heads=None, ffn=None, gated: bool = False, seq: int = SEQ
+    hidden: int,
+    layers: int,
+    heads: int,
+    vocab: int = VOCAB,
+    kv_heads=None,
+    ffn=None,
+    gated: bool = False,
+    seq: int = SEQ,
 ) -> Model:
     """A GPT (LayerNorm, biases, learned positions, tied output), or, gated, a Llama (RMSNorm, no biases, rotary, untied)."""
     sizes = dict(hidden=hidden, layers=layers, heads=heads, vocab=vocab, kv_heads=kv_heads, ffn=ffn)
     if gated:
         if ffn is None:
-            sizes["ffn"] = -(-8 * hidden // 3 // 256) * 256  # two thirds of 4 hidden, to a multiple of 256, as Llama's
+            sizes["ffn"] = (
+                -(-8 * hidden // 3 // 256) * 256
+            )  # two thirds of 4 hidden, to a multiple of 256, as Llama's
         return Model(**sizes, gated=True, qkv_bias=False, out_bias=False, mlp_bias=False, norm=1)
     return Model(**sizes, positions=seq, tied=True)
 
 
-def make_job(model: Model, gpu: str, seq: int | None, *, dtype=None, software=None, gpus_per_node=None, network_gbit=None) -> Job:
+def make_job(
+    model: Model,
+    gpu: str,
+    seq: int | None,
+    *,
+    dtype=None,
+    software=None,
+    gpus_per_node=None,
+    network_gbit=None,
+) -> Job:
     hardware: Hardware = load_hardware(gpu)
     if gpus_per_node is not None:
         hardware = replace(hardware, gpus_per_node=count("gpus_per_node", gpus_per_node))
     if network_gbit is not None:
         if not 0 < network_gbit < math.inf:
-            raise PlanError(f"network_gbit must be positive, got {network_gbit!r}: Gbit/s of each GPU's share of the node's ports")
-        network = replace(hardware.network, kind=f"{network_gbit:g} Gbit/s a GPU", bus_bytes_per_s=network_gbit / 8 * 1e9)
+            raise PlanError(
+                f"network_gbit must be positive, got {network_gbit!r}: Gbit/s of each GPU's share of the node's ports"
+            )
+        network = replace(
+            hardware.network,
+            kind=f"{network_gbit:g} Gbit/s a GPU",
+            bus_bytes_per_s=network_gbit / 8 * 1e9,
+        )
         hardware = replace(hardware, network=network)
     dtype = dtype or hardware.half
     hardware.peak(dtype)
@@ -65,16 +89,29 @@ def sequences(seq: int, batch_tokens=None, global_batch=None) -> int:
         PlanError: neither or both are given, or fewer tokens than a sequence has.
     """
     if (batch_tokens is None) == (global_batch is None):
-        raise PlanError("pass one of batch_tokens (tokens of a step) and global_batch (sequences of a step)")
+        raise PlanError(
+            "pass one of batch_tokens (tokens of a step) and global_batch (sequences of a step)"
+        )
     if global_batch is not None:
         return amount(global_batch, "global_batch")
     tokens = amount(batch_tokens, "batch_tokens")
     if tokens < seq:
-        raise PlanError(f"batch_tokens={tokens} is less than a sequence of seq={seq}: pass more, or a smaller seq")
+        raise PlanError(
+            f"batch_tokens={tokens} is less than a sequence of seq={seq}: pass more, or a smaller seq"
+        )
     return tokens // seq
 
 
-_LAYOUT_KEYS = {"tp": int, "pp": int, "dp": int, "micro-batch": int, "interleave": int, "recompute": str, "sp": bool, "zero": int}
+_LAYOUT_KEYS = {
+    "tp": int,
+    "pp": int,
+    "dp": int,
+    "micro-batch": int,
+    "interleave": int,
+    "recompute": str,
+    "sp": bool,
+    "zero": int,
+}
 
 
 def parse_layout(text: str, gpus: int | None, global_batch: int) -> Layout:
@@ -87,7 +124,9 @@ def parse_layout(text: str, gpus: int | None, global_batch: int) -> Layout:
             raise near("part of a layout", key, _LAYOUT_KEYS)
         kind = _LAYOUT_KEYS[key]
         if kind is bool:
-            values["sequence_parallel"] = value.lower() not in ("0", "no", "false") if has_value else True
+            values["sequence_parallel"] = (
+                value.lower() not in ("0", "no", "false") if has_value else True
+            )
             continue
         try:
             values[key.replace("-", "_")] = kind(value)
@@ -98,7 +137,9 @@ def parse_layout(text: str, gpus: int | None, global_batch: int) -> Layout:
     if "dp" not in values and gpus is not None:
         others = values.get("tp", 1) * values.get("pp", 1)
         if others < 1 or gpus % others:
-            raise PlanError(f"layout {text!r}: {gpus} GPUs are not a multiple of tp * pp = {others}")
+            raise PlanError(
+                f"layout {text!r}: {gpus} GPUs are not a multiple of tp * pp = {others}"
+            )
         values["dp"] = gpus // others
     layout = Layout(**values, global_batch=global_batch)
     if gpus is not None and layout.gpus != gpus:

@@ -52,7 +52,11 @@ class Layout:
     def crosses(self, kind: str, hardware: Hardware) -> bool:
         """Whether ranks that talk in "tp", "dp" or "pp" are on nodes of their own."""
         node = hardware.gpus_per_node
-        return {"tp": self.tp > node, "dp": self.tp * self.dp > node, "pp": self.tp * self.dp >= node}[kind]
+        return {
+            "tp": self.tp > node,
+            "dp": self.tp * self.dp > node,
+            "pp": self.tp * self.dp >= node,
+        }[kind]
 
     def check(self, model: Model, seq: int) -> None:
         """Raises PlanError where the layout is no layout of that model."""
@@ -69,16 +73,26 @@ class Layout:
                 f"no whole number of passes"
             )
         if self.tp > model.heads:
-            raise PlanError(f"tp={self.tp} is more than the model's {model.heads} heads: a rank would have none")
+            raise PlanError(
+                f"tp={self.tp} is more than the model's {model.heads} heads: a rank would have none"
+            )
         if self.pp * self.interleave > model.layers:
-            raise PlanError(f"pp={self.pp} * interleave={self.interleave} is more than the model's {model.layers} blocks")
+            raise PlanError(
+                f"pp={self.pp} * interleave={self.interleave} is more than the model's {model.layers} blocks"
+            )
         if self.interleave > 1 and self.pp == 1:
-            raise PlanError(f"interleave={self.interleave} needs a pipeline: pp=1 has no stages to interleave")
+            raise PlanError(
+                f"interleave={self.interleave} needs a pipeline: pp=1 has no stages to interleave"
+            )
 
     def words(self) -> str:
         parts = [f"TP {self.tp}"] + [f"PP {self.pp}"] * (self.pp > 1) + [f"DP {self.dp}"]
-        parts += [f"interleave {self.interleave}"] * (self.interleave > 1) + ["SP"] * self.sequence_parallel
-        parts += [f"ZeRO-{self.zero}"] * (self.zero > 0) + [f"recompute {self.recompute}"] * (self.recompute != "none")
+        parts += [f"interleave {self.interleave}"] * (self.interleave > 1) + [
+            "SP"
+        ] * self.sequence_parallel
+        parts += [f"ZeRO-{self.zero}"] * (self.zero > 0) + [f"recompute {self.recompute}"] * (
+            self.recompute != "none"
+        )
         return ", ".join(parts) + f", micro-batch {self.micro_batch}"
 
 

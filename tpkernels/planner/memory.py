@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass
 from .layout import Job, Layout
 from .model import Model, ceil_div
 
-CONTEXT = 3 * 2**29  # what CUDA, NCCL's buffers and the libraries' workspaces take, and the allocator loses
+CONTEXT = (
+    3 * 2**29
+)  # what CUDA, NCCL's buffers and the libraries' workspaces take, and the allocator loses
 
 GRADIENT = 4  # bytes: summed in float32
 
@@ -29,7 +31,11 @@ class Memory:
 
 def block_share(model: Model, tp: int) -> int:
     """Parameters of one block on the largest of `tp` ranks: its matrices' parts and whole norms."""
-    return model.norms * model.norm * model.hidden + model.qk_norm + sum(linear.shard(tp).parameters for linear in model.linears.values())
+    return (
+        model.norms * model.norm * model.hidden
+        + model.qk_norm
+        + sum(linear.shard(tp).parameters for linear in model.linears.values())
+    )
 
 
 def local_parameters(model: Model, layout: Layout) -> int:
@@ -94,11 +100,19 @@ def memory(job: Job, layout: Layout) -> Memory:
     held = layout.blocks(model) * one
     again = 0  # of the block that is being recomputed
     if layout.recompute == "full":
-        again = block_activations(job, Layout(tp, sequence_parallel=layout.sequence_parallel, micro_batch=layout.micro_batch))
+        again = block_activations(
+            job,
+            Layout(tp, sequence_parallel=layout.sequence_parallel, micro_batch=layout.micro_batch),
+        )
     vocab = ceil_div(model.vocab, tp)
     # The last norm's input, and the output layer's with its logits; the fused loss keeps the gradient of its input instead, and no logits.
-    last = rows * (2 * model.hidden * element + (vocab * (4 + element) if job.software == "megatron-2021" else 0))
-    activations = max(in_flight(layout) * held + again, held + again + last)  # of the first stage, the last
+    last = rows * (
+        2 * model.hidden * element
+        + (vocab * (4 + element) if job.software == "megatron-2021" else 0)
+    )
+    activations = max(
+        in_flight(layout) * held + again, held + again + last
+    )  # of the first stage, the last
     workspace = CONTEXT if job.hardware.multiprocessors > 1 else 0
     if zero == 3 and dp > 1:  # two blocks gathered, or the table
         workspace += element * max(2 * block_share(model, tp), vocab * model.hidden)
@@ -106,4 +120,10 @@ def memory(job: Job, layout: Layout) -> Memory:
     def shared(each: int, since: int) -> int:
         return ceil_div(local * each, dp if zero >= since else 1)
 
-    return Memory(shared(element, 3), shared(GRADIENT, 2), shared(optimizer_bytes(job), 1), int(activations), workspace)
+    return Memory(
+        shared(element, 3),
+        shared(GRADIENT, 2),
+        shared(optimizer_bytes(job), 1),
+        int(activations),
+        workspace,
+    )

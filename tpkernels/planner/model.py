@@ -27,7 +27,10 @@ def near(what: str, name: str, known) -> PlanError:
     """For a name that is not known, with those that look like it."""
     known = sorted(known)
     close = difflib.get_close_matches(name.lower(), known, n=4, cutoff=0.4)
-    return PlanError(f"no {what} is named {name!r}; " + (f"near it: {', '.join(close)}" if close else f"known: {', '.join(known)}"))
+    return PlanError(
+        f"no {what} is named {name!r}; "
+        + (f"near it: {', '.join(close)}" if close else f"known: {', '.join(known)}")
+    )
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -97,14 +100,18 @@ class Model:
             count(name, getattr(self, name))
         defaults = {"kv_heads": self.heads, "ffn": 4 * self.hidden}
         if self.head_dim is None and self.hidden % self.heads:
-            raise PlanError(f"hidden={self.hidden} is not a multiple of heads={self.heads}: pass head_dim too")
+            raise PlanError(
+                f"hidden={self.hidden} is not a multiple of heads={self.heads}: pass head_dim too"
+            )
         defaults["head_dim"] = self.hidden // self.heads
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
             count(name, getattr(self, name))
         if self.kv_heads > self.heads or self.heads % self.kv_heads:
-            raise PlanError(f"kv_heads={self.kv_heads} must divide heads={self.heads}: each serves as many query heads")
+            raise PlanError(
+                f"kv_heads={self.kv_heads} must divide heads={self.heads}: each serves as many query heads"
+            )
         for name in ("positions", "qk_norm", "extra"):
             count(name, getattr(self, name), 0)
 
@@ -127,7 +134,11 @@ class Model:
 
     @cached_property
     def block_parameters(self) -> int:
-        return sum(linear.parameters for linear in self.linears.values()) + self.norms * self.norm * self.hidden + self.qk_norm
+        return (
+            sum(linear.parameters for linear in self.linears.values())
+            + self.norms * self.norm * self.hidden
+            + self.qk_norm
+        )
 
     @cached_property
     def embedding_parameters(self) -> int:
@@ -137,17 +148,28 @@ class Model:
     @cached_property
     def output_parameters(self) -> int:
         """The final norm, and the output layer's own weight."""
-        return self.final_norm * self.norm * self.hidden + (0 if self.tied else self.vocab * self.hidden)
+        return self.final_norm * self.norm * self.hidden + (
+            0 if self.tied else self.vocab * self.hidden
+        )
 
     @cached_property
     def parameters(self) -> int:
-        return self.layers * self.block_parameters + self.embedding_parameters + self.output_parameters + self.extra
+        return (
+            self.layers * self.block_parameters
+            + self.embedding_parameters
+            + self.output_parameters
+            + self.extra
+        )
 
     def forward_flops(self, seq: int) -> int:
         """Floating-point operations of one sequence's forward pass: 2 a multiply-add, matrix products only, attention over all of
         the sequence, as Megatron-LM counts them (SC21, equation 3: times 3 it is 72 s l h^2 (1 + s/6h + V/12lh))."""
         matrices = sum(linear.inputs * linear.outputs for linear in self.linears.values())
-        return 2 * seq * (self.layers * (matrices + 2 * seq * self.attention) + self.vocab * self.hidden)
+        return (
+            2
+            * seq
+            * (self.layers * (matrices + 2 * seq * self.attention) + self.vocab * self.hidden)
+        )
 
     def step_flops(self, seq: int) -> int:
         """Of one sequence's forward and backward pass, without recomputation."""
@@ -198,10 +220,21 @@ def from_config(config: dict[str, Any], name: str = "config.json") -> Model:
 
     if kind == "gpt2":
         return Model(
-            need("n_embd"), need("n_layer"), need("n_head"), need("vocab_size"), ffn=get("n_inner", None), tied=get("tie_word_embeddings", True),
-            positions=need("n_positions"), name=name,
-        )  # fmt: skip
-    sizes = dict(hidden=need("hidden_size"), layers=need("num_hidden_layers"), heads=need("num_attention_heads"), vocab=need("vocab_size"))
+            need("n_embd"),
+            need("n_layer"),
+            need("n_head"),
+            need("vocab_size"),
+            ffn=get("n_inner", None),
+            tied=get("tie_word_embeddings", True),
+            positions=need("n_positions"),
+            name=name,
+        )
+    sizes = dict(
+        hidden=need("hidden_size"),
+        layers=need("num_hidden_layers"),
+        heads=need("num_attention_heads"),
+        vocab=need("vocab_size"),
+    )
     hidden, heads = sizes["hidden"], sizes["heads"]
     if kind == "opt":
         width = get("word_embed_proj_dim", hidden)
@@ -210,30 +243,59 @@ def from_config(config: dict[str, Any], name: str = "config.json") -> Model:
         # With narrower embeddings the tables of tokens and the projections in and out are counted as what differs.
         extra = 0 if width == hidden else sizes["vocab"] * (width - hidden) + 2 * width * hidden
         if extra < 0:
-            raise PlanError(f"{name}: word_embed_proj_dim={width} of hidden_size={hidden}: such embeddings are not planned for")
+            raise PlanError(
+                f"{name}: word_embed_proj_dim={width} of hidden_size={hidden}: such embeddings are not planned for"
+            )
         return Model(
-            **sizes, ffn=need("ffn_dim"), tied=get("tie_word_embeddings", True), positions=need("max_position_embeddings") + 2, qkv_bias=bias,
-            out_bias=bias, mlp_bias=bias, norm=2 if affine else 0, final_norm=last, extra=extra, name=name,
-        )  # fmt: skip
+            **sizes,
+            ffn=need("ffn_dim"),
+            tied=get("tie_word_embeddings", True),
+            positions=need("max_position_embeddings") + 2,
+            qkv_bias=bias,
+            out_bias=bias,
+            mlp_bias=bias,
+            norm=2 if affine else 0,
+            final_norm=last,
+            extra=extra,
+            name=name,
+        )
     if kind == "gpt_neox":
         bias = get("attention_bias", True)
         return Model(
-            **sizes, ffn=need("intermediate_size"), tied=get("tie_word_embeddings", False), qkv_bias=bias, out_bias=bias, name=name
+            **sizes,
+            ffn=need("intermediate_size"),
+            tied=get("tie_word_embeddings", False),
+            qkv_bias=bias,
+            out_bias=bias,
+            name=name,
         )
     kv_heads = get("num_key_value_heads", heads)
     head_dim = get("head_dim", family.get("head_dim") or hidden // heads)
     bias = get("attention_bias", False)
     norm, norms = family.get("norm", 1), family.get("norms", 2)
-    qk_norm = {None: 0, "head": 2 * head_dim, "all": (heads + kv_heads) * head_dim}[family.get("qk_norm")]
+    qk_norm = {None: 0, "head": 2 * head_dim, "all": (heads + kv_heads) * head_dim}[
+        family.get("qk_norm")
+    ]
     qkv_bias, out_bias = family.get("qkv_bias", bias), bias and kind != "qwen2"
     if kind == "stablelm":
         qkv_bias, out_bias = get("use_qkv_bias", False), False
         norms = 1 if get("use_parallel_residual", False) else 2
         qk_norm = (heads + kv_heads) * head_dim if get("qk_layernorm", False) else 0
     return Model(
-        **sizes, kv_heads=kv_heads, head_dim=head_dim, ffn=need("intermediate_size"), gated=True, tied=get("tie_word_embeddings", family.get("tied", False)),
-        qkv_bias=qkv_bias, out_bias=out_bias, mlp_bias=get("mlp_bias", False) if kind == "llama" else False, norm=norm, norms=norms, qk_norm=qk_norm, name=name,
-    )  # fmt: skip
+        **sizes,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        ffn=need("intermediate_size"),
+        gated=True,
+        tied=get("tie_word_embeddings", family.get("tied", False)),
+        qkv_bias=qkv_bias,
+        out_bias=out_bias,
+        mlp_bias=get("mlp_bias", False) if kind == "llama" else False,
+        norm=norm,
+        norms=norms,
+        qk_norm=qk_norm,
+        name=name,
+    )
 
 
 def load_model(name: str) -> Model:
@@ -241,7 +303,10 @@ def load_model(name: str) -> Model:
     models = json.loads((DATA / "models.json").read_text())
     if (key := name.lower()) in models:
         entry = models[key]
-        return replace(from_config(entry["config"], key) if "config" in entry else Model(**entry["sizes"]), name=key)
+        return replace(
+            from_config(entry["config"], key) if "config" in entry else Model(**entry["sizes"]),
+            name=key,
+        )
     path = Path(name)
     if path.is_dir():
         path = path / "config.json"

@@ -9,7 +9,15 @@ from rich import box
 from rich.table import Table
 
 from ..files import replacing
-from .memory import GRADIENT, block_activations, element_bytes, in_flight, local_parameters, message_bytes, optimizer_bytes
+from .memory import (
+    GRADIENT,
+    block_activations,
+    element_bytes,
+    in_flight,
+    local_parameters,
+    message_bytes,
+    optimizer_bytes,
+)
 from .model import PlanError
 from .search import Plan, Row
 from .time import block, constants_of, data_parallel_seconds
@@ -25,16 +33,26 @@ def traffic(row: Row) -> dict[str, dict]:
     """What each collective of one GPU's step carries: calls, bytes of the tensors, and over which link."""
     job, layout = row.job, row.layout
     model, m, hardware = job.model, layout.micro_batches, job.hardware
-    message, local = message_bytes(job, layout), element_bytes(job) * local_parameters(model, layout)
+    message, local = (
+        message_bytes(job, layout),
+        element_bytes(job) * local_parameters(model, layout),
+    )
     found = {}
 
     def add(kind: str, what: str, calls: int, size: int) -> None:
         link = hardware.network if layout.crosses(kind, hardware) else hardware.link
-        found[f"{kind.upper()} {what}"] = {"calls": calls, "bytes_each": size, "bytes": calls * size, "link": link.kind}
+        found[f"{kind.upper()} {what}"] = {
+            "calls": calls,
+            "bytes_each": size,
+            "bytes": calls * size,
+            "link": link.kind,
+        }
 
     if layout.tp > 1:
         calls = m * layout.blocks(model) * (6 if layout.recompute == "full" else 4)
-        for what in ("reduce-scatter", "all-gather") if layout.sequence_parallel else ("all-reduce",):
+        for what in (
+            ("reduce-scatter", "all-gather") if layout.sequence_parallel else ("all-reduce",)
+        ):
             add("tp", what, calls, message)
     if layout.pp > 1:
         add("pp", "send", 2 * m * layout.interleave, message // layout.tp)
@@ -50,7 +68,11 @@ def as_dict(row: Row) -> dict:
     """For JSON. Seconds, bytes and FLOP/s."""
     layout, job = row.layout, row.job
     return {
-        "model": {"name": job.model.name, "parameters": job.model.parameters, "flops_per_step": layout.global_batch * job.model.step_flops(job.seq)},
+        "model": {
+            "name": job.model.name,
+            "parameters": job.model.parameters,
+            "flops_per_step": layout.global_batch * job.model.step_flops(job.seq),
+        },
         "gpu": job.hardware.name,
         "gpus": layout.gpus,
         "seq": job.seq,
@@ -67,11 +89,16 @@ def as_dict(row: Row) -> dict:
         "memory_parts_bytes": asdict(row.memory),
         "fits": row.fits,
         "traffic": traffic(row),
-    }  # fmt: skip
+    }
 
 
 def plan_dict(plan: Plan, words: list[str], top: int) -> dict:
-    return {"gpus": plan.gpus, "global_batch": plan.global_batch, "advice": words, "rows": [as_dict(row) for row in plan.rows[:top]]}
+    return {
+        "gpus": plan.gpus,
+        "global_batch": plan.global_batch,
+        "advice": words,
+        "rows": [as_dict(row) for row in plan.rows[:top]],
+    }
 
 
 def plan_table(rows: list[Row], title: str, width: int) -> Table:
@@ -79,7 +106,22 @@ def plan_table(rows: list[Row], title: str, width: int) -> Table:
     wide = width >= 150
     names = ["step", "MFU", "GB", "% compute/ TP/PP/DP"]
     if wide:
-        names = ["step", "MFU", "GB", "param.", "grad.", "optim.", "activ.", "compute", "TP", "hidden", "PP", "DP", "hidden", "tokens/s"]
+        names = [
+            "step",
+            "MFU",
+            "GB",
+            "param.",
+            "grad.",
+            "optim.",
+            "activ.",
+            "compute",
+            "TP",
+            "hidden",
+            "PP",
+            "DP",
+            "hidden",
+            "tokens/s",
+        ]
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("layout", min_width=20)
@@ -87,12 +129,30 @@ def plan_table(rows: list[Row], title: str, width: int) -> Table:
         table.add_column(name, justify="right", min_width=None if wide else min(len(name), 9))
     for i, row in enumerate(rows, 1):
         t, m = row.time, row.memory
-        parts = (t.compute + t.recompute + t.optimizer, t.tp_exposed, t.tp_hidden, t.pp_exposed + t.bubble, t.dp_exposed, t.dp_hidden)
+        parts = (
+            t.compute + t.recompute + t.optimizer,
+            t.tp_exposed,
+            t.tp_hidden,
+            t.pp_exposed + t.bubble,
+            t.dp_exposed,
+            t.dp_hidden,
+        )
         compute, tp, tp_hidden, pp, dp, dp_hidden = (round(100 * part / t.total) for part in parts)
-        cells = [str(i), row.layout.words(), seconds(row.step_s), f"{row.mfu:.1%}", f"{m.total / GB:.1f}"]
+        cells = [
+            str(i),
+            row.layout.words(),
+            seconds(row.step_s),
+            f"{row.mfu:.1%}",
+            f"{m.total / GB:.1f}",
+        ]
         if wide:
-            cells += [f"{part / GB:.1f}" for part in (m.parameters, m.gradients, m.optimizer, m.activations)]
-            cells += [f"{share}%" for share in (compute, tp, tp_hidden, pp, dp, dp_hidden)] + [f"{row.tokens_per_s:,.0f}"]
+            cells += [
+                f"{part / GB:.1f}"
+                for part in (m.parameters, m.gradients, m.optimizer, m.activations)
+            ]
+            cells += [f"{share}%" for share in (compute, tp, tp_hidden, pp, dp, dp_hidden)] + [
+                f"{row.tokens_per_s:,.0f}"
+            ]
         else:
             cells += [f"{compute}/{tp}/{pp}/{dp}"]
         table.add_row(*cells)
@@ -114,12 +174,23 @@ def compare_table(rows: list[Row]) -> Table:
     line("TFLOP/s a GPU (MFU)", [f"{row.flops_per_gpu / 1e12:.3g} ({row.mfu:.1%})" for row in rows])
     for name in asdict(rows[0].time):
         line(f"  {name.replace('_', ' ')}", [seconds(getattr(row.time, name)) for row in rows])
-    line("memory a GPU", [f"{row.memory.total / GB:.1f} GB" + ("" if row.fits else " (too much)") for row in rows])
+    line(
+        "memory a GPU",
+        [f"{row.memory.total / GB:.1f} GB" + ("" if row.fits else " (too much)") for row in rows],
+    )
     for name in asdict(rows[0].memory):
         line(f"  {name}", [f"{getattr(row.memory, name) / GB:.2f} GB" for row in rows])
     carried = [traffic(row) for row in rows]
     for name in dict.fromkeys(key for each in carried for key in each):
-        line(name, [f"{each[name]['calls']} x {each[name]['bytes_each'] / 1e6:.1f} MB" if name in each else "" for each in carried])
+        line(
+            name,
+            [
+                f"{each[name]['calls']} x {each[name]['bytes_each'] / 1e6:.1f} MB"
+                if name in each
+                else ""
+                for each in carried
+            ],
+        )
     return table
 
 
@@ -152,7 +223,7 @@ def explain(row: Row) -> str:
         f"  GEMM [M,K]x[K,N] = (tiles of 128 x 128 / {hardware.multiprocessors} + {c.tail:.2f}) waves x 2 x 128^2 K / ({c.gemm:.2f} x {hardware.peak(job.dtype) / 1e12:.0f} TFLOP/s / {hardware.multiprocessors})   [waves: NVIDIA, Matrix Multiplication Background; constants fitted]",
         f"  between them: bytes / ({c.memory:.2f} x {hardware.memory_bytes_per_s / 1e9:.0f} GB/s); not less than the host's {seconds(c.host)} a forward pass, rounded off by a cubic mean   [fitted]",
         f"  forward {seconds(one.forward)}, backward {seconds(one.backward)}, attention's core {seconds(one.core)}",
-    ]  # fmt: skip
+    ]
     if tp > 1:
         shown.append(
             f"  TP all-reduce of {message_bytes(job, layout) / 1e6:.1f} MB: 2 ({tp} - 1) / {tp} x bytes / bus bandwidth at that size + {seconds(c.reduce)} = {seconds(one.reduce)}; two forward, two backward; "
@@ -165,7 +236,7 @@ def explain(row: Row) -> str:
         f"  pipeline: {m} x the slowest stage + the other {pp - 1} stages' one micro-batch / {layout.interleave} - the above = bubble {seconds(t.bubble)};  sends {seconds(t.pp_exposed)}   [Narayanan et al., section 2.2]",
         f"  data parallel: {seconds(dp_all)} of which {seconds(t.dp_hidden)} under the backward pass;  optimizer: {c.update:.0f} B a parameter, and {seconds(c.step)} = {seconds(t.optimizer)}",
         f"  step = {seconds(t.total)};  MFU = {flops:.4g} / ({t.total:.4g} s x {layout.gpus} x {hardware.peak(job.dtype) / 1e12:.0f} TFLOP/s) = {row.mfu:.1%}",
-    ]  # fmt: skip
+    ]
     return "\n".join(shown)
 
 
@@ -190,9 +261,14 @@ def pyplot(path: Path):
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
     """Stacked step times beside stacked memory, a bar a row."""
-    figure, (left, right) = pyplot(path).subplots(1, 2, figsize=(12, 1.5 + 0.45 * len(rows)), sharey=True)
+    figure, (left, right) = pyplot(path).subplots(
+        1, 2, figsize=(12, 1.5 + 0.45 * len(rows)), sharey=True
+    )
     names = [row.layout.words() for row in rows]
-    for axis, parts, unit in ((left, [asdict(r.time) for r in rows], 1), (right, [asdict(r.memory) for r in rows], GB)):
+    for axis, parts, unit in (
+        (left, [asdict(r.time) for r in rows], 1),
+        (right, [asdict(r.memory) for r in rows], GB),
+    ):
         start = [0.0] * len(rows)
         for key in parts[0]:
             if key.endswith("hidden"):

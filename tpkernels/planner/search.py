@@ -18,7 +18,9 @@ def hardware_share(job: Job, layout: Layout) -> float:
     model, seq = job.model, job.seq
     blocks = model.forward_flops(seq) - 2 * seq * model.vocab * model.hidden
     core = 4 * seq * seq * model.attention * model.layers if job.software == "megatron-2021" else 0
-    return 1 + {"none": 0, "selective": core, "full": blocks}[layout.recompute] / model.step_flops(seq)
+    return 1 + {"none": 0, "selective": core, "full": blocks}[layout.recompute] / model.step_flops(
+        seq
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,11 @@ class Row:
     @property
     def flops_per_gpu(self) -> float:
         """The model's own, a second."""
-        return self.layout.global_batch * self.job.model.step_flops(self.job.seq) / (self.step_s * self.layout.gpus)
+        return (
+            self.layout.global_batch
+            * self.job.model.step_flops(self.job.seq)
+            / (self.step_s * self.layout.gpus)
+        )
 
     @property
     def hardware_flops_per_gpu(self) -> float:
@@ -86,7 +92,9 @@ def layouts(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) 
     """All that the planner compares: TP inside a node, PP that divides the blocks, DP the rest."""
     model = job.model
     for tp in _divisors(gpus, min(job.hardware.gpus_per_node, model.heads)):
-        for pp in _divisors(gpus // tp, min(model.layers, model.layers if most_pp is None else most_pp)):
+        for pp in _divisors(
+            gpus // tp, min(model.layers, model.layers if most_pp is None else most_pp)
+        ):
             dp = gpus // (tp * pp)
             # Stages may be short of blocks (126 over 16), by a tenth at most.
             if global_batch % dp or _slots(model.layers, pp) > 1.1 * model.layers:
@@ -97,14 +105,33 @@ def layouts(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) 
                 passes = global_batch // dp // micro
                 interleaves = [1]
                 if pp > 1 and passes % pp == 0:
-                    interleaves += [v for v in range(2, 9) if pp * v <= model.layers and _slots(model.layers, pp * v) <= 1.1 * model.layers]
+                    interleaves += [
+                        v
+                        for v in range(2, 9)
+                        if pp * v <= model.layers
+                        and _slots(model.layers, pp * v) <= 1.1 * model.layers
+                    ]
                 zeros = [0] if dp == 1 else [0, 1] if pp > 1 else [0, 1, 2, 3]
-                kinds = ("none", "selective", "full") if job.software == "megatron-2021" else ("none", "full")
+                kinds = (
+                    ("none", "selective", "full")
+                    if job.software == "megatron-2021"
+                    else ("none", "full")
+                )
                 for sequence_parallel in (False, True) if tp > 1 else (False,):
                     for recompute in kinds:
                         for interleave in interleaves:
                             for zero in zeros:
-                                yield Layout(tp, pp, dp, micro, global_batch, interleave, recompute, sequence_parallel, zero)
+                                yield Layout(
+                                    tp,
+                                    pp,
+                                    dp,
+                                    micro,
+                                    global_batch,
+                                    interleave,
+                                    recompute,
+                                    sequence_parallel,
+                                    zero,
+                                )
 
 
 @dataclass(frozen=True)
@@ -158,14 +185,18 @@ def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -
             f"{gpus} GPUs cannot share {global_batch} sequences: no TP (of at most {job.hardware.gpus_per_node}) x PP x DP of them has a DP "
             f"that divides the batch; pass a multiple of {gpus // _divisors(gpus, job.hardware.gpus_per_node)[-1]} sequences"
         )
-    fitting = sorted((row for row in rows if row.fits), key=lambda row: (row.step_s, row.memory.total))
+    fitting = sorted(
+        (row for row in rows if row.fits), key=lambda row: (row.step_s, row.memory.total)
+    )
     larger = tuple(sorted((row for row in rows if not row.fits), key=lambda row: row.memory.total))
     if not fitting:
         raise PlanError(_what_would_fit(job, gpus, global_batch, most_pp, larger[0]))
     return Plan(job, gpus, global_batch, tuple(fitting), larger)
 
 
-def _what_would_fit(job: Job, gpus: int, global_batch: int, most_pp: int | None, smallest: Row) -> str:
+def _what_would_fit(
+    job: Job, gpus: int, global_batch: int, most_pp: int | None, smallest: Row
+) -> str:
     over = smallest.memory.total - FIT * job.hardware.memory_bytes
     text = (
         f"no layout of {gpus} {job.hardware.name} fits: the smallest ({smallest.layout.words()}) takes {smallest.memory.total / 1e9:.1f} GB a GPU, "
@@ -175,6 +206,9 @@ def _what_would_fit(job: Job, gpus: int, global_batch: int, most_pp: int | None,
     while more < 16384:
         more *= 2
         batch = ceil_div(global_batch, more) * more
-        if any(memory(job, layout).total <= FIT * job.hardware.memory_bytes for layout in layouts(job, more, batch, most_pp)):
+        if any(
+            memory(job, layout).total <= FIT * job.hardware.memory_bytes
+            for layout in layouts(job, more, batch, most_pp)
+        ):
             return f"{text}; {more} GPUs would do, or as many of {smallest.memory.total / FIT / 1e9:.0f} GB each"
     return f"{text}; GPUs of {smallest.memory.total / FIT / 1e9:.0f} GB each would do"

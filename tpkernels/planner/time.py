@@ -59,7 +59,9 @@ def constants_of(hardware: Hardware) -> Constants:
     return Constants(**{**fitted[hardware.constants_of], **dict(hardware.constants)})
 
 
-def gemm_seconds(m: int, n: int, k: int, job: Job, c: Constants, batch: int = 1, efficiency: float | None = None) -> float:
+def gemm_seconds(
+    m: int, n: int, k: int, job: Job, c: Constants, batch: int = 1, efficiency: float | None = None
+) -> float:
     """[m, k] x [k, n], `batch` of them in one launch: whole waves of tiles over the multiprocessors, each K deep."""
     if not m or not n or not k:
         return 0.0
@@ -67,7 +69,12 @@ def gemm_seconds(m: int, n: int, k: int, job: Job, c: Constants, batch: int = 1,
     waves = tiles / job.hardware.multiprocessors + c.tail
     tile = 2 * TILE * TILE * k / (job.hardware.peak(job.dtype) / job.hardware.multiprocessors)
     seconds = waves * tile / (efficiency or c.gemm)
-    moved = element_bytes(job) * batch * (m * k + k * n + m * n) / (c.memory * job.hardware.memory_bytes_per_s)
+    moved = (
+        element_bytes(job)
+        * batch
+        * (m * k + k * n + m * n)
+        / (c.memory * job.hardware.memory_bytes_per_s)
+    )
     return max(seconds, moved)
 
 
@@ -82,7 +89,9 @@ class Block(NamedTuple):
 
     forward: float  # without communication
     backward: float
-    core: float  # of attention between its projections, forward: what selective recomputation repeats
+    core: (
+        float  # of attention between its projections, forward: what selective recomputation repeats
+    )
     reduce: float
     forward_exposed: float
     backward_exposed: float
@@ -108,15 +117,21 @@ def block(job: Job, layout: Layout, c: Constants) -> Block:
         backward += gemm_seconds(rows, k, n, job, c) + gemm_seconds(n, k, rows, job, c)
 
     heads, head_dim = ceil_div(model.heads, tp), model.head_dim
-    bandwidth = c.memory * hardware.memory_bytes_per_s * 2 / element_bytes(job)  # the counts below are of 16-bit elements
+    bandwidth = (
+        c.memory * hardware.memory_bytes_per_s * 2 / element_bytes(job)
+    )  # the counts below are of 16-bit elements
     kv = 2 * ceil_div(model.kv_heads, tp) * head_dim
     inner = heads * head_dim
     up = ceil_div(model.ffn, tp)
     # Bytes an element: what the passes between the matrix products read and write, forward and backward.
-    whole = rows * model.hidden / (tp if layout.sequence_parallel else 1)  # of the norms, dropout and residual
+    whole = (
+        rows * model.hidden / (tp if layout.sequence_parallel else 1)
+    )  # of the norms, dropout and residual
     if old:
         batch = layout.micro_batch * heads
-        core = gemm_seconds(seq, seq, head_dim, job, c, batch, c.attention) + gemm_seconds(seq, head_dim, seq, job, c, batch, c.attention)
+        core = gemm_seconds(seq, seq, head_dim, job, c, batch, c.attention) + gemm_seconds(
+            seq, head_dim, seq, job, c, batch, c.attention
+        )
         core_back = 2 * core
         scores = batch * seq * seq
         core += 9 * scores / bandwidth  # softmax 2 + 2, dropout 2 + 2 + 1
@@ -125,10 +140,20 @@ def block(job: Job, layout: Layout, c: Constants) -> Block:
         backward += (34 * whole + rows * (4 * (inner + kv) + 4 * inner + 6 * up)) / bandwidth
     else:
         flops = 4 * rows * seq * inner / 2  # causal: the fused kernel leaves the upper triangle out
-        core = flops / (c.attention * hardware.peak(job.dtype)) + 2 * rows * (2 * inner + kv) / bandwidth
-        core_back = 2.5 * flops / (c.attention * hardware.peak(job.dtype)) + 4 * rows * (2 * inner + kv) / bandwidth
-        forward += (16 * whole + rows * (4 * (inner + kv) + (6 if model.gated else 4) * up)) / bandwidth
-        backward += (24 * whole + rows * (4 * (inner + kv) + (10 if model.gated else 6) * up)) / bandwidth
+        core = (
+            flops / (c.attention * hardware.peak(job.dtype))
+            + 2 * rows * (2 * inner + kv) / bandwidth
+        )
+        core_back = (
+            2.5 * flops / (c.attention * hardware.peak(job.dtype))
+            + 4 * rows * (2 * inner + kv) / bandwidth
+        )
+        forward += (
+            16 * whole + rows * (4 * (inner + kv) + (6 if model.gated else 4) * up)
+        ) / bandwidth
+        backward += (
+            24 * whole + rows * (4 * (inner + kv) + (10 if model.gated else 6) * up)
+        ) / bandwidth
     link = hardware.link.bus_bytes_per_s * c.link
     if layout.crosses("tp", hardware):
         link = min(link, hardware.gpus_per_node * hardware.network.bus_bytes_per_s * c.network)
@@ -167,8 +192,14 @@ def head_seconds(job: Job, layout: Layout, c: Constants) -> tuple[float, float]:
     model, rows = job.model, layout.micro_batch * job.seq
     vocab = ceil_div(model.vocab, layout.tp)
     bandwidth = c.memory * job.hardware.memory_bytes_per_s * 2 / element_bytes(job)
-    gemms = gemm_seconds(rows, vocab, model.hidden, job, c) + gemm_seconds(rows, model.hidden, vocab, job, c) + gemm_seconds(vocab, model.hidden, rows, job, c)  # fmt: skip
-    passes = 36 if job.software == "megatron-2021" else 12  # logits to float32, maximum, exponentials, gradients
+    gemms = (
+        gemm_seconds(rows, vocab, model.hidden, job, c)
+        + gemm_seconds(rows, model.hidden, vocab, job, c)
+        + gemm_seconds(vocab, model.hidden, rows, job, c)
+    )
+    passes = (
+        36 if job.software == "megatron-2021" else 12
+    )  # logits to float32, maximum, exponentials, gradients
     return gemms + passes * rows * vocab / bandwidth, 20 * rows * model.hidden / bandwidth
 
 
@@ -178,7 +209,9 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
     one = block(job, layout, c)
     layers = model.layers / p
     fullest = layout.blocks(model)
-    again = {"none": 0.0, "selective": one.core if old else 0.0, "full": one.forward}[layout.recompute]
+    again = {"none": 0.0, "selective": one.core if old else 0.0, "full": one.forward}[
+        layout.recompute
+    ]
     again_exposed = one.forward_exposed if layout.recompute == "full" else 0.0
     tp_block = one.forward_exposed + one.backward_exposed + again_exposed
     tp_hidden_block = (6 if layout.recompute == "full" else 4) * one.reduce - tp_block
@@ -187,7 +220,11 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
 
     per_block = one.forward + one.backward + again + tp_block
     first, last = embedding + head_reduce / 2, head + head_reduce / 2
-    wire = hardware.network.bus_bytes_per_s * c.network if layout.crosses("pp", hardware) else hardware.link.bus_bytes_per_s * c.link
+    wire = (
+        hardware.network.bus_bytes_per_s * c.network
+        if layout.crosses("pp", hardware)
+        else hardware.link.bus_bytes_per_s * c.link
+    )
     sends = 0.0 if p == 1 else 2 * v * (c.send + message_bytes(job, layout) / layout.tp / wire)
     stage = fullest * per_block
     slowest = stage + (max(first, last) if p > 1 else first + last) + sends
@@ -205,11 +242,21 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
     shared = local / (layout.dp if layout.zero else 1)
     optimizer = c.update * shared / (c.memory * hardware.memory_bytes_per_s) + c.step
     return StepTime(
-        compute, recompute, tp_exposed, m * layers * tp_hidden_block, pp_exposed, bubble, dp_all - dp_hidden, dp_hidden, optimizer
+        compute,
+        recompute,
+        tp_exposed,
+        m * layers * tp_hidden_block,
+        pp_exposed,
+        bubble,
+        dp_all - dp_hidden,
+        dp_hidden,
+        optimizer,
     )
 
 
-def data_parallel_seconds(job: Job, layout: Layout, c: Constants, compute: float) -> tuple[float, float]:
+def data_parallel_seconds(
+    job: Job, layout: Layout, c: Constants, compute: float
+) -> tuple[float, float]:
     """(all, hidden) of the data-parallel collectives of a step."""
     hardware, dp, m = job.hardware, layout.dp, layout.micro_batches
     if dp == 1:
@@ -219,8 +266,12 @@ def data_parallel_seconds(job: Job, layout: Layout, c: Constants, compute: float
         per_node = max(1, hardware.gpus_per_node // layout.tp)  # of one data-parallel group
         bus = min(bus, per_node * hardware.network.bus_bytes_per_s * c.network)
     message = element_bytes(job) * local_parameters(job.model, layout)
-    half = ring(message, dp, 1, bus, c)  # a reduce-scatter of gradients, or an all-gather of parameters
-    total = {0: ring(message, dp, 2, bus, c), 1: 2 * half, 2: (m + 1) * half, 3: 3 * m * half}[layout.zero]
+    half = ring(
+        message, dp, 1, bus, c
+    )  # a reduce-scatter of gradients, or an all-gather of parameters
+    total = {0: ring(message, dp, 2, bus, c), 1: 2 * half, 2: (m + 1) * half, 3: 3 * m * half}[
+        layout.zero
+    ]
     if job.software == "megatron-2021":
         return total, 0.0
     # Under the backward pass of the last micro-batch, two thirds of its compute; ZeRO-2 sends under every one, ZeRO-3 under the forward too.

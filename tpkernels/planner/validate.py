@@ -23,11 +23,15 @@ def error_lines(found: Pairs) -> list[str]:
     together = {
         "vTrain single node, held back": [pair for pair in single if pair[0].held],
         "vTrain single node, fitted to": [pair for pair in single if not pair[0].held],
-        "published": [pair for name, rows in found.items() if not name.startswith("vTrain") for pair in rows],
+        "published": [
+            pair for name, rows in found.items() if not name.startswith("vTrain") for pair in rows
+        ],
     }
     for name, rows in {**together, **dict(sorted(found.items()))}.items():
         e = [row.error(predicted) for row, predicted in rows]
-        lines.append(f"| {name} | {len(e)} | {statistics.mean(map(abs, e)):.1%} | {statistics.mean(e):+.1%} | {max(e, key=abs):+.1%} |")
+        lines.append(
+            f"| {name} | {len(e)} | {statistics.mean(map(abs, e)):.1%} | {statistics.mean(e):+.1%} | {max(e, key=abs):+.1%} |"
+        )
     return lines
 
 
@@ -50,8 +54,12 @@ def choices(found: Pairs) -> list[tuple[int, float]]:
     """Of every model and batch of the single node that was measured in several layouts: how many, and how much slower (measured) the
     layout is that the planner puts first than the fastest measured."""
     cases: dict = {}
-    for row, predicted in (pair for name, rows in found.items() if name.startswith("vTrain") for pair in rows):
-        cases.setdefault((row.job, row.layout.gpus, row.layout.global_batch), []).append((predicted.step_s, row.seconds))
+    for row, predicted in (
+        pair for name, rows in found.items() if name.startswith("vTrain") for pair in rows
+    ):
+        cases.setdefault((row.job, row.layout.gpus, row.layout.global_batch), []).append(
+            (predicted.step_s, row.seconds)
+        )
     lost = []
     for times in cases.values():
         if len(times) > 1:
@@ -74,7 +82,10 @@ def choice_lines(found: Pairs) -> list[str]:
 def constants_lines() -> list[str]:
     fitted = json.loads((DATA / "fitted.json").read_text())["constants"]
     lines = [f"| constant | {' | '.join(fitted)} |", f"|---|{'---|' * len(fitted)}"]
-    return lines + [f"| {name} | {' | '.join(f'{each[name]:.4g}' for each in fitted.values())} |" for name in next(iter(fitted.values()))]
+    return lines + [
+        f"| {name} | {' | '.join(f'{each[name]:.4g}' for each in fitted.values())} |"
+        for name in next(iter(fitted.values()))
+    ]
 
 
 def print_errors() -> None:
@@ -85,11 +96,26 @@ def print_errors() -> None:
 def write_rows(found: Pairs, path: Path) -> None:
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(["group", "hidden", "blocks", "layout", "batch", "measured_s", "predicted_s", "error"])
+    lines.writerow(
+        ["group", "hidden", "blocks", "layout", "batch", "measured_s", "predicted_s", "error"]
+    )
     for group, rows in found.items():
         for row, predicted in rows:
-            sizes = [row.job.model.hidden, row.job.model.layers, predicted.layout.words(), row.layout.global_batch]
-            lines.writerow([group, *sizes, f"{row.seconds:.4f}", f"{predicted.step_s:.4f}", f"{row.error(predicted):+.4f}"])
+            sizes = [
+                row.job.model.hidden,
+                row.job.model.layers,
+                predicted.layout.words(),
+                row.layout.global_batch,
+            ]
+            lines.writerow(
+                [
+                    group,
+                    *sizes,
+                    f"{row.seconds:.4f}",
+                    f"{predicted.step_s:.4f}",
+                    f"{row.error(predicted):+.4f}",
+                ]
+            )
     write_whole(path, text.getvalue())
 
 
@@ -97,13 +123,28 @@ def draw(found: Pairs, path: Path) -> None:
     figure, axis = pyplot(path).subplots(figsize=(6, 6))
     together: Pairs = {}
     for name, rows in sorted(found.items(), reverse=True):
-        together.setdefault(f"vTrain, {name.rpartition(', ')[2]}" if name.startswith("vTrain") else name, []).extend(rows)
+        together.setdefault(
+            f"vTrain, {name.rpartition(', ')[2]}" if name.startswith("vTrain") else name, []
+        ).extend(rows)
     for name, rows in together.items():
         style = "." if name.startswith("vTrain") else "D"
-        axis.loglog([row.seconds for row, _ in rows], [row.step_s for _, row in rows], style, markersize=4, label=name)
+        axis.loglog(
+            [row.seconds for row, _ in rows],
+            [row.step_s for _, row in rows],
+            style,
+            markersize=4,
+            label=name,
+        )
     ends = [0.05, 200]
     axis.plot(ends, ends, color="black", linewidth=0.8)
-    axis.fill_between(ends, [0.9 * end for end in ends], [1.1 * end for end in ends], color="gray", alpha=0.2, label="10%")
+    axis.fill_between(
+        ends,
+        [0.9 * end for end in ends],
+        [1.1 * end for end in ends],
+        color="gray",
+        alpha=0.2,
+        label="10%",
+    )
     axis.set_xlabel("measured, seconds a step")
     axis.set_ylabel("predicted")
     axis.legend(fontsize=7)
@@ -120,7 +161,9 @@ def write_page(page: Path) -> None:
         "constants": constants_lines(),
     }
     if missing := [name for name in sections if f"<!-- {name} -->" not in text]:
-        raise PlanError(f"{page} has no section <!-- {missing[0]} --> ... <!-- /{missing[0]} --> to fill")
+        raise PlanError(
+            f"{page} has no section <!-- {missing[0]} --> ... <!-- /{missing[0]} --> to fill"
+        )
     write_rows(found, page.with_name("planner-rows.csv"))
     (page.parent / "images").mkdir(exist_ok=True)
     draw(found, page.parent / "images" / "planner.png")

@@ -90,7 +90,9 @@ def report(kernels: list[Kernel], ranges: list[Range]) -> dict[str, Any]:
     `overlap` has their sums and `efficiency`, hidden / collective (None without collectives).
     """
     by_name, by_kernel = defaultdict(list), defaultdict(list)
-    devices: dict[tuple[int, int], dict[str, list[Interval]]] = defaultdict(lambda: defaultdict(list))
+    devices: dict[tuple[int, int], dict[str, list[Interval]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for r in sorted(ranges):
         by_name[r.name].append(r.end - r.start)
     for k in kernels:
@@ -101,14 +103,25 @@ def report(kernels: list[Kernel], ranges: list[Range]) -> dict[str, Any]:
     for (process, device), times in sorted(devices.items()):
         collective, compute = union(times["collective"]), union(times["gemm"] + times["other"])
         total, hidden = length(collective), length(intersection(collective, compute))
-        figures = dict(collective_ns=total, hidden_ns=hidden, exposed_ns=total - hidden, gemm_ns=length(union(times["gemm"])))
+        figures = dict(
+            collective_ns=total,
+            hidden_ns=hidden,
+            exposed_ns=total - hidden,
+            gemm_ns=length(union(times["gemm"])),
+        )
         rows.append(dict(process=process, device=device, **figures))
-    overlap = {key: sum(row[key] for row in rows) for key in ("collective_ns", "hidden_ns", "exposed_ns", "gemm_ns")}
+    overlap = {
+        key: sum(row[key] for row in rows)
+        for key in ("collective_ns", "hidden_ns", "exposed_ns", "gemm_ns")
+    }
     total = overlap["collective_ns"]
     return {
         "ranges": [dict(name=name, count=len(t), total_ns=sum(t)) for name, t in by_name.items()],
         "kernels": sorted(
-            (dict(kind=kind, name=name, count=len(t), total_ns=sum(t)) for (kind, name), t in by_kernel.items()),
+            (
+                dict(kind=kind, name=name, count=len(t), total_ns=sum(t))
+                for (kind, name), t in by_kernel.items()
+            ),
             key=lambda k: -k["total_ns"],
         ),
         "devices": rows,
@@ -129,14 +142,18 @@ def read_trace(path: Path) -> tuple[list[Kernel], list[Range]]:
     else:
         kernels, ranges = _read_nsys(path)
     if not kernels and not ranges:
-        raise ValueError(f"{path}: no GPU kernels and no ranges of the NVTX domain {DOMAIN!r}: was it recorded on CPUs, or around no step?")
+        raise ValueError(
+            f"{path}: no GPU kernels and no ranges of the NVTX domain {DOMAIN!r}: was it recorded on CPUs, or around no step?"
+        )
     return kernels, ranges
 
 
 def _read_nsys(path: Path) -> tuple[list[Kernel], list[Range]]:
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
-            raise ValueError(f"{path}: neither an SQLite database nor .json: export a report with `nsys export --type sqlite {path}`")
+            raise ValueError(
+                f"{path}: neither an SQLite database nor .json: export a report with `nsys export --type sqlite {path}`"
+            )
     with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
         try:
             tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
@@ -146,7 +163,9 @@ def _read_nsys(path: Path) -> tuple[list[Kernel], list[Range]]:
                     f"{path}: has neither NVTX_EVENTS nor CUPTI_ACTIVITY_KIND_KERNEL: record with `nsys profile --trace=cuda,nvtx` "
                     "and export with `nsys export --type sqlite`"
                 )
-            kernels = db.execute(KERNELS).fetchall() if "CUPTI_ACTIVITY_KIND_KERNEL" in tables else []
+            kernels = (
+                db.execute(KERNELS).fetchall() if "CUPTI_ACTIVITY_KIND_KERNEL" in tables else []
+            )
             ranges = db.execute(RANGES, (DOMAIN,)).fetchall() if "NVTX_EVENTS" in tables else []
         except sqlite3.Error as error:
             raise ValueError(
@@ -179,12 +198,20 @@ def _read_chrome(path: Path) -> list[Kernel]:
             events = json.load(file)
         events = events["traceEvents"] if isinstance(events, dict) else events
         return [
-            Kernel(0, e["args"]["device"], round(e["ts"] * 1000), round((e["ts"] + e["dur"]) * 1000), e["name"])
+            Kernel(
+                0,
+                e["args"]["device"],
+                round(e["ts"] * 1000),
+                round((e["ts"] + e["dur"]) * 1000),
+                e["name"],
+            )
             for e in events
             if e.get("cat") == "kernel" and e.get("ph") == "X"
         ]
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not a Chrome trace that torch.profiler wrote ({type(error).__name__}: {error})") from None
+        raise ValueError(
+            f"{path}: not a Chrome trace that torch.profiler wrote ({type(error).__name__}: {error})"
+        ) from None
 
 
 def print_report(result: dict[str, Any], console: Console) -> None:
@@ -202,11 +229,22 @@ def print_report(result: dict[str, Any], console: Console) -> None:
             table.add_row(escape(k["name"]), kind, str(k["count"]), _ms(k["total_ns"]))
     console.print(table)
     title = "Time in which collectives ran: hidden under other kernels, or exposed"
-    table = _table(title, "device", "collectives, ms", "hidden", "exposed", "efficiency", "GEMMs, ms")
+    table = _table(
+        title, "device", "collectives, ms", "hidden", "exposed", "efficiency", "GEMMs, ms"
+    )
     rows = [(f"{row['device']} of process {row['process']}", row) for row in result["devices"]]
     for place, row in [*rows, *([("all", result["overlap"])] if len(rows) > 1 else [])]:
-        total, hidden, exposed, gemm = (row[key] for key in ("collective_ns", "hidden_ns", "exposed_ns", "gemm_ns"))
-        table.add_row(place, _ms(total), _ms(hidden), _ms(exposed), f"{hidden / total:.1%}" if total else "no collectives", _ms(gemm))
+        total, hidden, exposed, gemm = (
+            row[key] for key in ("collective_ns", "hidden_ns", "exposed_ns", "gemm_ns")
+        )
+        table.add_row(
+            place,
+            _ms(total),
+            _ms(hidden),
+            _ms(exposed),
+            f"{hidden / total:.1%}" if total else "no collectives",
+            _ms(gemm),
+        )
     console.print(table)
 
 
@@ -216,7 +254,9 @@ def _ms(ns: int) -> str:
 
 def _table(title: str, name: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=48)  # kernels' names fill screens
+    table.add_column(
+        name, overflow="ellipsis", no_wrap=True, max_width=48
+    )  # kernels' names fill screens
     for column in columns:
         table.add_column(column, justify="right")
     return table

@@ -17,7 +17,9 @@ GPU_MIN_ROWS = 2048
 GPU_CHUNKS = 2  # two beat four at 8192 x 8192 bf16 on an H100 (nvFuser#5751)
 
 
-REMEMBERED = 4096  # choices of a table, or of a group without one: a server's batches have many sizes
+REMEMBERED = (
+    4096  # choices of a table, or of a group without one: a server's batches have many sizes
+)
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,25 @@ class Schedule:
 
 def check_overlap(overlap) -> None:
     """Raises ValueError unless `overlap` is "auto", False or an int of at least 1."""
-    if overlap == "auto" or overlap is False or (isinstance(overlap, int) and not isinstance(overlap, bool) and overlap >= 1):
+    if (
+        overlap == "auto"
+        or overlap is False
+        or (isinstance(overlap, int) and not isinstance(overlap, bool) and overlap >= 1)
+    ):
         return
-    raise ValueError(f"overlap must be 'auto', False (one chunk) or a number of row chunks >= 1, got {overlap!r}")
+    raise ValueError(
+        f"overlap must be 'auto', False (one chunk) or a number of row chunks >= 1, got {overlap!r}"
+    )
 
 
 def choose(
-    overlap, rows: int, row_bytes: int, group: Group, inner: int | None = None, dtype: torch.dtype | None = None, weight_grad: bool = False
+    overlap,
+    rows: int,
+    row_bytes: int,
+    group: Group,
+    inner: int | None = None,
+    dtype: torch.dtype | None = None,
+    weight_grad: bool = False,
 ) -> Schedule:
     """The schedule for `rows` rows of `row_bytes` bytes: a function of what all ranks share, so that they never disagree.
 
@@ -50,9 +64,19 @@ def choose(
         if torch.compiler.is_compiling():
             if rows < 2 * MIN_ROWS:  # one graph for all of them
                 return Schedule(1, group.transport, "too few rows for two chunks")
-            from torch.fx.experimental.symbolic_shapes import guard_scalar  # imports sympy: the compiler has it already
+            from torch.fx.experimental.symbolic_shapes import (
+                guard_scalar,
+            )  # imports sympy: the compiler has it already
 
-            return _constant(group.name, group.device_type, guard_scalar(rows), row_bytes, inner, dtype, weight_grad)
+            return _constant(
+                group.name,
+                group.device_type,
+                guard_scalar(rows),
+                row_bytes,
+                inner,
+                dtype,
+                weight_grad,
+            )
         return _remembered(group, rows, row_bytes, inner, dtype, weight_grad)
     if torch.compiler.is_compiling():
         return _published(overlap, rows, row_bytes, group)
@@ -67,7 +91,9 @@ def choose(
 
 def _constant(name: str, device_type: str, *shape) -> Schedule:
     """For torch.compile, which cannot trace the model: the choice is fixed in the graph, and the graph holds for these rows only."""
-    return _remembered(Group(dist.distributed_c10d._resolve_process_group(name), device_type), *shape)
+    return _remembered(
+        Group(dist.distributed_c10d._resolve_process_group(name), device_type), *shape
+    )
 
 
 _constant._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler: 1.2 s of an import
@@ -79,21 +105,31 @@ def _remembered(group: Group, *shape) -> Schedule:
     if schedule is None:
         if len(table.chosen) >= REMEMBERED:
             table.chosen.clear()
-        schedule = table.chosen[shape] = _measured(table, group, *shape) or _published("auto", *shape[:2], group)
+        schedule = table.chosen[shape] = _measured(table, group, *shape) or _published(
+            "auto", *shape[:2], group
+        )
     return schedule
 
 
-def _measured(table: Table, group: Group, rows: int, row_bytes: int, inner, dtype, weight_grad: bool) -> Schedule | None:
+def _measured(
+    table: Table, group: Group, rows: int, row_bytes: int, inner, dtype, weight_grad: bool
+) -> Schedule | None:
     """The table's choice; None where it has none for this dtype."""
     timings = table.dtypes.get(dtype)
     if timings is None:
         return None
     if group.transport == "shm":
-        return Schedule(1, "shm", "the GEMM writes into the ranks' shared memory: one chunk, nothing to hide")
+        return Schedule(
+            1, "shm", "the GEMM writes into the ranks' shared memory: one chunk, nothing to hide"
+        )
     if 0 < rows * row_bytes <= group.peers.max_bytes:
         return None
     if inner is None:
-        return Schedule(1, group.transport, "the ranks' shares may differ (no split was passed): one chunk, which needs no agreement")
+        return Schedule(
+            1,
+            group.transport,
+            "the ranks' shares may differ (no split was passed): one chunk, which needs no agreement",
+        )
     if rows == 0:
         return Schedule(1, group.transport, "no rows")
     chunks, reason = timings.decide(Shape(rows, inner, row_bytes // timings.itemsize, weight_grad))
@@ -119,7 +155,11 @@ def _published(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
         return Schedule(1, group.transport, reason)
     if small:
         kind = "one-shot" if nbytes <= peers.one_shot_bytes else "two-shot"
-        return Schedule(1, "symm", f"{nbytes:,} bytes <= {peers.max_bytes:,}: {kind} over peer memory (published, not measured)")
+        return Schedule(
+            1,
+            "symm",
+            f"{nbytes:,} bytes <= {peers.max_bytes:,}: {kind} over peer memory (published, not measured)",
+        )
     if rows < GPU_MIN_ROWS:
         reason = f"{rows} rows are fewer than {GPU_MIN_ROWS}: chunked GEMMs lose more than the overlap hides (published, not measured)"
         return Schedule(1, group.transport, reason)
@@ -132,7 +172,9 @@ PEAKS = {8: (312e12, 2.0e12), 9: (989e12, 3.35e12), 10: (2250e12, 8.0e12)}
 TRITON_OF_CUBLAS = 0.85  # what Triton's GEMMs reach of cuBLAS's: tutorials and Liger report 0.8 to 1.0. Published, not measured here.
 
 
-def fuses_activation(device: torch.device, dtype: torch.dtype, rows: int, features: int, in_features: int, keep: bool) -> bool:
+def fuses_activation(
+    device: torch.device, dtype: torch.dtype, rows: int, features: int, in_features: int, keep: bool
+) -> bool:
     """Whether the activation in a Triton GEMM's epilogue is expected to beat cuBLAS and a pass of its own.
 
     The pass costs reading the pre-activation, and writing it where no gradient needs it (`keep` False); the Triton GEMM costs

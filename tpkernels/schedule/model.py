@@ -55,7 +55,9 @@ class Curve:
         return seconds + (more - seconds) * (size - before) / (after - before)
 
 
-def pipeline(sizes: Sequence[int], gemm: Callable, message: Callable, steal: Callable, trailing: float = 0.0) -> float:
+def pipeline(
+    sizes: Sequence[int], gemm: Callable, message: Callable, steal: Callable, trailing: float = 0.0
+) -> float:
     """Seconds of GEMMs of `sizes` rows one after the other, each followed by its all-reduce, all-reduces one after the other too.
 
     gemm, message: a chunk's seconds by its rows; steal: by how much its all-reduce delays what is computed beside it; trailing:
@@ -115,7 +117,9 @@ class Timings:
             chunks: pipeline(
                 chunk_rows(shape.rows, chunks, row_bytes),
                 lambda rows: self.gemm(rows, shape.inner, shape.features),
-                lambda rows, link=self.messages if chunks == 1 else self.chunked_messages: link(rows * row_bytes),
+                lambda rows, link=self.messages if chunks == 1 else self.chunked_messages: link(
+                    rows * row_bytes
+                ),
                 lambda rows: self.steal * rows * row_bytes,
                 trailing,
             )
@@ -126,7 +130,11 @@ class Timings:
     def decide(self, shape: Shape) -> tuple[int, str]:
         """The number of chunks, and why. What was measured counts, where anything was; otherwise what is predicted."""
         measured = self.measured.get(shape)
-        times, least, word = (measured, MEASURED_GAIN, "measured") if measured else (self.predict(shape), PREDICTED_GAIN, "predicted")
+        times, least, word = (
+            (measured, MEASURED_GAIN, "measured")
+            if measured
+            else (self.predict(shape), PREDICTED_GAIN, "predicted")
+        )
         if len(times) == 1:
             return 1, f"{shape.rows} rows are fewer than two chunks of {MIN_ROWS}"
         best = min(times, key=times.get)
@@ -134,7 +142,10 @@ class Timings:
         if best == 1:
             return 1, f"one chunk is the fastest, {word}"
         if gain < least:
-            return 1, f"{best} chunks would save {gain:.1%}, {word}, less than the {least:.0%} that is asked for"
+            return (
+                1,
+                f"{best} chunks would save {gain:.1%}, {word}, less than the {least:.0%} that is asked for",
+            )
         return best, f"{best} chunks save {gain:.1%} of one chunk's time, {word}"
 
     @property

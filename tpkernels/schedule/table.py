@@ -33,11 +33,20 @@ class Place:
     @staticmethod
     def of(group: Group) -> Place:
         """Every rank of the group must call it."""
-        interface = os.environ.get({"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}.get(group.transport, ""), "")
-        places = gather_objects(group.pg, (_device_name(group.device_type), interface, socket.gethostname()))
+        interface = os.environ.get(
+            {"gloo": "GLOO_SOCKET_IFNAME", "nccl": "NCCL_SOCKET_IFNAME"}.get(group.transport, ""),
+            "",
+        )
+        places = gather_objects(
+            group.pg, (_device_name(group.device_type), interface, socket.gethostname())
+        )
         hosts = len({host for _, _, host in places})
         device, interface, _ = places[0]
-        words = [group.transport, *([f"over {interface}"] if interface else []), f"on {hosts} host{'s' if hosts > 1 else ''}"]
+        words = [
+            group.transport,
+            *([f"over {interface}"] if interface else []),
+            f"on {hosts} host{'s' if hosts > 1 else ''}",
+        ]
         return Place(device, " ".join(words), group.size, hosts)
 
     @property
@@ -80,9 +89,14 @@ class Table:
             dtype = getattr(torch, name)
             if not isinstance(dtype, torch.dtype):
                 raise ValueError(f"{name} is no dtype")
-            gemms = {(int(inner), int(features)): _curve(points) for inner, features, points in t["gemms"]}
+            gemms = {
+                (int(inner), int(features)): _curve(points)
+                for inner, features, points in t["gemms"]
+            }
             measured = {
-                Shape(int(rows), int(inner), int(features), bool(wgrad)): {int(chunks): float(seconds) for chunks, seconds in times}
+                Shape(int(rows), int(inner), int(features), bool(wgrad)): {
+                    int(chunks): float(seconds) for chunks, seconds in times
+                }
                 for rows, inner, features, wgrad, times in t["measured"]
             }
             if not gemms or any(1 not in times for times in measured.values()):
@@ -149,7 +163,9 @@ def load(group: Group) -> Table | None:
             KeyError,
             AttributeError,
         ) as error:  # the others wait for a table, whatever this one's state
-            warnings.warn(f"{place.path} cannot be read ({error!r}): run `tpkernels tune` again", stacklevel=3)
+            warnings.warn(
+                f"{place.path} cannot be read ({error!r}): run `tpkernels tune` again", stacklevel=3
+            )
     table = install(table, group)
     if table is None and place.hosts > 1 and group.rank == 0:
         warnings.warn(

@@ -53,34 +53,57 @@ def tune(
     """
     shapes = [_check_shape(shape) for shape in shapes]
     group = resolve_group(group)
-    device = torch.device(group.device_type, torch.cuda.current_device() if group.device_type == "cuda" else None)
+    device = torch.device(
+        group.device_type, torch.cuda.current_device() if group.device_type == "cuda" else None
+    )
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("tune() measures, which a CUDA graph cannot record: call it before the capture")
+        raise RuntimeError(
+            "tune() measures, which a CUDA graph cannot record: call it before the capture"
+        )
     if device.type == "cuda" and kernels.available():
         from ..kernels import tuning  # imports Triton
 
         tuning.tune(group.pg, device=device)
     place = Place.of(group)
     timings = {dtype: _measure(dtype, shapes, group, device) for dtype in dtypes}
-    table = Table(f"{place.device}, {place.link}, {place.ranks} ranks", datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), timings)
+    table = Table(
+        f"{place.device}, {place.link}, {place.ranks} ranks",
+        datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        timings,
+    )
     if group.rank == 0:
         save(table, place)
     return install(table, group)
 
 
 def _check_shape(shape) -> tuple[int, int, int]:
-    if not isinstance(shape, (tuple, list)) or len(shape) != 3 or not all(isinstance(size, int) and size >= 1 for size in shape):
-        raise ValueError(f"shapes must be (rows, in_features of a rank, out_features), ints of at least 1, got {shape!r}")
+    if (
+        not isinstance(shape, (tuple, list))
+        or len(shape) != 3
+        or not all(isinstance(size, int) and size >= 1 for size in shape)
+    ):
+        raise ValueError(
+            f"shapes must be (rows, in_features of a rank, out_features), ints of at least 1, got {shape!r}"
+        )
     return tuple(shape)
 
 
 def _measure(dtype: torch.dtype, shapes, group: Group, device: torch.device) -> Timings:
     size = FEATURES[device.type]
-    gemms = {(inner, features): _gemms(inner, features, dtype, device) for inner, features in {(size, size), *(s[1:] for s in shapes)}}
+    gemms = {
+        (inner, features): _gemms(inner, features, dtype, device)
+        for inner, features in {(size, size), *(s[1:] for s in shapes)}
+    }
     messages = chunked = _messages(dtype, group, group.name, device)
     if group.has_chunked_group:
         chunked = _messages(dtype, group, group.chunked_name, device)
-    timings = Timings(dtype.itemsize, gemms, messages, chunked, _steal(dtype, group, device, gemms[size, size], chunked(BESIDE)))
+    timings = Timings(
+        dtype.itemsize,
+        gemms,
+        messages,
+        chunked,
+        _steal(dtype, group, device, gemms[size, size], chunked(BESIDE)),
+    )
     measured = {}
     for rows, inner, features in shapes if group.size > 1 else ():
         for shape in (Shape(rows, inner, features, False), Shape(rows, inner, features, True)):
@@ -91,7 +114,10 @@ def _measure(dtype: torch.dtype, shapes, group: Group, device: torch.device) -> 
 def _gemms(inner: int, features: int, dtype: torch.dtype, device: torch.device) -> Curve:
     """On every rank at once, as they run in a forward."""
     rows = ROWS[device.type]
-    x, weight = torch.randn(rows[-1], inner, dtype=dtype, device=device), torch.randn(features, inner, dtype=dtype, device=device)
+    x, weight = (
+        torch.randn(rows[-1], inner, dtype=dtype, device=device),
+        torch.randn(features, inner, dtype=dtype, device=device),
+    )
     calls = {n: lambda n=n: _linear(x[:n], weight) for n in rows}
     return Curve.never_less_efficient(_medians(calls, device).items())
 
@@ -103,11 +129,16 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _messages(dtype: torch.dtype, group: Group, name: str, device: torch.device) -> Curve:
     buffer = torch.zeros(MESSAGES[-1] // dtype.itemsize, dtype=dtype, device=device)
-    calls = {n: lambda n=n: OPS.all_reduce_(buffer[: n // dtype.itemsize], name, "sum", "tune") for n in MESSAGES}
+    calls = {
+        n: lambda n=n: OPS.all_reduce_(buffer[: n // dtype.itemsize], name, "sum", "tune")
+        for n in MESSAGES
+    }
     return Curve(tuple(_medians(calls, device, group).items()))
 
 
-def _steal(dtype: torch.dtype, group: Group, device: torch.device, gemm: Curve, message: float) -> float:
+def _steal(
+    dtype: torch.dtype, group: Group, device: torch.device, gemm: Curve, message: float
+) -> float:
     """Seconds by which GEMMs take longer for each byte that is all-reduced beside them: what the op itself takes in chunks beyond a
     pipeline that costs nothing, of a GEMM about 1.5 times as long as its all-reduce, so that either is worth hiding.
 
@@ -120,7 +151,10 @@ def _steal(dtype: torch.dtype, group: Group, device: torch.device, gemm: Curve, 
     rows = BESIDE // (features * dtype.itemsize)
     inner = math.ceil(min(1.0, max(1 / 32, 1.5 * message / gemm(rows))) * features)
     inner = gather_objects(group.pg, inner)[0]
-    x, weight = torch.randn(rows, inner, dtype=dtype, device=device), torch.randn(features, inner, dtype=dtype, device=device)
+    x, weight = (
+        torch.randn(rows, inner, dtype=dtype, device=device),
+        torch.randn(features, inner, dtype=dtype, device=device),
+    )
     buffer = torch.zeros(rows, features, dtype=dtype, device=device)
     name, losses = group.channel(2), []
     calls = (
@@ -140,7 +174,9 @@ def _steal(dtype: torch.dtype, group: Group, device: torch.device, gemm: Curve, 
     return max(0.0, statistics.median(losses[1:])) * rows / (rows - sizes[-1]) / BESIDE
 
 
-def _ops(shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, device: torch.device) -> dict[int, float]:
+def _ops(
+    shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, device: torch.device
+) -> dict[int, float]:
     predicted = timings.predict(shape)
     chunked = sorted((n for n in predicted if n > 1), key=predicted.get)[:TRIED]
     rounds = 3 if predicted[1] > 0.5 else ROUNDS
@@ -148,22 +184,31 @@ def _ops(shape: Shape, timings: Timings, dtype: torch.dtype, group: Group, devic
     rows, inner, features, backward = shape
     a = torch.randn(rows, inner, dtype=dtype, device=device)
     weight = (
-        torch.randn(inner, features, dtype=dtype, device=device) if backward else torch.randn(features, inner, dtype=dtype, device=device)
+        torch.randn(inner, features, dtype=dtype, device=device)
+        if backward
+        else torch.randn(features, inner, dtype=dtype, device=device)
     )
     x = torch.randn(rows, features, dtype=dtype, device=device) if backward else None
 
     def call(chunks):
         name = group.channel(chunks)
         if backward:
-            OPS.column_linear_backward([a], x, [weight], True, [True], [False], name, chunks, "tune")
+            OPS.column_linear_backward(
+                [a], x, [weight], True, [True], [False], name, chunks, "tune"
+            )
         else:
             OPS.row_linear(a, weight, None, None, name, chunks, "tune")
 
-    return _medians({chunks: lambda chunks=chunks: call(chunks) for chunks in candidates}, device, group, rounds)
+    return _medians(
+        {chunks: lambda chunks=chunks: call(chunks) for chunks in candidates}, device, group, rounds
+    )
 
 
 def _medians(
-    calls: dict[int, Callable[[], object]], device: torch.device, group: Group | None = None, rounds: int = ROUNDS
+    calls: dict[int, Callable[[], object]],
+    device: torch.device,
+    group: Group | None = None,
+    rounds: int = ROUNDS,
 ) -> dict[int, float]:
     """Seconds of each call, the median of rounds in which they take turns, after one that does not count. With `group` they start together."""
     times: dict[int, list[float]] = {key: [] for key in calls}
