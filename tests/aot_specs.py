@@ -10,7 +10,7 @@ import contextlib
 
 import torch
 
-from tpkernels.kernels import activation, cross_entropy, dropout, linear, norm, rotary
+from tpkernels.kernels import activation, column_linear, cross_entropy, dropout, norm, rotary
 
 ROWS, HIDDEN, FFN, VOCAB = 256, 4096, 8192, 32768
 POINTERS = {
@@ -104,7 +104,7 @@ def _rotary(interleaved, rotated):
 
 def _linear(act, keep):
     inputs = dict(x=_random(ROWS, HIDDEN), weight=_random(FFN, HIDDEN), bias=_random(FFN))
-    return inputs, lambda: linear.column_linear_act(*inputs.values(), act, keep)
+    return inputs, lambda: column_linear.column_linear_act(*inputs.values(), act, keep)
 
 
 CASES = {

@@ -10,17 +10,18 @@ except ImportError as error:
         "`pip install --no-build-isolation .` with the torch in use"
     ) from error
 
-from . import functional, kernels, nn, profiling
+from . import functional, nn, profiling
 from .checkpoint import load_unsharded_state_dict, unsharded_gradients, unsharded_state_dict
 from .group import init_mesh
+from .kernels import registration as _registration
 from .ops.comm import all_reduce_, log_collectives
 from .optim import GradScaler, clip_grad_norm_
 from .parallel import auto_plan, parallelize
 from .planner import plan
 from .schedule.tune import tune
 
-if (_torch.version.cuda or _torch.version.hip) and kernels.available():
-    kernels.register()  # without Triton the ops run as a few ATen calls each
+if (_torch.version.cuda or _torch.version.hip) and _registration.available():
+    _registration.register()  # without Triton the ops run as a few ATen calls each
 
 __version__ = "0.1.0"
 __all__ = [

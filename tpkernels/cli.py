@@ -118,7 +118,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     import torch
     import torch.distributed as dist
 
-    from . import _C, __version__, kernels
+    from . import _C, __version__
+    from .kernels import registration
 
     facts = {
         "tpkernels": __version__,
@@ -128,7 +129,9 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
-        "triton": importlib.import_module("triton").__version__ if kernels.available() else None,
+        "triton": importlib.import_module("triton").__version__
+        if registration.available()
+        else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "transports": ["gloo", "shm", *["nccl"] * dist.is_nccl_available()],
         "dev_shm_free_bytes": _C.shm_free_bytes(),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from . import kernels
+from .kernels import registration
 from .peer_memory import open_peer_memory, peer_memory
 from .shm import forced_transport, shm_obstacles
 
@@ -220,7 +220,7 @@ def init_mesh(
         _chunked_groups[tp_group.group_name] = new_groups(ranks, backends[0], _chunked_nccl_options)
         open_peer_memory(tp_group, torch.device("cuda", torch.cuda.current_device()))
     mesh = DeviceMesh.from_group([dp_group, tp_group], device, ranks, mesh_dim_names=("dp", "tp"))
-    if device == "cuda" and kernels.available():
+    if device == "cuda" and registration.available():
         from .kernels import tuning  # imports Triton
 
         tuning.load(tp_group)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tpkernels.kernels.common import Config, Tunable, as_rows, sum_partials
+from tpkernels.kernels.common import as_rows, sum_partials
+from tpkernels.kernels.launch_config import Config, Tunable
 
 
 @pytest.mark.parametrize("parts", [1, 64, 130])

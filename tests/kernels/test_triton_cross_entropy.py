@@ -4,7 +4,7 @@ from rules import assert_as_good_as_torch, strided, transposed
 
 from tpkernels import reference
 from tpkernels.kernels import cross_entropy
-from tpkernels.kernels.common import Config
+from tpkernels.kernels.launch_config import Config
 
 SHAPES = [(1, 1), (5, 7), (9, 100), (3, 1000)]
 

@@ -3,8 +3,8 @@ import torch
 from rules import assert_as_good_as_torch, strided, transposed
 
 from tpkernels import reference
-from tpkernels.kernels import norm
-from tpkernels.kernels.common import Config
+from tpkernels.kernels import heuristics, norm
+from tpkernels.kernels.launch_config import Config
 
 SHAPES = [(1, 1), (7, 64), (5, 3, 200), (90, 40), (33,)]
 BLOCKS = [None, 32]  # whole rows in registers, or block by block
@@ -96,7 +96,7 @@ def test_without_residual_weight_or_bias(present, rms, device):
 
 
 def test_more_rows_than_programs_take_at_once(monkeypatch, blocks, device):
-    monkeypatch.setattr(norm, "PARTS", 2)
+    monkeypatch.setattr(heuristics, "NORM_MAX_PARTS", 2)
     check(*make((41, 70), torch.float32, device), False)
 
 

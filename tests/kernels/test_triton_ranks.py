@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 import tpkernels as tpk
 import tpkernels.functional as tpf
-from tpkernels import kernels
+from tpkernels.kernels import registration
 from tpkernels.nn import ParallelMLP, ParallelTransformerBlock
 from tpkernels.shard import Split
 
@@ -61,16 +61,16 @@ def run_layers():
 def by_triton_and_by_cpp():
     """The same twice: the second time the ops are Triton's."""
     plain, launches = run_layers(), set()
-    for family in kernels.FAMILIES:
-        module = __import__(f"tpkernels.kernels.{family}", fromlist=["OPS"])
+    for op_module in registration.OP_MODULES:
+        module = __import__(f"tpkernels.kernels.{op_module}", fromlist=["OPS"])
         for name, launch in module.OPS.items():
             module.OPS[name] = lambda *args, name=name, launch=launch: (
                 launches.add(name),
                 launch(*args),
             )[1]
-    kernels.register("CPU")
+    registration.register("CPU")
     triton = run_layers()
-    kernels._libraries.clear()
+    registration._libraries.clear()
     return plain, triton, launches
 
 
@@ -102,7 +102,7 @@ def tuned(folder):
 
     os.environ["XDG_CACHE_HOME"] = folder
     from tpkernels.kernels import tuning
-    from tpkernels.kernels.common import Tunable
+    from tpkernels.kernels.launch_config import Tunable
 
     clock = iter(range(10**6)) if dist.get_rank() == 0 else None
     pg = dist.distributed_c10d._get_default_group()

@@ -7,17 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    Config,
-    Tunable,
-    as_rows,
-    cdiv,
-    on_device,
-    parts_of,
-    sum_partials,
-    torch_wide,
-    wide,
-)
+from . import heuristics
+from .common import as_rows, on_device, sum_partials, torch_wide, wide
+from .launch_config import Tunable, cdiv
 
 
 @triton.jit
@@ -161,15 +153,6 @@ def bias_act_backward_kernel(
             tl.store(partial + part * width + cols + column, tl.sum(up_sum, 0), column < cols)
 
 
-def _tiles(features: int, itemsize: int) -> list[Config]:
-    # A warp's row of 16-byte accesses is 32 * 16 bytes; a tile has as many rows as give each thread two to four of them.
-    cols = min(max(features, 16), 512 // itemsize * 2)
-    return [
-        Config(dict(ROWS=max(1, size // cols), COLS=cols), warps)
-        for size, warps in ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
-    ]
-
-
 def _sample(features, dtype, device):
     x, b = (
         torch.randn(4096, features, dtype=dtype, device=device),
@@ -184,12 +167,11 @@ def _sample_backward(features, dtype, device, activation="gelu_tanh"):
     return lambda: bias_act_backward(grad, x, bias, activation, True)
 
 
-FORWARD = Tunable("bias_act", _tiles, _sample)
-BACKWARD = Tunable("bias_act_backward", _tiles, _sample_backward)
-# Two sums and three inputs a program: half the tile keeps twice as many programs on a processor.
+FORWARD = Tunable("bias_act", heuristics.activation_tiles, _sample)
+BACKWARD = Tunable("bias_act_backward", heuristics.activation_tiles, _sample_backward)
 GATED_BACKWARD = Tunable(
     "gated_act_backward",
-    lambda *key: sorted(_tiles(*key), key=lambda config: config.blocks["ROWS"]),
+    heuristics.gated_act_backward_tiles,
     lambda *args: _sample_backward(*args, activation="swiglu"),
 )
 GATED = {"swiglu": "silu", "geglu": "gelu"}
@@ -231,7 +213,7 @@ def _launch_backward(
         return gate.new_zeros(1, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
     config = (BACKWARD if up is None else GATED_BACKWARD)(cols, gate.element_size())
     columns = cdiv(cols, config.blocks["COLS"])
-    parts = parts_of(rows, config.blocks["ROWS"], columns)
+    parts = heuristics.bias_grad_splits(rows, config.blocks["ROWS"], columns)
     partial = (
         gate.new_empty(parts, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
     )

@@ -1,64 +1,16 @@
-"""What the launchers share: row views, accumulation types, and the launch configurations."""
+"""What the launchers share: row views, accumulation types and the sum of partial sums."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-
-class Config(NamedTuple):
-    """A kernel's constexpr block sizes and its launch options."""
-
-    blocks: dict[str, int]
-    num_warps: int = 4
-    num_stages: int = 2
-
-    def options(self) -> dict[str, int]:
-        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-class Tunable:
-    """The configurations that a kernel may take, best guess first; `tuning.tune` puts a measured choice in the first's place.
-
-    A choice depends on the kernel, the number of features (rounded up to a power of two) and the element size: on nothing that
-    differs between the ranks that compute the same result, and on nothing that is measured while a model runs.
-
-    Args:
-        candidates: (features, itemsize) -> configurations.
-        sample: (features, dtype, device) -> a call that launches the kernel with the configuration in force, for `tune`.
-    """
-
-    known: dict[str, Tunable] = {}  # noqa: RUF012  every Tunable, by name
-
-    def __init__(
-        self,
-        name: str,
-        candidates: Callable[[int, int], list[Config]],
-        sample: Callable[..., Callable[[], object]],
-    ):
-        self.name, self.candidates, self.sample = name, candidates, sample
-        self.chosen: dict[tuple[int, int], Config] = {}
-        Tunable.known[name] = self
-
-    def __call__(self, features: int, itemsize: int) -> Config:
-        key = power_of_two(features), itemsize
-        chosen = self.chosen.get(key)
-        return chosen if chosen is not None else self.candidates(*key)[0]
-
-
-def power_of_two(n: int) -> int:
-    """The least power of two >= n, at least 1."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+from .launch_config import cdiv
 
 
 def wide(dtype: torch.dtype) -> tl.dtype:
@@ -85,12 +37,6 @@ def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextMan
     """Triton launches on the current device: this makes it the tensors'."""
     tensor = next(t for t in tensors if t is not None)
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def parts_of(rows: int, rows_per_tile: int, columns: int) -> int:
-    """How many programs share a strip of columns: enough to fill a GPU, and so few that the partial sums stay below 5% of the
-    bytes moved. From the shape alone, so that a sum has one order on every device."""
-    return max(1, min(cdiv(rows, max(rows_per_tile, 64)), cdiv(2048, columns)))
 
 
 @triton.jit

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Tunable, as_rows, cdiv, on_device, torch_wide, wide
+from . import heuristics
+from .common import as_rows, on_device, torch_wide, wide
+from .launch_config import Tunable, cdiv
 
 
 @triton.jit
@@ -86,22 +88,6 @@ def grad_kernel(
     tl.store(out + row * out_stride + col, p.to(out.dtype.element_ty), mask)
 
 
-def _stats_tiles(features: int, itemsize: int) -> list[Config]:
-    options = ((4096, 8), (4096, 4), (2048, 4), (8192, 16))
-    return [
-        Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps)
-        for size, warps in options
-    ]
-
-
-def _grad_tiles(features: int, itemsize: int) -> list[Config]:
-    options = ((4096, 4), (2048, 4), (8192, 8), (4096, 8))
-    return [
-        Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps)
-        for size, warps in options
-    ]
-
-
 def _sample_inputs(features, dtype, device):
     logits = torch.randn(2048, features, dtype=dtype, device=device)
     return (
@@ -121,8 +107,8 @@ def _sample_grad(features, dtype, device):
     return lambda: vocab_ce_grad(logits, target, ones, ones, 0, 1.0, 0.0)
 
 
-STATS = Tunable("vocab_ce_stats", _stats_tiles, _sample_stats)
-GRAD = Tunable("vocab_ce_grad", _grad_tiles, _sample_grad)
+STATS = Tunable("vocab_ce_stats", heuristics.cross_entropy_stats_tiles, _sample_stats)
+GRAD = Tunable("vocab_ce_grad", heuristics.cross_entropy_grad_tiles, _sample_grad)
 
 
 def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywhere) -> None:

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Tunable, as_rows, cdiv, on_device, wide
+from . import heuristics
+from .common import as_rows, on_device, wide
+from .launch_config import Tunable, cdiv
 
 
 @triton.jit
@@ -45,14 +47,6 @@ def dropout_kernel(
     tl.store(out + row * cols + col, y.to(out.dtype.element_ty), mask)
 
 
-def _tiles(features: int, itemsize: int) -> list[Config]:
-    cols = min(max(features, 16), 512 // itemsize * 4)
-    return [
-        Config(dict(ROWS=max(1, size // cols), COLS=cols), warps)
-        for size, warps in ((2048, 4), (4096, 8), (1024, 4), (4096, 4))
-    ]
-
-
 def _sample(features, dtype, device):
     x, seed = (
         torch.randn(4096, features, dtype=dtype, device=device),
@@ -61,7 +55,7 @@ def _sample(features, dtype, device):
     return lambda: dropout(x, seed, 0.1, 0, 0)
 
 
-TUNABLE = Tunable("dropout", _tiles, _sample)
+TUNABLE = Tunable("dropout", heuristics.dropout_tiles, _sample)
 
 
 def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Tensor:

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Tunable, as_rows, cdiv, on_device, sum_partials, torch_wide, wide
+from . import heuristics
+from .common import as_rows, on_device, sum_partials, torch_wide, wide
+from .launch_config import Tunable, cdiv
 
 
 @triton.jit
@@ -274,37 +276,6 @@ def norm_backward_long_kernel(
             tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
 
 
-def _whole_rows(features: int, options: list[tuple[int, int]]) -> list[Config]:
-    """Of (elements of a tile, warps)."""
-    tiles = dict.fromkeys((max(1, size // features), min(warps, 16)) for size, warps in options)
-    return [Config(dict(ROWS=rows, COLS=features), warps) for rows, warps in tiles]
-
-
-def _configs(features: int, itemsize: int) -> list[Config]:
-    if features * max(itemsize, 4) > 16384 * 4:
-        return [
-            Config(dict(ROWS=1, COLS=size), warps)
-            for size, warps in ((8192, 16), (4096, 8), (4096, 4))
-        ]
-    warps = max(features // 512, 4)
-    return _whole_rows(
-        features,
-        [(2048, warps), (2048, max(features // 1024, 4)), (2048, 2 * warps), (4096, 2 * warps)],
-    )
-
-
-def _configs_backward(features: int, itemsize: int) -> list[Config]:
-    if (
-        features * max(itemsize, 4) > 8192 * 4
-    ):  # a row takes up to four times its size: two sums, the gradient and x
-        return [
-            Config(dict(ROWS=rows, COLS=size), warps)
-            for rows, size, warps in ((8, 1024, 16), (4, 1024, 8), (8, 512, 8))
-        ]
-    warps = max(features // 512, 4)
-    return _whole_rows(features, [(2048, warps), (2048, 2 * warps), (4096, 2 * warps)])
-
-
 def _sample(features, dtype, device):
     x, w = (
         torch.randn(4096, features, dtype=dtype, device=device),
@@ -322,11 +293,8 @@ def _sample_backward(features, dtype, device):
     return lambda: norm_backward(x, x, x, w, rstd[:0], rstd, True, True, False)
 
 
-FORWARD = Tunable("norm", _configs, _sample)
-BACKWARD = Tunable("norm_backward", _configs_backward, _sample_backward)
-# Programs of the backward, at most: two on each of a GPU's processors; and so few that their partial sums are 4% of the bytes that half
-# precision moves, but for small inputs, where filling the GPU comes first.
-PARTS, FEW_PARTS = 256, 64
+FORWARD = Tunable("norm", heuristics.norm_tiles, _sample)
+BACKWARD = Tunable("norm_backward", heuristics.norm_backward_tiles, _sample_backward)
 
 
 def norm(
@@ -386,14 +354,7 @@ def norm_backward(
     out = sum.new_empty(sum.shape)
     config = BACKWARD(cols, sum.element_size())
     sums = weight_grad + bias_grad
-    parts = max(
-        1,
-        min(
-            cdiv(rows, max(config.blocks["ROWS"], 4)),
-            max(FEW_PARTS, rows // (25 * max(sums, 1))),
-            PARTS,
-        ),
-    )
+    parts = heuristics.norm_backward_splits(rows, config.blocks["ROWS"], sums)
     partial = rstd.new_empty(parts, sums, cols)
     if not sum.numel():
         partial.zero_()

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Config, Tunable, cdiv, on_device, power_of_two, wide
+from . import heuristics
+from .common import on_device, wide
+from .launch_config import Tunable, cdiv, power_of_two
 
 
 @triton.jit
@@ -80,20 +82,13 @@ def rotary_kernel(
         tl.store(y + col * out_feature, tl.load(x + col * input_feature, mask, other=0.0), mask)
 
 
-def _heads_of_tokens(features: int, itemsize: int) -> list[Config]:
-    return [
-        Config(dict(ROWS=max(1, size // features)), warps)
-        for size, warps in ((4096, 4), (2048, 4), (8192, 8), (2048, 2))
-    ]
-
-
 def _sample(features, dtype, device):
     x = torch.randn(2, 2048, 32, features, dtype=dtype, device=device).transpose(1, 2)
     angles = torch.ones(2048, features // 2, dtype=dtype, device=device)
     return lambda: rotary(x, angles, angles, False, False)
 
 
-TUNABLE = Tunable("rotary", _heads_of_tokens, _sample)
+TUNABLE = Tunable("rotary", heuristics.rotary_tiles, _sample)
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from ..files import cache_folder, write_whole
-from . import FAMILIES
-from .common import Config, Tunable, power_of_two
+from .launch_config import Config, Tunable, power_of_two
+from .registration import OP_MODULES
 
 
 def table_path(device: torch.device) -> Path:
@@ -134,6 +134,6 @@ def install(
 
 
 def _tunables() -> dict[str, Tunable]:
-    for family in FAMILIES:
-        importlib.import_module(f"{__package__}.{family}")
+    for module in OP_MODULES:
+        importlib.import_module(f"{__package__}.{module}")
     return Tunable.known

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from ..group import Group
+from ..kernels.heuristics import fuses_activation as fuses_activation  # moved there
 from .model import MIN_ROWS, Shape
 from .table import Table, installed
 
@@ -165,25 +166,3 @@ def _published(overlap, rows: int, row_bytes: int, group: Group) -> Schedule:
         return Schedule(1, group.transport, reason)
     reason = f"{rows} rows >= {GPU_MIN_ROWS}: {GPU_CHUNKS} chunks hide half of the all-reduce (published, not measured)"
     return Schedule(GPU_CHUNKS, group.transport, reason)
-
-
-# Dense bf16 FLOP/s and memory bytes/s by compute capability, of the SXM parts (NVIDIA's data sheets of A100, H100 and B200).
-PEAKS = {8: (312e12, 2.0e12), 9: (989e12, 3.35e12), 10: (2250e12, 8.0e12)}
-TRITON_OF_CUBLAS = 0.85  # what Triton's GEMMs reach of cuBLAS's: tutorials and Liger report 0.8 to 1.0. Published, not measured here.
-
-
-def fuses_activation(
-    device: torch.device, dtype: torch.dtype, rows: int, features: int, in_features: int, keep: bool
-) -> bool:
-    """Whether the activation in a Triton GEMM's epilogue is expected to beat cuBLAS and a pass of its own.
-
-    The pass costs reading the pre-activation, and writing it where no gradient needs it (`keep` False); the Triton GEMM costs
-    more time wherever the GEMM is bound by arithmetic. From shapes and the device's kind alone. Never on CPUs, nor in float32.
-    """
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
-        return False
-    flops, bandwidth = PEAKS.get(torch.cuda.get_device_capability(device)[0], PEAKS[9])
-    reads = 2 * features * in_features / bandwidth
-    gemm = max(2 * rows * features * in_features / flops, reads)
-    triton_gemm = max(2 * rows * features * in_features / (flops * TRITON_OF_CUBLAS), reads)
-    return triton_gemm - gemm < rows * features * 2 * (1 if keep else 2) / bandwidth

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from .. import kernels
 from ..group import Group, resolve_group
+from ..kernels import registration
 from ..peer_memory import gather_objects
 from .model import Curve, Shape, Timings, chunk_rows, pipeline
 from .table import Place, Table, install, save
@@ -60,7 +60,7 @@ def tune(
         raise RuntimeError(
             "tune() measures, which a CUDA graph cannot record: call it before the capture"
         )
-    if device.type == "cuda" and kernels.available():
+    if device.type == "cuda" and registration.available():
         from ..kernels import tuning  # imports Triton
 
         tuning.tune(group.pg, device=device)

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import heuristics
 from .activation import GATED, act
-from .common import Config, Tunable, as_rows, cdiv, on_device
+from .common import as_rows, on_device
+from .launch_config import Tunable, cdiv
 
 
 @triton.jit
@@ -137,25 +139,6 @@ def column_linear_act_kernel(
     tl.store(out + at, y.to(out.dtype.element_ty), mask)
 
 
-def _candidates(features: int, itemsize: int) -> list[Config]:
-    shapes = ((128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (64, 128, 64, 4, 3), (16, 128, 128, 4, 3))
-    if itemsize > 2:  # full precision: as many bytes a tile
-        shapes = ((64, 64, 32, 4, 2), (128, 64, 32, 4, 2))
-    return [
-        Config(dict(ROWS=m, COLS=n, DEPTH=k, GROUP=8), warps, stages)
-        for m, n, k, warps, stages in shapes
-    ]
-
-
-def _gated_candidates(features: int, itemsize: int) -> list[Config]:
-    """Half as many columns: a program holds two accumulators."""
-    halved = [
-        Config({**c.blocks, "COLS": c.blocks["COLS"] // 2}, *c[1:])
-        for c in _candidates(features, itemsize)
-    ]
-    return [c for c in halved if c.blocks["COLS"] >= 32]
-
-
 def _sample(features, dtype, device, activation="gelu_tanh"):
     x, w = (
         torch.randn(4096, features, dtype=dtype, device=device),
@@ -164,9 +147,11 @@ def _sample(features, dtype, device, activation="gelu_tanh"):
     return lambda: column_linear_act(x, w, None, activation, True)
 
 
-PLAIN = Tunable("column_linear_act", _candidates, _sample)
+PLAIN = Tunable("column_linear_act", heuristics.column_linear_tiles, _sample)
 PACKED = Tunable(
-    "column_linear_act_gated", _gated_candidates, lambda *args: _sample(*args, activation="swiglu")
+    "column_linear_act_gated",
+    heuristics.gated_column_linear_tiles,
+    lambda *args: _sample(*args, activation="swiglu"),
 )
 
 

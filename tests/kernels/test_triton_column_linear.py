@@ -3,7 +3,7 @@ import torch
 from rules import assert_as_good_as_torch, strided
 
 from tpkernels import reference
-from tpkernels.kernels.linear import column_linear_act
+from tpkernels.kernels.column_linear import column_linear_act
 
 
 def make(shape, dtype, device, gated=False):
