@@ -1,16 +1,20 @@
-"""The `tpkernels` command's entry point, outside the package: `tpkernels plan` answers in half a second because it never executes
-`tpkernels/__init__.py`, which imports torch."""
+"""The `tpkernels` command.
 
-import importlib.util
+This module stands outside the package `tpkernels`, because importing that package imports torch, and
+`tpkernels plan` has to answer without it.
+"""
+
 import sys
 
 
 def main() -> None:
+    """Run `tpkernels plan` in the planner, which does not import torch, and the rest in `tpkernels`."""
+    # Each branch imports only the package that it runs.
     if sys.argv[1:2] == ["plan"]:
-        spec = importlib.util.find_spec("tpkernels")
-        sys.modules["tpkernels"] = importlib.util.module_from_spec(
-            spec
-        )  # its submodules are found; the planner needs no more
-    from tpkernels.cli import app
+        from tpkernels_planner.cli import app
 
-    app()
+        app(sys.argv[2:], prog_name="tpkernels plan")
+    else:
+        from tpkernels.cli import app
+
+        app()

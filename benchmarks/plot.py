@@ -14,7 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-from tpkernels.files import fill, write_whole  # noqa: E402
+from tools.doc_sections import fill  # noqa: E402
+from tpkernels_planner.files import write_atomically  # noqa: E402
 
 PARTS = (
     "GEMM",
@@ -430,7 +431,7 @@ def main() -> None:
         for key, contenders in found.items()
         if key[0] == "link" or "tpkernels" in contenders
     }  # the ratios' base
-    write_whole(options.page, fill(options.page.read_text(), tables(found, heads)))
+    write_atomically(options.page, fill(options.page.read_text(), tables(found, heads)))
     if not options.tables_only:
         draw(found, options.page.parent / "images")
 

@@ -22,13 +22,14 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import tpkernels as tpk
-from tpkernels.planner import Layout, Model, PlanError, advice, fit, predict, search, validate
-from tpkernels.planner.hardware import bus_share, load_hardware
-from tpkernels.planner.jobs import amount, make_job, parse_layout, sequences, sized_model
-from tpkernels.planner.layout import Job
-from tpkernels.planner.memory import block_activations, local_parameters, memory
-from tpkernels.planner.model import DATA, from_config, load_model
-from tpkernels.planner.time import Constants, constants_of, step_time
+from tools.planner import fit, validate
+from tpkernels_planner import Layout, Model, PlanError, advice, predict, search
+from tpkernels_planner.hardware import bus_share, load_hardware
+from tpkernels_planner.jobs import amount, make_job, parse_layout, sequences, sized_model
+from tpkernels_planner.layout import Job
+from tpkernels_planner.memory import block_activations, local_parameters, memory
+from tpkernels_planner.model import DATA, from_config, load_model
+from tpkernels_planner.time import Constants, constants_of, step_time
 
 transformers = pytest.importorskip("transformers", reason="the families' modules need transformers")
 GPUS = ("a100-40", "a100-80", "h100", "h200", "b200", "l40s", "v100", "cpu")
@@ -336,8 +337,10 @@ def test_the_planner_chooses_as_was_measured():
 
 def test_the_fit_is_of_these_files():
     fitted = json.loads((DATA / "fitted.json").read_text())
+    measured = {path.name: path for path in fit.measured_files()}
+    assert measured.keys() == fitted["data"].keys()
     for name, digest in fitted["data"].items():
-        assert hashlib.sha256((DATA / "measured" / name).read_bytes()).hexdigest() == digest, (
+        assert hashlib.sha256(measured[name].read_bytes()).hexdigest() == digest, (
             f"run `{fitted['command']}`"
         )
 
@@ -736,7 +739,7 @@ def test_pictures(tmp_path):
 
 
 def test_the_pages_commands_print_what_they_show():
-    page = (DATA.parents[2] / "docs" / "when-to-use-tp.md").read_text()
+    page = (DATA.parents[1] / "docs" / "when-to-use-tp.md").read_text()
     assert len(doc_blocks.BLOCK.findall(page)) >= 5
     assert doc_blocks.refreshed(page) == page, (
         "run `python tests/doc_blocks.py docs/when-to-use-tp.md`"
@@ -744,7 +747,7 @@ def test_the_pages_commands_print_what_they_show():
 
 
 def test_the_page_shows_what_the_planner_says():
-    page = (DATA.parents[2] / "docs" / "planner.md").read_text()
+    page = (DATA.parents[1] / "docs" / "planner.md").read_text()
     for line in [
         *validate.constants_lines(),
         *validate.published_lines(),

@@ -10,6 +10,8 @@ except ImportError as error:
         "`pip install --no-build-isolation .` with the torch in use"
     ) from error
 
+from tpkernels_planner import plan
+
 from . import functional, nn, profiling
 from .checkpoint import load_unsharded_state_dict, unsharded_gradients, unsharded_state_dict
 from .group import init_mesh
@@ -17,7 +19,6 @@ from .kernels import registration as _registration
 from .ops.comm import all_reduce_, log_collectives
 from .optim import GradScaler, clip_grad_norm_
 from .parallel import auto_plan, parallelize
-from .planner import plan
 from .schedule.tune import tune
 
 if (_torch.version.cuda or _torch.version.hip) and _registration.available():

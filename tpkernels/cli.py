@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .planner.command import app as plan_app
+from tpkernels_planner.cli import app as plan_app
 
 app = typer.Typer(
     help="Tensor parallelism whose communication is hidden or cheap.",
@@ -57,13 +57,14 @@ def trace(
     ] = None,
 ) -> None:
     """How much of a recorded trace's communication ran under computation."""
-    from .files import write_whole
+    from tpkernels_planner.files import write_atomically
+
     from .profiling.trace import print_report, read_trace, report
 
     try:
         result = report(*read_trace(file))
         if json_file is not None:
-            write_whole(json_file, json.dumps(result, indent=2) + "\n")
+            write_atomically(json_file, json.dumps(result, indent=2) + "\n")
     except (OSError, ValueError) as error:
         Console(stderr=True).print(
             f"tpkernels trace: {error}", style="red", highlight=False, markup=False, soft_wrap=True

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch.distributed.tensor import DTensor
 
-from .files import write_whole
+from tpkernels_planner.files import write_atomically
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROMPT = "The White Rabbit looked at its watch and said"
@@ -101,7 +101,7 @@ def run_demo(tp: int, steps: int, path: Path | None) -> dict[str, Any]:
     }
     _report(result, [rank["heads"] for rank in ranks])
     if path is not None:
-        write_whole(path, json.dumps(result, indent=2) + "\n")
+        write_atomically(path, json.dumps(result, indent=2) + "\n")
     return result
 
 

@@ -18,7 +18,7 @@ from .peer_memory import open_peer_memory, peer_memory
 from .shm import forced_transport, shm_obstacles
 
 if TYPE_CHECKING:
-    from .planner import Layout, Plan
+    from tpkernels_planner import Layout, LayoutChoice
 
 _meshes: list[
     tuple[DeviceMesh, ProcessGroup]
@@ -140,7 +140,7 @@ def resolve_group(group: Group | ProcessGroup | DeviceMesh | None) -> Group:
 
 
 def init_mesh(
-    tp: int | Layout | Plan,
+    tp: int | Layout | LayoutChoice,
     dp: int = 1,
     *,
     device: str | None = None,
@@ -156,7 +156,7 @@ def init_mesh(
     `tpk.tune` saved on their first rank's machine for such a group, if it did; if not and they are on several hosts, a warning says so.
 
     Args:
-        tp, dp: sizes; tp * dp must be the number of ranks. Or, in place of both, what `tpk.plan` returned, or a `planner.Layout`.
+        tp, dp: sizes; tp * dp must be the number of ranks. Or, in place of both, what `tpk.plan` returned, or a `tpkernels_planner.Layout`.
         device: "cuda" or "cpu"; None takes CUDA if it is there.
         backend: the c10d backend of the mesh's groups.
         timeout: of the groups' collectives; None takes torch's.

@@ -17,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ..files import cache_folder, write_whole
+from tpkernels_planner.files import write_atomically
+
+from ..files import cache_folder
 from .launch_config import Config, Tunable, power_of_two
 from .registration import OP_MODULES
 
@@ -71,7 +73,7 @@ def tune(
                     )
         path = table_path(device)
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(table, indent=1))
+        write_atomically(path, json.dumps(table, indent=1))
     return install(table, group)
 
 

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from ..files import cache_folder, write_whole
+from tpkernels_planner.files import write_atomically
+
+from ..files import cache_folder
 from ..group import Group
 from ..peer_memory import gather_objects
 from .model import Curve, Shape, Timings
@@ -147,7 +149,7 @@ def install(table: Table | None, group: Group) -> Table | None:
 
 def save(table: Table, place: Place) -> None:
     place.path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(place.path, table.to_json())
+    write_atomically(place.path, table.to_json())
 
 
 def load(group: Group) -> Table | None:

@@ -11,15 +11,16 @@ import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from ..files import write_whole
-from .hardware import load_hardware
-from .layout import Job, Layout
-from .model import DATA, Model, PlanError
-from .search import Row, hardware_share, layouts, predict, row_of, search
-from .time import Constants, constants_of
+from tpkernels_planner.files import write_atomically
+from tpkernels_planner.hardware import load_hardware
+from tpkernels_planner.layout import Job, Layout
+from tpkernels_planner.model import DATA, Model, PlanError
+from tpkernels_planner.search import Row, hardware_share, layouts, predict, row_of, search
+from tpkernels_planner.time import Constants, constants_of
 
-MEASURED = DATA / "measured"
+MEASURED = Path(__file__).parent / "measured"
 COMMAND = "tpkernels plan fit"
 # First guess and bounds. hidden is not in the data, where nothing overlapped; 0.8 is what benchmarks/bench_link.py hides on CPUs.
 START = {
@@ -168,6 +169,12 @@ def _solve(
     }
 
 
+def measured_files() -> list[Path]:
+    """The files that the constants depend on, by name."""
+    files = [*(DATA / "measured").glob("*.csv"), *MEASURED.glob("*.csv")]
+    return sorted(files, key=lambda path: path.name)
+
+
 def fit() -> dict:
     """The contents of data/fitted.json."""
     said, unsaid = (
@@ -183,16 +190,17 @@ def fit() -> dict:
         {**a100, "attention": 0.35},
         {name: START[name] for name in ("gemm", "network")},
     )
-    files = sorted(MEASURED.glob("*.csv"))
     return {
         "command": COMMAND,
-        "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
+        "data": {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in measured_files()
+        },
         "constants": {"a100-80": a100, "h100": h100},
     }
 
 
 def write_fit() -> None:
-    write_whole(DATA / "fitted.json", json.dumps(fit(), indent=2) + "\n")
+    write_atomically(DATA / "fitted.json", json.dumps(fit(), indent=2) + "\n")
     constants_of.cache_clear()
 
 

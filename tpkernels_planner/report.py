@@ -8,7 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from ..files import replacing
+from .files import replacing
 from .memory import (
     GRADIENT,
     block_activations,
@@ -19,7 +19,7 @@ from .memory import (
     optimizer_bytes,
 )
 from .model import PlanError
-from .search import Plan, Row
+from .search import LayoutChoice, Row
 from .time import block, constants_of, data_parallel_seconds
 
 GB = 1e9
@@ -92,7 +92,7 @@ def as_dict(row: Row) -> dict:
     }
 
 
-def plan_dict(plan: Plan, words: list[str], top: int) -> dict:
+def plan_dict(plan: LayoutChoice, words: list[str], top: int) -> dict:
     return {
         "gpus": plan.gpus,
         "global_batch": plan.global_batch,

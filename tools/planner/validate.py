@@ -8,11 +8,13 @@ import json
 import statistics
 from pathlib import Path
 
-from ..files import fill, write_whole
+from tools.doc_sections import fill
+from tpkernels_planner.files import write_atomically
+from tpkernels_planner.model import DATA, PlanError
+from tpkernels_planner.report import pyplot, save
+from tpkernels_planner.search import Row
+
 from .fit import Measured, best_published, groups, published
-from .model import DATA, PlanError
-from .report import pyplot, save
-from .search import Row
 
 Pairs = dict[str, list[tuple[Measured, Row]]]
 
@@ -116,7 +118,7 @@ def write_rows(found: Pairs, path: Path) -> None:
                     f"{row.error(predicted):+.4f}",
                 ]
             )
-    write_whole(path, text.getvalue())
+    write_atomically(path, text.getvalue())
 
 
 def draw(found: Pairs, path: Path) -> None:
@@ -167,4 +169,4 @@ def write_page(page: Path) -> None:
     write_rows(found, page.with_name("planner-rows.csv"))
     (page.parent / "images").mkdir(exist_ok=True)
     draw(found, page.parent / "images" / "planner.png")
-    write_whole(page, fill(text, {name: [*lines, ""] for name, lines in sections.items()}))
+    write_atomically(page, fill(text, {name: [*lines, ""] for name, lines in sections.items()}))

@@ -135,7 +135,7 @@ def layouts(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) 
 
 
 @dataclass(frozen=True)
-class Plan:
+class LayoutChoice:
     """The rows of a search, the fastest that fits first. As a layout (`tpk.init_mesh(plan)`) it is its first row's."""
 
     job: Job
@@ -165,7 +165,7 @@ class Plan:
         return next((row for row in self.rows if wanted(row.layout)), None)
 
 
-def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -> Plan:
+def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -> LayoutChoice:
     """
     Args:
         global_batch: sequences of a step.
@@ -191,7 +191,7 @@ def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -
     larger = tuple(sorted((row for row in rows if not row.fits), key=lambda row: row.memory.total))
     if not fitting:
         raise PlanError(_what_would_fit(job, gpus, global_batch, most_pp, larger[0]))
-    return Plan(job, gpus, global_batch, tuple(fitting), larger)
+    return LayoutChoice(job, gpus, global_batch, tuple(fitting), larger)
 
 
 def _what_would_fit(

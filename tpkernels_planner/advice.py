@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from .model import PlanError
-from .search import FIT, Plan, Row, search
+from .search import FIT, LayoutChoice, Row, search
 
 
-def binds(row: Row, plan: Plan) -> str:
+def binds(row: Row, plan: LayoutChoice) -> str:
     """What costs the most beside computing, and whether memory forbids what would be faster."""
     time, layout = row.time, row.layout
     costs = {
@@ -35,13 +35,13 @@ def binds(row: Row, plan: Plan) -> str:
     return text + "."
 
 
-def by_tp(plan: Plan) -> list[Row]:
+def by_tp(plan: LayoutChoice) -> list[Row]:
     """The fastest row of every TP size."""
     sizes = sorted({row.layout.tp for row in plan.rows})
     return [plan.first(lambda layout, tp=tp: layout.tp == tp) for tp in sizes]
 
 
-def where_tp_pays(plan: Plan) -> str:
+def where_tp_pays(plan: LayoutChoice) -> str:
     rows = by_tp(plan)
     best = min(rows, key=lambda row: row.step_s)
     line = ", ".join(f"TP {row.layout.tp} {row.step_s / best.step_s:.2f}x" for row in rows)
@@ -55,7 +55,7 @@ def where_tp_pays(plan: Plan) -> str:
     return text + "."
 
 
-def tp_or_fsdp(plan: Plan) -> str:
+def tp_or_fsdp(plan: LayoutChoice) -> str:
     fsdp = plan.first(lambda layout: layout.tp == 1 and layout.pp == 1 and layout.zero == 3)
     plain = plan.first(lambda layout: layout.tp > 1 and layout.pp == 1)
     if fsdp is None and plain is None:
@@ -69,7 +69,7 @@ def tp_or_fsdp(plan: Plan) -> str:
     return f"FSDP alone takes {fsdp.step_s:.3g} s a step, TP {plain.layout.tp} with DP {plain.layout.dp} {plain.step_s:.3g} s: {winner} at this size."
 
 
-def tp_needed_from(plan: Plan) -> str:
+def tp_needed_from(plan: LayoutChoice) -> str:
     """The number of GPUs from which on the best layout without TP is slower than with, or does not exist, for this batch."""
     sizes = [2**i for i in range(max(plan.gpus, 4096).bit_length())]
     needed = None
@@ -98,7 +98,7 @@ def tp_needed_from(plan: Plan) -> str:
     )
 
 
-def the_batch(plan: Plan) -> str:
+def the_batch(plan: LayoutChoice) -> str:
     layout, seq = plan.best.layout, plan.job.seq
     smallest = layout.dp * layout.micro_batch
     return (
@@ -108,7 +108,7 @@ def the_batch(plan: Plan) -> str:
     )
 
 
-def advice(plan: Plan) -> list[str]:
+def advice(plan: LayoutChoice) -> list[str]:
     words = [
         f"Best: {plan.best.layout.words()}, {plan.best.tokens_per_s:,.0f} tokens/s: "
         + binds(plan.best, plan),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
 
-from ..files import write_whole
 from . import jobs, report
 from .advice import advice
+from .files import write_atomically
 from .jobs import VOCAB, make_job, parse_layout, sequences, sized_model
 from .layout import Job, Layout
 from .model import PlanError, count, load_model
@@ -172,7 +175,7 @@ def put_json(path: Path | None, data: dict) -> bool:
     if str(path) == "-":
         print(text, end="")
         return True
-    write_whole(path, text)
+    write_atomically(path, text)
     return False
 
 
@@ -226,7 +229,10 @@ class Group(typer.core.TyperGroup):
 
 
 app = typer.Typer(
-    cls=Group, help="When TP, when FSDP, when both, and what it will cost.", no_args_is_help=True
+    cls=Group,
+    help="When TP, when FSDP, when both, and what it will cost.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 app.command(
     "layouts",
@@ -366,13 +372,26 @@ def explain_command(
     print(report.explain(chosen))
 
 
+def checkout_tool(name: str) -> ModuleType:
+    """Import tools/planner/<name>.py of the checkout that this package stands in.
+
+    Raises:
+        PlanError: the package is installed without its repository.
+    """
+    root = Path(__file__).parents[1]
+    if not (root / "tools" / "planner").is_dir():
+        raise PlanError(
+            f"{name} needs a checkout of the tpkernels repository, where the measured steps are"
+        )
+    sys.path.insert(0, str(root))
+    return importlib.import_module(f"tools.planner.{name}")
+
+
 @app.command("fit")
 @refuses
 def fit_command() -> None:
     """Fit the constants to data/measured and write data/fitted.json (a minute; needs scipy)."""
-    from .fit import write_fit
-
-    write_fit()
+    checkout_tool("fit").write_fit()
 
 
 @app.command("validate")
@@ -386,9 +405,8 @@ def validate_command(
     ] = None,
 ) -> None:
     """Hold every measured row against its prediction."""
-    from .validate import print_errors, write_page
-
+    validate = checkout_tool("validate")
     if page is None:
-        print_errors()
+        validate.print_errors()
     else:
-        write_page(page)
+        validate.write_page(page)

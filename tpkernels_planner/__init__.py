@@ -8,9 +8,19 @@ from .advice import advice
 from .jobs import make_job, sequences
 from .layout import Layout
 from .model import Model, PlanError, from_config, load_model
-from .search import Plan, Row, predict, search
+from .search import LayoutChoice, Row, predict, search
 
-__all__ = ["Layout", "Model", "Plan", "PlanError", "Row", "advice", "plan", "predict", "search"]
+__all__ = [
+    "Layout",
+    "LayoutChoice",
+    "Model",
+    "PlanError",
+    "Row",
+    "advice",
+    "plan",
+    "predict",
+    "search",
+]
 
 
 def plan(
@@ -26,7 +36,7 @@ def plan(
     gpus_per_node: int | None = None,
     network_gbit: float | None = None,
     max_pp: int | None = 1,
-) -> Plan:
+) -> LayoutChoice:
     """The layouts of a model on GPUs, the fastest that fits first: `tpk.init_mesh(tpk.plan(...))` makes the first one's mesh.
 
     Args:

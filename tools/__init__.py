@@ -1,0 +1,1 @@
+"""Programs of a checkout; none of them is in the wheel."""
