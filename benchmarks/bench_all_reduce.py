@@ -1,14 +1,17 @@
-"""How long does an all-reduce take, by size, beside the kernels of others?"""
+"""The time of an all-reduce by its size, beside the shared-memory kernels of others."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import timing
 import torch
 import torch.distributed as dist
 from measure import close
+from torch import Tensor
 
 CONTENDERS = ["tpkernels", "tpkernels, async", "torch", "vLLM", "SGLang", "DeepSpeed", "OpenMPI"]
-SIZES = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]
+SIZES = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20]  # bytes
 CASES = [
     dict(ranks=ranks, dtype=dtype, bytes=size)
     for ranks in (2, 4)
@@ -18,48 +21,43 @@ CASES = [
 SMOKE = [dict(ranks=2, dtype="float32", bytes=4096)]
 
 
+def contender(
+    world, all_reduce: Callable[[Tensor], None], dtype: torch.dtype, count: int
+) -> timing.Contender:
+    """Returns the all-reduce of `count` zeros, whose sums stay zeros call after call."""
+    zeros = torch.zeros(count, dtype=dtype, device=world.device)
+
+    def verify() -> None:
+        index = torch.arange(count, device=world.device).remainder(7).to(dtype)
+        numbers = index + world.rank
+        all_reduce(numbers)
+        close(numbers, world.size * index + sum(range(world.size)), 0)
+
+    return timing.Contender(lambda: all_reduce(zeros), verify)
+
+
 def contenders(world, names: list[str], dtype: str, bytes: int) -> dict[str, timing.Contender]:
-    dtype = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     made = {}
-
-    def contender(peer, all_reduce) -> timing.Contender:
-        zeros = torch.zeros(
-            bytes // dtype.itemsize, dtype=dtype, device=world.device
-        )  # whose sums stay zeros, call after call
-
-        def verify():
-            numbers = (
-                torch.arange(zeros.numel(), device=world.device).remainder(7).to(dtype) + world.rank
-            )
-            expected = world.size * (numbers - world.rank) + sum(range(world.size))
-            all_reduce(numbers)
-            close(numbers, expected, 0)
-
-        return timing.Contender(lambda: all_reduce(zeros), verify)
-
     for name in names:
         peer = world.peers[name.partition(",")[0]]
-        if dtype not in peer.dtypes:
+        if torch_dtype not in peer.dtypes:
             continue
-        if name.endswith("async"):
-            made[name] = contender(
-                peer,
-                lambda t, group=peer.group: dist.all_reduce(t, group=group, async_op=True).wait(),
-            )
-        else:
-            made[name] = contender(peer, peer.all_reduce)
+
+        def asynchronous(tensor: Tensor, peer=peer) -> None:
+            dist.all_reduce(tensor, group=peer.group, async_op=True).wait()
+
+        all_reduce = asynchronous if name.endswith("async") else peer.all_reduce
+        made[name] = contender(world, all_reduce, torch_dtype, bytes // torch_dtype.itemsize)
     return made
 
 
-def components(rounds: dict) -> dict:
-    """Seconds."""
+def components(rounds: dict[str, timing.Rounds]) -> dict[str, float]:
+    """Returns the seconds that the c10d call with async_op=True takes beyond tpk.all_reduce_."""
     if "tpkernels, async" not in rounds:
         return {}
-    return {
-        "async overhead": timing.difference(rounds["tpkernels, async"], rounds["tpkernels"])[
-            "median"
-        ]
-    }
+    overhead = timing.difference(rounds["tpkernels, async"], rounds["tpkernels"])
+    return {"async overhead": overhead["median"]}
 
 
 def test_all_reduce(replay):

@@ -1,14 +1,25 @@
-"""What does a layer itself cost, at one token, where nothing else takes long? Beside bare F.linear, and with a gradient beside its
-all-reduce too."""
+"""The time that a layer itself costs: one token and 64 features, where nothing else takes long.
+
+It is measured beside bare F.linear, and with a gradient beside F.linear and its all-reduce.
+`python benchmarks/bench_layer_cost.py [CHECKOUT ...]` measures the tpkernels of other checkouts
+with this file, by turns, and prints the ratios of the later ones to the first.
+"""
 
 from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
 
 import layers
 import stock
 import timing
 import torch
 import torch.nn.functional as F
-from measure import close
+from measure import Effort, close
+from team import HERE, Team
+from torch import Tensor
 
 FEATURES = 64  # hidden; the row layer is [4 * 64 / ranks, 64]
 CONTENDERS = ["tpkernels", "by hand", "DTensor", "megatron-core", "fairscale"]
@@ -20,15 +31,25 @@ CASES = [
 SMOKE = CASES[-1:]
 
 
-def by_hand(world, layer: str, mode: str, weight, bias, x, grad):
-    """The least that gives the layer's result and leaves a graph behind: F.linear and, where the layer has one, its all-reduce."""
-    all_reduce = world.peers["tpkernels"].all_reduce
+def by_hand(
+    all_reduce: Callable[[Tensor], None],
+    layer: str,
+    x: Tensor,  # [1, K]
+    weight: Tensor,  # [N, K]
+    bias: Tensor,  # [N]
+    grad: Tensor | None,  # [1, N]
+) -> Callable[[], Tensor]:
+    """Returns the least that gives the layer's result: F.linear and the all-reduce it needs.
 
-    def forward():
+    Args:
+        grad: the output's gradient; None for forward, without the all-reduce.
+    """
+
+    def forward() -> Tensor:
         with torch.no_grad():
             return F.linear(x, weight, bias)
 
-    def training():
+    def training() -> Tensor:
         weight.grad = bias.grad = x.grad = None
         y = F.linear(x, weight, bias)
         if layer == "row":
@@ -38,35 +59,84 @@ def by_hand(world, layer: str, mode: str, weight, bias, x, grad):
             all_reduce(x.grad)
         return y
 
-    return forward if mode == "forward" else training
+    return forward if grad is None else training
 
 
 def contenders(world, names: list[str], layer: str, mode: str) -> dict[str, timing.Contender]:
     names = [name for name in names if name != "by hand"]
     made = layers.contenders(world, names, layer, "float32", mode, 1, FEATURES)
     full = stock.make(layer, FEATURES, torch.float32, world.device)
-    dim, training = (1, mode == "training") if layer == "row" else (0, mode == "training")
-    weight = (
-        full.weight.detach().chunk(world.size, dim)[world.rank].clone().requires_grad_(training)
-    )
-    bias = (
-        (full.bias.detach().chunk(world.size)[world.rank] if dim == 0 else full.bias.detach())
-        .clone()
-        .requires_grad_(training)
-    )
-    x = torch.randn(1, weight.shape[1], device=world.device, requires_grad=training)
-    call = by_hand(
-        world, layer, mode, weight, bias, x, torch.randn(1, weight.shape[0], device=world.device)
-    )
-    expected = F.linear(x, weight, bias).detach()
-    verify = (lambda: close(call(), expected, 1e-5)) if world.size == 1 else None
-    return made | {"by hand": timing.Contender(call, verify)}
+    weight, bias = full.weight.detach(), full.bias.detach()
+    if layer == "row":
+        weight = weight.chunk(world.size, 1)[world.rank]
+    else:
+        weight, bias = weight.chunk(world.size)[world.rank], bias.chunk(world.size)[world.rank]
+    n, k = weight.shape
+    leaves = torch.randn(1, k, device=world.device), weight.clone(), bias.clone()
+    grad = None
+    if mode == "training":
+        grad = torch.randn(1, n, device=world.device)
+        for leaf in leaves:
+            leaf.requires_grad_()
+    call = by_hand(world.peers["tpkernels"].all_reduce, layer, *leaves, grad)
+    expected = F.linear(*leaves).detach()
+
+    def verify() -> None:
+        close(call(), expected, 1e-5)
+
+    return made | {"by hand": timing.Contender(call, verify if world.size == 1 else None)}
 
 
-def components(rounds: dict) -> dict:
-    """Seconds."""
+def components(rounds: dict[str, timing.Rounds]) -> dict[str, float]:
+    """Returns the seconds that tpkernels takes beyond the bare ops."""
     return {"own cost": timing.difference(rounds["tpkernels"], rounds["by hand"])["median"]}
 
 
 def test_layer_cost(replay):
     replay()
+
+
+def measure(checkout: Path, seconds: float) -> list[tuple[float, float]]:
+    """Returns (seconds of a call, seconds of its own cost) for each of CASES."""
+    found = []
+    for ranks in (1, 2):
+        team = Team(ranks, ["tpkernels"], checkout)
+        try:
+            for case in (case for case in CASES if case["ranks"] == ranks):
+                args = "bench_layer_cost", ["tpkernels", "by hand"], case, Effort(seconds)
+                rounds = team.run("measure", "case", *args)[0]["rounds"]
+                call = statistics.median(timing.medians(rounds["tpkernels"]))
+                found.append((call, components(rounds)["own cost"]))
+        finally:
+            team.close()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    here = [HERE.parent]
+    parser.add_argument("checkouts", nargs="*", type=Path, default=here, help="with a built _C")
+    parser.add_argument("--rounds", type=int, default=9, help="of all checkouts, by turns")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of a case in a round")
+    options = parser.parse_args()
+    checkouts = [checkout.resolve() for checkout in options.checkouts]
+    rounds = [
+        [measure(checkout, options.seconds) for checkout in checkouts]
+        for _ in range(options.rounds)
+    ]
+    for i, case in enumerate(CASES):
+        print(f"{case['layer']}, TP={case['ranks']}, {case['mode']}: µs, medians of the rounds")
+        for j, checkout in enumerate(checkouts):
+            call, own = (
+                1e6 * statistics.median(measured[j][i][column] for measured in rounds)
+                for column in (0, 1)
+            )
+            ratio = timing.summary([measured[j][i][0] / measured[0][i][0] for measured in rounds])
+            print(
+                f"  {checkout}: call {call:.2f}, own cost {own:.2f}; call / the first's: "
+                f"{ratio['median']:.3f} ({ratio['p10']:.3f}-{ratio['p90']:.3f})"
+            )
+
+
+if __name__ == "__main__":
+    main()

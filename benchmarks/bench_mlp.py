@@ -1,14 +1,17 @@
-"""Megatron's MLP, 1024 -> 4096 -> gelu -> 1024, beside every peer, and one process that has both cores and the whole layer."""
+"""Megatron's MLP, 1024 -> 4096 -> gelu -> 1024, beside every peer and one process.
+
+The one process has the unsharded MLP and all cores.
+"""
 
 from __future__ import annotations
 
 import layers
 
-CONTENDERS = ["tpkernels", *layers.PARTS, *layers.PEERS, "one process"]
+CONTENDERS = ["tpkernels", *layers.PARTS, *layers.STEPS, *layers.PEERS, "one process"]
 CASES = (
     layers.cases("forward")
     + layers.cases("training", layers.TRAINING_TOKENS)
-    + layers.cases("forward", (16, 512), 4)
+    + layers.cases("forward", (16, 512), ranks=4)
 )
 SMOKE = [
     dict(ranks=2, dtype="float32", mode=mode, tokens=16, hidden=64)
@@ -17,7 +20,7 @@ SMOKE = [
 components = layers.components
 
 
-def contenders(world, names, **params):
+def contenders(world, names: list[str], **params):
     return layers.contenders(world, names, "mlp", **params)
 
 

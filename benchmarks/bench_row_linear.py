@@ -1,4 +1,7 @@
-"""A row-parallel layer, [tokens, 4096] -> [tokens, 1024] over the ranks: how much of its all-reduce hides under its GEMM?"""
+"""A row-parallel layer, [tokens, 4096] -> [tokens, 1024] over the ranks.
+
+It shows how much of the all-reduce hides under the GEMM.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ CONTENDERS = [
     "tpkernels",
     *layers.PARTS,
     "tpkernels, 4 chunks",
+    *layers.STEPS,
     *(peer for peer in layers.PEERS if peer != "torch.compile"),
 ]
 CASES = layers.cases("forward") + layers.cases("training")
@@ -18,7 +22,7 @@ SMOKE = [
 components = layers.components
 
 
-def contenders(world, names, **params):
+def contenders(world, names: list[str], **params):
     return layers.contenders(world, names, "row", **params)
 
 

@@ -1,46 +1,44 @@
-"""pytest's side: which cases run, on which ranks, and their results as pytest-benchmark's.
+"""pytest's side of the benchmarks: the cases that run, their ranks, and their results.
 
-A case is measured once, all its contenders by turns; each contender is a test of its own, which replays its times.
+A case is measured once, all its contenders by turns. Each contender is a test of its own, which
+replays its times to pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import formatting
 import measure
-import peers
 import timing
+from peers import registry
 from team import Team
+
+# These have sizes of their own, and no `replay`: a smoke run leaves them out.
+NOT_REPLAYED = ("bench_fused.py", "bench_link.py")
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("tpkernels")
-    group.addoption(
-        "--smoke", action="store_true", help="one tiny case a file, without peers: does it run?"
-    )
-    group.addoption(
-        "--seconds",
-        type=float,
-        default=measure.Effort.seconds,
-        help="about how long the rounds of one case take",
-    )
+    text = "one tiny case a file, without peers, to see that it runs"
+    group.addoption("--smoke", action="store_true", help=text)
+    text = "about how long the rounds of one case take"
+    group.addoption("--seconds", type=float, default=measure.Effort.seconds, help=text)
 
 
 def pytest_ignore_collect(collection_path, config):
-    """A smoke run is of the files that `replay`: the others have sizes of their own."""
-    return (
-        True
-        if config.getoption("--smoke")
-        and collection_path.name in ("bench_fused.py", "bench_link.py")
-        else None
-    )
+    if config.getoption("--smoke") and collection_path.name in NOT_REPLAYED:
+        return True
+    return None  # pytest decides
 
 
 def pytest_configure(config):
@@ -50,55 +48,48 @@ def pytest_configure(config):
         raise pytest.UsageError(str(error)) from error
 
 
-def label(params: dict) -> str:
-    def words(key, value):
-        if key == "bytes":
-            return f"{value >> 20} MB" if value >= 1 << 20 else f"{value >> 10} KB"
-        return f"{value} {key}" if isinstance(value, int) else value
-
-    return ", ".join(words(*item) for item in params.items())
+def peer_of(contender: str) -> str:
+    """Returns the peer that a contender needs: "tpkernels" of "tpkernels, 4 chunks"."""
+    return contender.partition(",")[0]
 
 
 def pytest_generate_tests(metafunc):
-    if "replay" in metafunc.fixturenames:
-        module, smoke = metafunc.module, metafunc.config.getoption("--smoke")
-        cases = module.SMOKE if smoke else module.CASES
-        contenders = [
-            name
-            for name in module.CONTENDERS
-            if not smoke or name.partition(",")[0] not in peers.SLOW_TO_START
-        ]
-        metafunc.parametrize(
-            "replay",
-            [test(module, params, name) for params in cases for name in contenders],
-            indirect=True,
-        )
+    if "replay" not in metafunc.fixturenames:
+        return
+    module = metafunc.module
+    cases, contenders = module.CASES, module.CONTENDERS
+    if metafunc.config.getoption("--smoke"):
+        cases = module.SMOKE
+        slow = registry.SLOW_TO_START
+        contenders = [name for name in contenders if peer_of(name) not in slow]
+    tests = [test(module, params, name) for params in cases for name in contenders]
+    metafunc.parametrize("replay", tests, indirect=True)
 
 
-def test(module, params: dict, contender: str):
-    mark = pytest.mark.benchmark(
-        timer=clock.now, group=f"{module.__name__.removeprefix('bench_')}: {label(params)}"
-    )
+def test(module, params: dict[str, Any], contender: str):
+    group = f"{module.__name__.removeprefix('bench_')}: {formatting.case(params)}"
     return pytest.param(
         (params, contender),
-        id=f"{label(params)}-{contender}".replace(", ", "-").replace(" ", ""),
-        marks=mark,
+        id=f"{formatting.case(params)}-{contender}".replace(", ", "-").replace(" ", ""),
+        marks=pytest.mark.benchmark(timer=clock.now, group=group),
     )
+
+
+def is_replayed(item) -> bool:
+    return "replay" in getattr(item, "fixturenames", ())
+
+
+def ranks_of(item) -> int:
+    return item.callspec.params["replay"][0]["ranks"] if is_replayed(item) else 0
 
 
 def pytest_collection_modifyitems(items):
-    """Cases of one number of ranks follow each other: the ranks are started once."""
-    items.sort(
-        key=lambda item: (
-            item.callspec.params["replay"][0]["ranks"]
-            if "replay" in getattr(item, "fixturenames", ())
-            else 0
-        )
-    )
+    """Sorts cases by their number of ranks, so that each number of ranks is started once."""
+    items.sort(key=ranks_of)
 
 
 class Clock:
-    """Time as measured elsewhere, replayed to pytest-benchmark."""
+    """Replays times measured elsewhere to pytest-benchmark."""
 
     def __init__(self):
         self.time = 0.0
@@ -111,49 +102,59 @@ clock = Clock()
 
 
 class Suite:
-    """The ranks that run, and what was measured."""
+    """The running ranks and the results so far."""
 
     def __init__(self, session, effort: measure.Effort):
-        self.effort, self.team, self.results, self.failures = effort, None, {}, {}
-        self.wanted = {}
-        for item in session.items:  # what -k and -m left
-            if "replay" in getattr(item, "fixturenames", ()):
-                params, contender = item.callspec.params["replay"]
-                self.wanted.setdefault(self.key(item.module.__name__, params), []).append(contender)
-        names = {name.partition(",")[0] for wanted in self.wanted.values() for name in wanted} | {
-            "tpkernels"
-        }
-        self.absent = {
-            name: why for name in names & peers.MODULES.keys() if (why := peers.unavailable(name))
-        }
-        self.peers = [name for name in peers.MODULES if name in names and name not in self.absent]
+        self.effort = effort
+        self.team: Team | None = None
+        self.results: dict[tuple, dict] = {}
+        self.failures: dict[tuple, str] = {}
+        self.wanted: dict[tuple, list[str]] = {}
+        names = {"tpkernels"}
+        for item in filter(is_replayed, session.items):  # those that -k and -m left
+            params, contender = item.callspec.params["replay"]
+            self.wanted.setdefault(self.key(item.module.__name__, params), []).append(contender)
+            names.add(peer_of(contender))
+        self.absent: dict[str, str] = {}
+        self.peers: list[str] = []
+        for name in registry.MODULES:
+            if name in names:
+                reason = registry.unavailable(name)
+                if reason is None:
+                    self.peers.append(name)
+                else:
+                    self.absent[name] = reason
 
     @staticmethod
-    def key(module: str, params: dict) -> tuple:
+    def key(module: str, params: dict[str, Any]) -> tuple:
         return (module, *params.items())
 
-    def measured(self, module: str, params: dict) -> dict:
+    def measured(self, module: str, params: dict[str, Any]) -> dict:
+        """Returns a case's results, measured at the first call."""
         key, ranks = self.key(module, params), params["ranks"]
         if key in self.failures:
-            pytest.fail(
-                f"measured with the others of this case, which failed: {self.failures[key]}"
-            )
+            reason = self.failures[key]
+            pytest.fail(f"measured with the others of this case, which failed: {reason}")
         if key not in self.results:
             if torch.cuda.is_available() and torch.cuda.device_count() < ranks:
                 pytest.skip(f"needs {ranks} GPUs, has {torch.cuda.device_count()}")
             try:
-                if self.team is None or self.team.size != ranks or not self.team.alive:
-                    self.close()
-                    self.team = Team(ranks, self.peers)
+                team = self.team_of(ranks)
                 names = dict.fromkeys(["tpkernels", *self.wanted[key]])
-                wanted = [name for name in names if name.partition(",")[0] not in self.absent]
-                self.results[key] = self.team.run(
-                    "measure", "case", module, wanted, params, self.effort
-                )[0]
+                wanted = [name for name in names if peer_of(name) not in self.absent]
+                found = team.run("measure", "case", module, wanted, params, self.effort)
+                self.results[key] = found[0]
             except RuntimeError as error:
                 self.failures[key] = str(error).strip().splitlines()[-1]
                 raise
         return self.results[key]
+
+    def team_of(self, ranks: int) -> Team:
+        """Returns the running team, or a new one if it has another size or has failed."""
+        if self.team is None or self.team.size != ranks or not self.team.alive:
+            self.close()
+            self.team = Team(ranks, self.peers)
+        return self.team
 
     def close(self) -> None:
         if self.team is not None:
@@ -162,7 +163,7 @@ class Suite:
 
 
 @pytest.fixture(scope="session")
-def suite(request):
+def suite(request) -> Iterator[Suite]:
     option = request.config.getoption
     suite = Suite(request.session, measure.Effort(option("--seconds"), option("--smoke")))
     yield suite
@@ -170,20 +171,20 @@ def suite(request):
 
 
 @pytest.fixture
-def replay(request, benchmark, suite):
-    """replay(): this contender's times, measured with the others of its case, become the benchmark's."""
+def replay(request, benchmark, suite: Suite):
+    """Replays a contender's times, measured with the others of its case, to pytest-benchmark."""
     (params, name), module = request.param, request.module
-    peer = name.partition(",")[0]
 
-    def run():
+    def run() -> None:
+        peer = peer_of(name)
         if peer in suite.absent:
             pytest.skip(suite.absent[peer])
         result = suite.measured(module.__name__, params)
         if peer in result["absent"]:
             pytest.skip(result["absent"][peer])
-        if name not in result["rounds"]:
-            pytest.skip(f"{name} does not do this case")
         rounds = result["rounds"]
+        if name not in rounds:
+            pytest.skip(f"{name} does not do this case")
         benchmark.extra_info.update(
             name=module.__name__.removeprefix("bench_"),
             contender=name,
@@ -191,17 +192,13 @@ def replay(request, benchmark, suite):
             memory=result["memory"][name],
         )
         if name == "tpkernels":
-            benchmark.extra_info["components"] = module.components(rounds)
-            ratios = {
-                other: timing.ratio(rounds[other], rounds[name])
-                for other in rounds
-                if other != name and rounds[other][0]
-            }
-            benchmark.extra_info["ratios"] = ratios
-        times = [time for one in rounds[name] for time in one]
+            others = [other for other in rounds if other != name and rounds[other][0]]
+            ratios = {other: timing.ratio(rounds[other], rounds[name]) for other in others}
+            benchmark.extra_info.update(components=module.components(rounds), ratios=ratios)
+        times = [time for one_round in rounds[name] for time in one_round]
         left = iter(times)
 
-        def step():
+        def step() -> None:
             clock.time += next(left)
 
         benchmark.pedantic(step, rounds=len(times))

@@ -1,6 +1,7 @@
-"""`make gpu-day`: everything that waits for a GPU, in one run that leaves one JSON file and one page.
+"""`make gpu-day`: everything that waits for a GPU, in one run that leaves a JSON file and a page.
 
-A step that cannot run here is skipped and says why; a step that fails does not stop the others, and the exit status is 1.
+A step that cannot run here is skipped and says why. A step that fails does not stop the others, and
+the exit status is 1.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -22,24 +22,48 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tpkernels_planner.files import write_atomically  # noqa: E402
+
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
-NO_GPU = (
-    None
-    if GPUS
-    else "no GPU here"
-    if torch.version.cuda
-    else f"torch {torch.__version__} was not built for CUDA"
-)
-# One GPU serves two ranks: the kernels, not NCCL, run then, and no time means anything.
+# One GPU serves two ranks: then the kernels run, not NCCL, and no time means anything.
 SHARED = {"TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1"} if GPUS == 1 else {}
+HOUR = 3600  # seconds
+
+
+def _no_cuda() -> str | None:
+    if torch.version.cuda:
+        return None
+    return f"torch {torch.__version__} was not built for CUDA"
+
+
+def _no_gpu() -> str | None:
+    return None if GPUS else _no_cuda() or "no GPU here"
+
+
+def missing(tool: str) -> str | None:
+    """Returns why a step that needs a GPU and this tool cannot run, or None."""
+    if _no_gpu() is None and shutil.which(tool) is None:
+        return f"{tool} is not on the PATH"
+    return _no_gpu()
 
 
 @dataclass
 class Step:
+    """A command, and how to read its figures.
+
+    Attributes:
+        skip: why it cannot run here, or None.
+        timeout: seconds.
+        figures: reads the figures from the output.
+        environment: variables set for it.
+    """
+
     name: str
     command: list[str]
     skip: str | None = None
-    timeout: int = 1800
+    timeout: int = HOUR // 2
     figures: Callable[[str], dict] = lambda output: {}
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -55,85 +79,52 @@ class Result:
     log: str = ""
 
 
-def pytest_counts(output: str) -> dict:
-    summary = re.findall(r"^=* ?(\d+ [a-z]+.*) in [\d.]+s", output, re.M)
-    return (
-        {
-            word: int(count)
-            for count, word in re.findall(
-                r"(\d+) (passed|failed|skipped|errors?|xfailed)", summary[-1]
-            )
-        }
-        if summary
-        else {}
-    )
+def pytest_counts(output: str) -> dict[str, int]:
+    """Returns pytest's counts (passed, failed, ...) from the last summary in its output."""
+    summaries = re.findall(r"^=* ?(\d+ [a-z]+.*) in [\d.]+s", output, re.M)
+    if not summaries:
+        return {}
+    counts = re.findall(r"(\d+) (passed|failed|skipped|errors?|xfailed)", summaries[-1])
+    return {word: int(count) for count, word in counts}
 
 
 def from_json(path: Path) -> Callable[[str], dict]:
+    """Returns a reader of the statistics that pytest-benchmark wrote to `path`."""
+
     def read(output: str) -> dict:
         runs = json.loads(path.read_text())["benchmarks"] if path.exists() else []
-        return {
-            run["fullname"]: {key: run["stats"][key] for key in ("min", "median", "iqr", "rounds")}
-            for run in runs
-        }
+        keys = ("min", "median", "iqr", "rounds")
+        return {run["fullname"]: {key: run["stats"][key] for key in keys} for run in runs}
 
     return read
 
 
-def missing(tool: str) -> str | None:
-    return NO_GPU or (None if shutil.which(tool) else f"{tool} is not on the PATH")
-
-
 def steps(folder: Path) -> Iterator[Step]:
+    """Yields the steps of the day, in order; `folder` takes what they write."""
     python = sys.executable
     ranks = str(max(GPUS, 1))
-    torchrun = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
-    gpu_tests = [python, "-m", "pytest", "-q", "-m", "gpu"]
-    bench = folder / "benchmarks.json"
-    no_compiler = NO_GPU if not torch.version.cuda else None
+    pytest = [python, "-m", "pytest", "-q"]
+    gpu_tests = [*pytest, "-m", "gpu"]
     yield Step("environment", [python, "-m", "tpkernels", "env", "--json"], figures=json.loads)
     yield Step("topology", ["nvidia-smi", "topo", "-m"], missing("nvidia-smi"))
-    install = [
-        python,
-        "-m",
-        "pip",
-        "install",
-        "--no-build-isolation",
-        "--no-deps",
-        "--editable",
-        ".",
-    ]
-    yield Step("build", install, no_compiler, 3600)
-    yield Step("tests", [*gpu_tests, "tests"], NO_GPU, 3600, pytest_counts, SHARED)
+    install = ["-m", "pip", "install", "--no-build-isolation", "--no-deps", "--editable", "."]
+    yield Step("build", [python, *install], _no_cuda() and _no_gpu(), HOUR)
+    yield Step("tests", [*gpu_tests, "tests"], _no_gpu(), HOUR, pytest_counts, SHARED)
     for tool in ("memcheck", "synccheck", "racecheck"):
-        sanitizer = [
-            "compute-sanitizer",
-            "--tool",
-            tool,
-            "--target-processes",
-            "all",
-            "--error-exitcode",
-            "9",
-        ]
-        command = [*sanitizer, *gpu_tests, "tests/gpu/test_peer_kernels.py", "-k", "sums or layers"]
-        yield Step(
-            f"compute-sanitizer {tool}",
-            command,
-            missing("compute-sanitizer"),
-            3600,
-            pytest_counts,
-            SHARED,
-        )
-    yield Step("tuning", [*torchrun, "-m", "tpkernels", "tune"], NO_GPU)
-    suite = [python, "-m", "pytest", "-q", "benchmarks", "--ignore=benchmarks/bench_link.py"]
-    pedantic = [*suite, "--benchmark-only", f"--benchmark-json={bench}"]
-    yield Step("benchmarks", pedantic, NO_GPU, 3600, from_json(bench))
-    yield Step(
-        "profile",
-        ["bash", "benchmarks/nsys.sh", ranks, str(folder / "profiles")],
-        missing("nsys"),
-        environment={"PYTHON": python},
-    )
+        sanitizer = f"compute-sanitizer --tool {tool} --target-processes all --error-exitcode 9"
+        tests = [*gpu_tests, "tests/gpu/test_peer_kernels.py", "-k", "sums or layers"]
+        command = [*sanitizer.split(), *tests]
+        reason = missing("compute-sanitizer")
+        name = f"compute-sanitizer {tool}"
+        yield Step(name, command, reason, HOUR, pytest_counts, SHARED)
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m tpkernels tune"
+    yield Step("tuning", [python, *torchrun.split()], _no_gpu())
+    results = folder / "benchmarks.json"
+    suite = [*pytest, "benchmarks", "--ignore=benchmarks/bench_link.py", "--benchmark-only"]
+    command = [*suite, f"--benchmark-json={results}"]
+    yield Step("benchmarks", command, _no_gpu(), HOUR, from_json(results))
+    command = ["bash", "benchmarks/nsys.sh", ranks, str(folder / "profiles")]
+    yield Step("profile", command, missing("nsys"), environment={"PYTHON": python})
 
 
 def run(step: Step, folder: Path) -> Result:
@@ -141,22 +132,22 @@ def run(step: Step, folder: Path) -> Result:
     if step.skip:
         return result
     log = folder / f"{step.name.replace(' ', '-')}.log"
-    result.log, began = log.name, time.monotonic()
+    result.log = log.name
+    began = time.monotonic()
     try:
         with log.open("w") as out:
-            environment = {**os.environ, **step.environment}
             done = subprocess.run(
                 step.command,
                 cwd=ROOT,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env=environment,
+                env={**os.environ, **step.environment},
                 timeout=step.timeout,
             )
-        result.status, result.why = (
-            ("passed", "") if done.returncode == 0 else ("failed", f"exit status {done.returncode}")
-        )
+        result.status = "passed"
+        if done.returncode != 0:
+            result.status, result.why = "failed", f"exit status {done.returncode}"
     except (subprocess.TimeoutExpired, OSError) as error:
         result.status, result.why = "failed", str(error)
     result.seconds = round(time.monotonic() - began, 1)
@@ -167,7 +158,8 @@ def run(step: Step, folder: Path) -> Result:
     return result
 
 
-def page(facts: dict, results: list[Result]) -> str:
+def report(facts: dict, results: list[Result]) -> str:
+    """Returns the page: the facts, a row for each step, and the figures of those that have any."""
     lines = ["# GPU day", "", *(f"- {key}: {value}" for key, value in facts.items()), ""]
     lines += ["| step | | seconds | |", "|---|---|---|---|"]
     lines += [f"| {r.name} | {r.status} | {r.seconds or ''} | {r.why} |" for r in results]
@@ -178,46 +170,36 @@ def page(facts: dict, results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Beside, then renamed: never half a file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+def facts() -> dict:
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "GPUs": [torch.cuda.get_device_name(i) for i in range(GPUS)] or _no_gpu(),
+        "ranks share a GPU": bool(SHARED),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=ROOT / "gpu-day",
-        help="folder of the JSON file, the page and the logs",
-    )
+    text = "folder of the JSON file, the page and the logs"
+    parser.add_argument("--out", type=Path, default=ROOT / "gpu-day", help=text)
     folder = parser.parse_args().out.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    facts = {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit or "unknown",
-        "torch": torch.__version__,
-        "GPUs": [torch.cuda.get_device_name(i) for i in range(GPUS)] or NO_GPU,
-        "ranks share a GPU": bool(SHARED),
-    }
+    found = facts()
     results = []
     for step in steps(folder):
         print(f"{step.name}: ", end="", flush=True)
         results.append(run(step, folder))
         print(f"{results[-1].status} {results[-1].why}".rstrip())
-        # After each step: whatever ends the day early, what was found is kept.
-        write(
-            folder / "gpu-day.json",
-            json.dumps({**facts, "steps": [asdict(r) for r in results]}, indent=1),
-        )
-        write(folder / "gpu-day.md", page(facts, results))
+        # Written after each step: if the day ends early, the results so far are kept.
+        day = {**found, "steps": [asdict(result) for result in results]}
+        write_atomically(folder / "gpu-day.json", json.dumps(day, indent=1))
+        write_atomically(folder / "gpu-day.md", report(found, results))
     print(f"{folder / 'gpu-day.md'} and gpu-day.json")
-    return int(any(r.status == "failed" for r in results))
+    return int(any(result.status == "failed" for result in results))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,44 @@
-"""What a rank does for a case: builds the contenders, checks that their results are right, times them by turns."""
+"""A rank's work for a case: build the contenders, check their results, time them by turns."""
 
 from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from typing import Any
 
 import timing
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Effort:
-    """About `seconds` of rounds a case; `smoke`: two rounds of one call each, only to see that it runs."""
+    """How long to measure.
+
+    Attributes:
+        seconds: about how long the rounds of one case take.
+        smoke: two rounds of one call each instead, only to see that the case runs.
+    """
 
     seconds: float = 1.5
     smoke: bool = False
 
 
 def case(world, module: str, names: list[str], params: dict, effort: Effort) -> dict | None:
-    """{"rounds": {contender: rounds}, "memory": {contender: bytes by kind}, "absent": {peer: why}} on rank 0."""
-    bench = importlib.import_module(module)
+    """Measures one case.
+
+    Collective: every rank must call it.
+
+    Returns:
+        On rank 0 {"rounds": {contender: rounds}, "memory": {contender: bytes by kind},
+        "absent": {peer: why}}; None on the others.
+
+    Raises:
+        RuntimeError: a contender's result is wrong.
+    """
+    bench: Any = importlib.import_module(module)
     params = {key: value for key, value in params.items() if key != "ranks"}
-    contenders = bench.contenders(
-        world, [name for name in names if name not in world.absent], **params
-    )
+    present = [name for name in names if name not in world.absent]
+    contenders = bench.contenders(world, present, **params)
     for name, contender in contenders.items():
         if contender.verify is not None:
             try:
@@ -38,15 +54,12 @@ def case(world, module: str, names: list[str], params: dict, effort: Effort) -> 
     world.barrier()
     if world.rank:
         return None
-    return {
-        "rounds": rounds,
-        "memory": {name: c.memory for name, c in contenders.items()},
-        "absent": world.absent,
-    }
+    memory = {name: contender.memory for name, contender in contenders.items()}
+    return {"rounds": rounds, "memory": memory, "absent": world.absent}
 
 
-def close(out, expected, tolerance: float) -> None:
-    """Raises ValueError where `out` is further from `expected` than `tolerance` of its largest value."""
+def close(out: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Raises ValueError if `out` differs from `expected` by more than `tolerance` x its maximum."""
     if out.shape != expected.shape:
         raise ValueError(f"its result is {list(out.shape)}, expected {list(expected.shape)}")
     error = (out.float() - expected.float()).abs().max().item()

@@ -1,9 +1,13 @@
-"""Training steps for a profiler to record, on every rank: `torchrun --nproc-per-node N benchmarks/profile_step.py {layer,block,demo}`.
+"""Training steps for a profiler to record, on every rank.
 
-layer: RowParallelLinear; block: ParallelTransformerBlock; demo: SmolLM2 as `tpkernels demo` splits it. The steps after the warm-up
-run between cudaProfilerStart and cudaProfilerStop, which `nsys profile --capture-range=cudaProfilerApi` waits for (nsys.sh). On
-CPUs, over gloo, this rehearses the same steps.
+`torchrun --nproc-per-node N benchmarks/profile_step.py {layer,block,demo}`
+layer: RowParallelLinear; block: ParallelTransformerBlock; demo: SmolLM2 as `tpkernels demo` shards
+it. The steps after the warm-up run between cudaProfilerStart and cudaProfilerStop, for which
+`nsys profile --capture-range=cudaProfilerApi` waits (nsys.sh). On CPUs, over gloo, the same steps
+are rehearsed.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -12,67 +16,65 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import tpkernels as tpk
 
 CUDA = torch.cuda.is_available()
-PLACE = (
-    dict(device="cuda", dtype=torch.bfloat16) if CUDA else dict(device="cpu", dtype=torch.float32)
-)
+DEVICE = "cuda" if CUDA else "cpu"
+PLACE = dict(device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
+SIZE = 8192 if CUDA else 256  # tokens, and features
 
 
-def layer(group, args) -> Callable:
-    row = tpk.nn.RowParallelLinear(
-        args.features, args.features, group=group, overlap=args.overlap, **PLACE
-    )
-    x = torch.randn(args.tokens, row.in_split.sizes[dist.get_rank()], requires_grad=True, **PLACE)
+def layer(group, args: argparse.Namespace) -> Callable[[], Tensor]:
+    features = args.features
+    row = tpk.nn.RowParallelLinear(features, features, group=group, overlap=args.overlap, **PLACE)
+    x = torch.randn(args.tokens, row.weight.shape[1], requires_grad=True, **PLACE)
     return lambda: row(x)
 
 
-def block(group, args) -> Callable:
+def block(group, args: argparse.Namespace) -> Callable[[], Tensor]:
     heads = max(1, args.features // 64)
-    module = tpk.nn.ParallelTransformerBlock(
-        args.features, heads, group=group, overlap=args.overlap, **PLACE
-    )
+    options = dict(group=group, overlap=args.overlap, **PLACE)
+    module = tpk.nn.ParallelTransformerBlock(args.features, heads, **options)
     x = torch.randn(1, args.tokens, args.features, requires_grad=True, **PLACE)
     return lambda: module(x)
 
 
-def demo(group, args) -> Callable:
+def demo(group, args: argparse.Namespace) -> Callable[[], Tensor]:
     from tpkernels.demo import _find_weights, _load
 
     model, _, batches, _ = _load(_find_weights())
     tpk.parallelize(model.to(**PLACE), group, overlap=args.overlap)
-    ids = batches[0].to(PLACE["device"])
+    ids = batches[0].to(DEVICE)
     return lambda: model(ids, labels=ids).loss
 
 
-def step(forward: Callable) -> None:
+def step(forward: Callable[[], Tensor]) -> None:
     with tpk.profiling.range("forward"):
         y = forward()
     with tpk.profiling.range("backward"):
         y.backward(torch.ones_like(y))
 
 
-def main() -> None:
+def chunks(text: str) -> str | int:
+    return text if text == "auto" else int(text)
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("what", choices=["layer", "block", "demo"])
-    parser.add_argument(
-        "--tokens", type=int, default=8192 if CUDA else 256, help="of layer and block"
-    )
-    parser.add_argument(
-        "--features", type=int, default=8192 if CUDA else 256, help="of layer and block, 64 a head"
-    )
-    parser.add_argument(
-        "--overlap",
-        type=lambda text: text if text == "auto" else int(text),
-        default="auto",
-        help="auto, or row chunks",
-    )
-    parser.add_argument("--warmup", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=SIZE, help="of layer and block")
+    text = "of layer and block, 64 a head"
+    parser.add_argument("--features", type=int, default=SIZE, help=text)
+    parser.add_argument("--overlap", type=chunks, default="auto", help="auto, or row chunks")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before the recorded ones")
     parser.add_argument("--steps", type=int, default=3, help="recorded")
-    args = parser.parse_args()
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = arguments()
     torch.manual_seed(0)
     mesh = tpk.init_mesh(int(os.environ.get("WORLD_SIZE", 1)))
     forward = {"layer": layer, "block": block, "demo": demo}[args.what](mesh["tp"], args)
@@ -83,11 +85,9 @@ def main() -> None:
             with tpk.profiling.range("step"):
                 step(forward)
         if CUDA:
-            torch.cuda.synchronize()  # the capture ends at once: what is still queued would be lost
+            torch.cuda.synchronize()  # the capture ends at once: queued work would be lost
     if dist.get_rank() == 0:
-        print(
-            f"{args.what}: {args.steps} steps on {dist.get_world_size()} ranks, {PLACE['device']}"
-        )
+        print(f"{args.what}: {args.steps} steps on {dist.get_world_size()} ranks, {DEVICE}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,4 +1,7 @@
-"""The unsplit modules that every contender holds its share of, seeded: the same on every rank. Linear layers of plain PyTorch."""
+"""The unsharded modules, of plain PyTorch layers, that every contender holds its shard of.
+
+They are seeded: the same on every rank.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-HIDDEN, FFN, HEADS = 1024, 4096, 16
+HIDDEN, HEADS = 1024, 16
 
 
 class MLP(nn.Module):
@@ -21,7 +24,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block of [batch, tokens, hidden], causal; q, k and v by one layer, `heads` of them here."""
+    """Pre-norm causal transformer block of [batch, tokens, hidden].
+
+    Args:
+        norms: before attention and before the MLP.
+        qkv: q, k and v in one layer, [hidden -> 3 * heads * head size].
+        out: the output projection of attention.
+        mlp: the MLP.
+        heads: attention heads in `qkv`: this rank's where it is sharded.
+    """
 
     def __init__(
         self,
@@ -45,28 +56,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def make(what: str, hidden: int, dtype: torch.dtype, device: str) -> nn.Module:
-    """`what`: row ([ffn -> hidden]), column ([hidden -> ffn]), mlp or block."""
+def make(kind: str, hidden: int, dtype: torch.dtype, device: str) -> nn.Module:
+    """Returns a seeded module: row ([4 * hidden -> hidden]), column (its mirror), mlp or block."""
     torch.manual_seed(0)
-    ffn, place = 4 * hidden, dict(device=device, dtype=dtype)
-
-    def mlp() -> MLP:
-        return MLP(nn.Linear(hidden, ffn, **place), nn.Linear(ffn, hidden, **place))
-
-    if what == "row":
+    place = dict(device=device, dtype=dtype)
+    ffn = 4 * hidden
+    if kind == "row":
         return nn.Linear(ffn, hidden, **place)
-    if what == "column":
+    if kind == "column":
         return nn.Linear(hidden, ffn, **place)
-    if what == "mlp":
-        return mlp()
+    if kind == "mlp":
+        return MLP(nn.Linear(hidden, ffn, **place), nn.Linear(ffn, hidden, **place))
     norms = nn.LayerNorm(hidden, **place), nn.LayerNorm(hidden, **place)
-    return Block(
-        norms,
-        nn.Linear(hidden, 3 * hidden, **place),
-        nn.Linear(hidden, hidden, **place),
-        mlp(),
-        heads(hidden),
-    )
+    qkv = nn.Linear(hidden, 3 * hidden, **place)
+    out = nn.Linear(hidden, hidden, **place)
+    mlp = MLP(nn.Linear(hidden, ffn, **place), nn.Linear(ffn, hidden, **place))
+    return Block(norms, qkv, out, mlp, heads(hidden))
 
 
 def heads(hidden: int) -> int:
@@ -74,10 +79,12 @@ def heads(hidden: int) -> int:
 
 
 def by_rank(qkv: nn.Linear, size: int) -> nn.Linear:
-    """The fused layer with its rows in such an order that an even split gives each rank its own heads' q, k and v."""
-    new = nn.Linear(
-        qkv.in_features, qkv.out_features, device=qkv.weight.device, dtype=qkv.weight.dtype
-    )
+    """Returns the fused q, k, v layer with its rows reordered by rank.
+
+    An even shard of the result holds the q, k and v of that rank's own heads.
+    """
+    place = dict(device=qkv.weight.device, dtype=qkv.weight.dtype)
+    new = nn.Linear(qkv.in_features, qkv.out_features, **place)
     with torch.no_grad():
         for to, source in zip(new.parameters(), qkv.parameters(), strict=True):
             q, k, v = (part.chunk(size) for part in source.chunk(3))

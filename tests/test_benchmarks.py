@@ -1,5 +1,9 @@
-"""The benchmarks' arithmetic, what they refuse, and that every one of them runs, writes its JSON and can be drawn. No time is asserted."""
+"""The benchmarks' arithmetic, the settings they refuse, and a run of each of them.
 
+Every benchmark must run, write its JSON and be drawn. No time is asserted.
+"""
+
+import doctest
 import json
 import subprocess
 import sys
@@ -11,12 +15,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
+import formatting  # noqa: E402
+import tables  # noqa: E402
 import team  # noqa: E402
 import timing  # noqa: E402
+from results import STEPS  # noqa: E402
 
 
 class Alone:
-    """A world of one."""
+    """A world of one rank."""
 
     rank, device = 0, "cpu"
 
@@ -37,13 +44,9 @@ def test_refuses_what_breaks_overlap(name, value):
 
 
 def test_ratio_is_taken_round_by_round():
-    ours, other = (
-        [[1.0, 1.0, 9.0], [10.0, 10.0, 10.0], [2.0]],
-        [[2.0], [30.0, 30.0], [8.0, 8.0, 0.1]],
-    )
-    ratio = timing.ratio(
-        other, ours
-    )  # of the rounds' medians: 2, 3 and 4; not of all times together
+    ours = [[1.0, 1.0, 9.0], [10.0, 10.0, 10.0], [2.0]]
+    other = [[2.0], [30.0, 30.0], [8.0, 8.0, 0.1]]
+    ratio = timing.ratio(other, ours)  # the rounds' are 2, 3 and 4
     assert (ratio["median"], ratio["rounds"]) == (3.0, 3)
     assert ratio["p10"] == pytest.approx(2.2) and ratio["p90"] == pytest.approx(3.8)
     assert timing.difference(other, ours)["median"] == 6.0
@@ -52,11 +55,22 @@ def test_ratio_is_taken_round_by_round():
 
 @pytest.mark.parametrize(("overlapped", "share"), [(5.0, 0.0), (3.0, 1.0), (4.0, 0.5), (6.0, -0.5)])
 def test_hidden_share(overlapped, share):
-    assert (
-        timing.hidden_share(3.0, 2.0, overlapped)
-        == share
-        == timing.hidden_share(2.0, 3.0, overlapped)
-    )
+    assert timing.hidden_share(3.0, 2.0, overlapped) == share
+    assert timing.hidden_share(2.0, 3.0, overlapped) == share
+
+
+def test_numbers_are_written_as_people_write_them():
+    assert doctest.testmod(formatting).failed == 0
+    assert formatting.ratio({"median": 473.2, "p10": 141.9, "p90": 844.0}) == "470x (140-840)"
+    assert [formatting.number(value) for value in (0, -16.41, 9.999, 18000)] == [
+        "0.00",
+        "-16.4",
+        "10.0",
+        "18,000",
+    ]
+    assert formatting.seconds(9.999e-4) == "1,000 µs"
+    # 5% of the layer's time is the least that is worth a share.
+    assert (tables.hidden(0.7, 5.0, 100.0), tables.hidden(-164.2, 4.9, 100.0)) == ("70%", "-")
 
 
 def test_paired_counts_the_same_calls_of_each():
@@ -71,17 +85,15 @@ def test_paired_counts_the_same_calls_of_each():
     rounds = timing.paired({name: contender(name) for name in calls}, Alone(), seconds=0.01)
     assert calls["a"] == calls["b"]
     assert len(rounds["a"]) == len(rounds["b"]) >= timing.MIN_ROUNDS
-    assert all(
-        len(times) == timing.MAX_CALLS for times in rounds["a"]
-    )  # the first three of each block are not among them
+    # The first three calls of each block are not among them.
+    assert all(len(times) == timing.MAX_CALLS for times in rounds["a"])
     assert calls["a"] == 4 + len(rounds["a"]) * (3 + timing.MAX_CALLS)
 
 
 def test_peak_is_what_a_call_holds():
     size = 64 << 20
-    assert (
-        0.9 * size < timing.peak(lambda: bytearray(b"\x01") * size, "cpu") < 2 * size
-    )  # the kernel counts pages in batches
+    peak = timing.peak(lambda: bytearray(b"\x01") * size, "cpu")
+    assert 0.9 * size < peak < 2 * size  # the kernel counts pages in batches
 
 
 def rank_one_fails(world):
@@ -100,27 +112,28 @@ def test_a_rank_that_fails_is_named_and_none_is_left(monkeypatch):
     assert not Path(pair.folder.name).exists()
 
 
-def test_every_benchmark_runs_and_is_drawn(tmp_path):
-    results = tmp_path / "results.json"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--smoke",
-        f"--benchmark-json={results}",
-        "benchmarks",
-    ]
+@pytest.fixture(scope="module")
+def smoke_results(tmp_path_factory):
+    """Runs every benchmark on one tiny case; returns the path of its JSON file."""
+    results = tmp_path_factory.mktemp("smoke") / "results.json"
+    options = ["-q", "--smoke", f"--benchmark-json={results}"]
+    command = [sys.executable, "-m", "pytest", *options, "benchmarks"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout + run.stderr
-    found = [record["extra_info"] for record in json.loads(results.read_text())["benchmarks"]]
-    measured = {
-        path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")
-    } - {"fused", "link"}
+    return results
+
+
+def test_every_benchmark_runs(smoke_results):
+    records = json.loads(smoke_results.read_text())["benchmarks"]
+    found = [record["extra_info"] for record in records]
+    files = (ROOT / "benchmarks").glob("bench_*.py")
+    measured = {path.stem.removeprefix("bench_") for path in files} - {"fused", "link"}
     assert {info["name"] for info in found} == measured
     ours = [info for info in found if info["contender"] == "tpkernels"]
     assert all(info["ratios"].keys() >= {"torch"} for info in ours if info["name"] != "layer_cost")
-    mlp = next(info for info in ours if info["name"] == "mlp")
+    layers = [info for info in ours if info["name"] in tables.LAYERS]
+    assert all(info["ratios"].keys() >= set(STEPS) for info in layers)
+    mlp = next(info for info in layers if info["name"] == "mlp")
     assert mlp["components"].keys() == {
         "overlapped",
         "serial",
@@ -128,24 +141,21 @@ def test_every_benchmark_runs_and_is_drawn(tmp_path):
         "all-reduce",
         "ideal",
         "hidden",
+        "gains",
     }
     assert mlp["memory"]["parameters"] > 0
 
+
+def test_the_page_and_its_pictures_are_drawn(smoke_results, tmp_path):
     page = tmp_path / "performance.md"
     page.write_text("before\n<!-- mlp -->\nold\n<!-- /mlp -->\nafter\n")
-    command = [
-        sys.executable,
-        "benchmarks/plot.py",
-        "--page",
-        str(page),
-        "--tables-only",
-        str(results),
-    ]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+    command = [sys.executable, "benchmarks/plot.py", "--page", str(page), str(smoke_results)]
+    subprocess.run([*command, "--tables-only"], cwd=ROOT, check=True, timeout=100)
     text = page.read_text()
-    assert (
-        text.startswith("before\n<!-- mlp -->\n")
-        and text.endswith("<!-- /mlp -->\nafter\n")
-        and "old" not in text
-    )
+    assert text.startswith("before\n<!-- mlp -->\n")
+    assert text.endswith("<!-- /mlp -->\nafter\n") and "old" not in text
     assert "tpkernels" in text and "16 tokens" in text
+    assert "| gain of | tpkernels' all-reduce | its GEMM |" in text
+    pytest.importorskip("matplotlib")
+    subprocess.run(command, cwd=ROOT, check=True, timeout=100)
+    assert (tmp_path / "images" / "mlp.svg").exists()

@@ -1,4 +1,7 @@
-"""A link that is slow in earnest: two ranks in network namespaces, joined at 1 Gbit/s. Tuned, auto takes more than one chunk, and is right."""
+"""A real slow link: two ranks in network namespaces, joined at 1 Gbit/s.
+
+After tuning, overlap="auto" takes more than one chunk, and its results are right.
+"""
 
 import os
 import sys
@@ -16,9 +19,11 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from link import Link, missing
 
+SMALL_PROBES = dict(FEATURES={"cpu": 1024}, ROWS={"cpu": (128, 512, 2048)}, BESIDE=4 << 20)
+
 
 def overlapped(folder):
-    """Row chunks that auto takes forward, the link's name."""
+    """Returns the row chunks that auto takes forward, and the link's name in the calibration."""
     os.environ["XDG_CACHE_HOME"] = folder
     group = dist.group.WORLD
     torch.manual_seed(0)
@@ -27,25 +32,16 @@ def overlapped(folder):
         for p in linear.parameters():
             p.copy_(torch.randint(-3, 4, p.shape))
     row = tpk.nn.RowParallelLinear.from_linear(linear, group=group, input_is_parallel=False)
-    assert "1 chunk of 2048 rows" in row.explain(
-        2048
-    ) and "tpk.tune(group) has not been run" in row.explain(2048)
-    for _ in range(
-        3
-    ):  # on a machine that is busy with something else a measurement may find nothing to gain
-        with mock.patch.multiple(
-            "tpkernels.schedule.tune",
-            FEATURES={"cpu": 1024},
-            ROWS={"cpu": (128, 512, 2048)},
-            BESIDE=4 << 20,
-        ):
+    untuned = row.explain(2048)
+    assert "1 chunk of 2048 rows" in untuned and "tpk.tune(group) has not been run" in untuned
+    for _ in range(3):  # a measurement on a busy machine may find nothing to gain
+        with mock.patch.multiple("tpkernels.schedule.tune", **SMALL_PROBES):
             table = tpk.tune(group, dtypes=[torch.float32])
         with tpk.log_collectives() as log:
             out = row(x)
         assert_close(out, linear(x), atol=0, rtol=0)
-        assert f"schedule: {log[0].chunks} chunk" in row.explain(
-            2048
-        ) and table.place in row.explain(2048)
+        tuned = row.explain(2048)
+        assert f"schedule: {log[0].chunks} chunk" in tuned and table.place in tuned
         if len(log) > 1:
             break
     return len(log), table.place

@@ -1,4 +1,4 @@
-"""benchmarks/profile_step.py and nsys.sh, rehearsed on CPUs. tests/nvtx/nsys stands in for Nsight Systems."""
+"""benchmarks/profile_step.py and nsys.sh on CPUs; tests/nvtx/nsys stands in for Nsight Systems."""
 
 import importlib.util
 import os
@@ -26,26 +26,17 @@ def run(*command, **env):
         "COLUMNS": "120",
         **env,
     }
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=400, env=env
-    )
+    command = [str(part) for part in command]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
 
 
 @pytest.mark.parametrize(
     "what, options", [("block", ("--overlap", "3")), pytest.param("demo", (), marks=needs_model)]
 )
 def test_steps_run_on_cpus(what, options):
-    launch = (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    )
-    done = run(
-        *launch, SCRIPTS / "profile_step.py", what, "--warmup", "0", "--steps", "1", *options
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = (SCRIPTS / "profile_step.py", what, "--warmup", "0", "--steps", "1", *options)
+    done = run(sys.executable, *torchrun, *script)
     assert done.returncode == 0 and f"{what}: 1 steps on 2 ranks, cpu" in done.stdout, done.stderr
 
 
@@ -66,10 +57,10 @@ def test_nsys_script(tmp_path):
 
     nowhere = tmp_path / "bin"  # a PATH with all that the script needs but nsys
     nowhere.mkdir()
+    folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep)]
     for tool in ("bash", "env", "dirname", "mkdir"):
-        (nowhere / tool).symlink_to(
-            next(p for d in os.environ["PATH"].split(os.pathsep) if (p := Path(d) / tool).exists())
-        )
+        source = next(folder / tool for folder in folders if (folder / tool).exists())
+        (nowhere / tool).symlink_to(source)
     done = run(*script, PATH=str(nowhere))
     assert done.returncode == 1 and "nsys is not on the PATH" in done.stderr
     assert run(SCRIPTS / "nsys.sh").returncode != 0

@@ -1,4 +1,4 @@
-"""DeepSpeed's all-reduce over shared memory, compiled on first use from the sources in its package, as DeepSpeed does it."""
+"""DeepSpeed's all-reduce over shared memory, compiled on first use as DeepSpeed itself does it."""
 
 from __future__ import annotations
 
@@ -6,49 +6,45 @@ import contextlib
 import importlib.util
 import os
 import shutil
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-from . import cpu_only, plain
+from . import plain
+from .registry import cpu_only
 
 
 def unavailable() -> str | None:
-    return cpu_only("DeepSpeed") or (
-        None if shutil.which("g++") else "DeepSpeed compiles its all-reduce: needs g++"
-    )
+    if shutil.which("g++") is None:
+        return cpu_only("DeepSpeed") or "DeepSpeed compiles its all-reduce: needs g++"
+    return cpu_only("DeepSpeed")
+
+
+def _build() -> ModuleType:
+    """Compiles DeepSpeed's sources with the flags of its op_builder/cpu/comm.py, or loads them."""
+    from torch.utils.cpp_extension import load  # only the ranks that measure DeepSpeed need it
+
+    spec = importlib.util.find_spec("deepspeed")
+    folder = os.path.join(spec.submodule_search_locations[0], "ops", "csrc", "cpu", "comm")
+    sources = [os.path.join(folder, name) for name in ("shm_interface.cpp", "shm.cpp")]
+    return load("deepspeed_shm_comm", sources, extra_cflags=["-O2", "-fopenmp"])
 
 
 class Peer(plain.Peer):
     def __init__(self, world):
         super().__init__(world)
-        from torch.utils.cpp_extension import load
-
-        sources = os.path.join(
-            importlib.util.find_spec("deepspeed").submodule_search_locations[0],
-            "ops",
-            "csrc",
-            "cpu",
-            "comm",
-        )
-
-        def build():
-            flags = ["-O2", "-fopenmp"]  # op_builder/cpu/comm.py's
-            return load(
-                "deepspeed_shm_comm",
-                [f"{sources}/shm_interface.cpp", f"{sources}/shm.cpp"],
-                extra_cflags=flags,
-            )
-
         if world.rank == 0:
-            module = build()
+            module = _build()
         world.barrier()
         if world.rank:
-            module = build()
+            module = _build()
         module.initialize(world.size, world.rank)
         world.barrier()
-        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{world.rank}"
+        address = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{world.rank}"
         with contextlib.suppress(OSError):
-            os.unlink(f"/dev/shm/{name}")  # all have mapped it; it never does
+            os.unlink(f"/dev/shm/{name}")  # all ranks have mapped it; DeepSpeed never unlinks it
 
-    def all_reduce(self, tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         torch.ops.deepspeed.inference_all_reduce_(tensor)

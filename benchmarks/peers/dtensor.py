@@ -1,4 +1,4 @@
-"""torch's own tensor parallelism: parallelize_module with ColwiseParallel and RowwiseParallel on DTensor parameters."""
+"""PyTorch's own tensor parallelism: ColwiseParallel and RowwiseParallel on DTensor parameters."""
 
 from __future__ import annotations
 
@@ -22,11 +22,9 @@ class Peer(plain.Peer):
         self.mesh = init_device_mesh(world.device, (world.size,))
 
     def column(self, linear: nn.Linear) -> nn.Module:
-        return parallelize_module(
-            copy.deepcopy(linear), self.mesh, ColwiseParallel(input_layouts=Replicate())
-        )
+        style = ColwiseParallel(input_layouts=Replicate())
+        return parallelize_module(copy.deepcopy(linear), self.mesh, style)
 
     def row(self, linear: nn.Linear) -> nn.Module:
-        return parallelize_module(
-            copy.deepcopy(linear), self.mesh, RowwiseParallel(input_layouts=Shard(-1))
-        )
+        style = RowwiseParallel(input_layouts=Shard(-1))
+        return parallelize_module(copy.deepcopy(linear), self.mesh, style)

@@ -1,9 +1,8 @@
-"""fairscale's model-parallel layers."""
+"""fairscale's model-parallel linear layers."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import plain
 
@@ -12,25 +11,24 @@ def unavailable() -> str | None:
     return None
 
 
+def _no_init(weight: Tensor) -> Tensor:
+    return weight
+
+
 class Peer(plain.Peer):
     def __init__(self, world):
         super().__init__(world)
-        from fairscale.nn.model_parallel import initialize
+        from fairscale.nn.model_parallel import initialize  # installed for benchmarks only
 
         initialize.initialize_model_parallel(world.size)
 
     def _layer(self, kind: str, linear: nn.Linear, dim: int, **options) -> nn.Module:
-        from fairscale.nn.model_parallel import layers
+        from fairscale.nn.model_parallel import layers  # as above
 
-        layer = getattr(layers, kind)(
-            linear.in_features, linear.out_features, init_method=lambda weight: weight, **options
-        )
+        make = getattr(layers, kind)
+        layer = make(linear.in_features, linear.out_features, init_method=_no_init, **options)
         layer = layer.to(device=linear.weight.device, dtype=linear.weight.dtype)
-        with torch.no_grad():
-            layer.weight.copy_(plain.shard(linear.weight, self.rank, self.size, dim))
-            layer.bias.copy_(
-                plain.shard(linear.bias, self.rank, self.size, 0) if dim == 0 else linear.bias
-            )
+        plain.fill(layer, linear, self.rank, self.size, dim)
         return layer
 
     def column(self, linear: nn.Linear) -> nn.Module:

@@ -1,9 +1,8 @@
-"""megatron-core's linear layers, with what makes them run on CPUs too."""
+"""megatron-core's linear layers, with the options that make them run on CPUs too."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import plain
 
@@ -13,25 +12,25 @@ def unavailable() -> str | None:
 
 
 class _Output(nn.Module):
-    """Its layers return (output, bias)."""
+    """Drops the bias from the (output, bias) that megatron-core's layers return."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.layer(x)[0]
 
 
 class Peer(plain.Peer):
     def __init__(self, world):
         super().__init__(world)
-        from megatron.core import parallel_state
+        from megatron.core import parallel_state  # installed for benchmarks only
 
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=world.size)
 
     def _layer(self, kind: str, linear: nn.Linear, dim: int, **options) -> nn.Module:
-        from megatron.core import ModelParallelConfig, tensor_parallel
+        from megatron.core import ModelParallelConfig, tensor_parallel  # as above
 
         config = ModelParallelConfig(
             tensor_model_parallel_size=self.size,
@@ -48,11 +47,7 @@ class Peer(plain.Peer):
             skip_bias_add=False,
             **options,
         )
-        with torch.no_grad():
-            layer.weight.copy_(plain.shard(linear.weight, self.rank, self.size, dim))
-            layer.bias.copy_(
-                plain.shard(linear.bias, self.rank, self.size, 0) if dim == 0 else linear.bias
-            )
+        plain.fill(layer, linear, self.rank, self.size, dim)
         return _Output(layer)
 
     def column(self, linear: nn.Linear) -> nn.Module:

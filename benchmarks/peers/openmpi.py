@@ -1,10 +1,12 @@
-"""OpenMPI's all-reduce between processes of one host: its sm transport with CMA (process_vm_readv), through mpi4py."""
+"""OpenMPI's all-reduce on one host, by mpi4py: its sm transport with process_vm_readv (CMA)."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from . import cpu_only, plain
+from . import plain
+from .registry import cpu_only
 
 
 def unavailable() -> str | None:
@@ -16,11 +18,11 @@ class Peer(plain.Peer):
 
     def __init__(self, world):
         super().__init__(world)
-        from mpi4py import MPI
+        from mpi4py import MPI  # importing it starts MPI
 
         self.mpi = MPI
         if MPI.COMM_WORLD.Get_size() != world.size:
             raise RuntimeError("the ranks were not started by mpirun")
 
-    def all_reduce(self, tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         self.mpi.COMM_WORLD.Allreduce(self.mpi.IN_PLACE, [tensor.numpy(), self.mpi.FLOAT])

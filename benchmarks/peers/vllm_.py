@@ -1,4 +1,4 @@
-"""vLLM's all-reduce over shared memory, of its wheel for CPUs, whose kernels are built for one torch version."""
+"""vLLM's all-reduce over shared memory: its CPU wheel's kernels, built for one torch version."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
-from . import cpu_only, plain
+from . import plain
+from .registry import cpu_only
+
+LIBRARIES = {"AVX512": "_C_AVX512", "AVX2": "_C_AVX2"}  # by CPU capability
 
 
 def _library() -> str:
-    folder = importlib.util.find_spec("vllm").submodule_search_locations[
-        0
-    ]  # found, not imported: its imports want the rest of vLLM
-    name = {"AVX512": "_C_AVX512", "AVX2": "_C_AVX2"}.get(
-        torch.backends.cpu.get_cpu_capability(), "_C"
-    )
-    return os.path.join(folder, f"{name}.abi3.so")
+    spec = importlib.util.find_spec("vllm")  # importing vllm would need its dependencies
+    name = LIBRARIES.get(torch.backends.cpu.get_cpu_capability(), "_C")
+    return os.path.join(spec.submodule_search_locations[0], f"{name}.abi3.so")
 
 
 def unavailable() -> str | None:
@@ -31,21 +31,20 @@ def unavailable() -> str | None:
 class Peer(plain.Peer):
     def __init__(self, world):
         super().__init__(world)
+        vllm, port = torch.ops._C, os.environ["MASTER_PORT"]
         torch.ops.load_library(_library())
-        name = f"tpkernels-bench-{os.environ['MASTER_PORT']}-cpushm"
+        name = f"tpkernels-bench-{port}-cpushm"
         before = set(glob.glob("/dev/shm/*"))
-        self.handle = torch.ops._C.init_shm_manager(
-            name, world.size, world.rank, torch.get_num_threads()
-        )
+        threads = torch.get_num_threads()
+        self.handle = vllm.init_shm_manager(name, world.size, world.rank, threads)
         world.barrier()
-        torch.ops._C.join_shm_manager(self.handle, name)
+        vllm.join_shm_manager(self.handle, name)
         world.barrier()
-        for path in (
-            set(glob.glob("/dev/shm/*")) - before
-        ):  # all have mapped them; it leaves them to its destructor
-            if os.environ["MASTER_PORT"] in path:
+        # All ranks have mapped the segments; vLLM would unlink them only in its destructor.
+        for path in set(glob.glob("/dev/shm/*")) - before:
+            if port in path:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
 
-    def all_reduce(self, tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         torch.ops._C.shm_allreduce(self.handle, tensor)
