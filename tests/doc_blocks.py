@@ -1,30 +1,27 @@
-"""Blocks of a page that start with `$ command`: what the command prints follows. `python tests/doc_blocks.py PAGE` runs them anew."""
+"""Blocks of a documentation page that start with `$ tpkernels plan ...` and show its output.
 
-import os
+`python tests/doc_blocks.py PAGE` runs the commands and replaces the outputs.
+"""
+
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
+
+from planner_cases import run_plan
 
 BLOCK = re.compile(r"^```\n\$ (tpkernels plan[^\n]*)\n(.*?)^```$", re.M | re.S)
 
 
 def output(command: str) -> str:
-    code = "from tpkernels_command import main; main()"
-    environment = {**os.environ, "COLUMNS": "215", "NO_COLOR": "1"}
-    run = subprocess.run(
-        [sys.executable, "-c", code, *shlex.split(command)[1:]],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
+    """Return the output of a `tpkernels plan` command without blanks at its edges."""
+    run = run_plan(*shlex.split(command)[2:], COLUMNS="215", NO_COLOR="1")
     assert run.returncode == 0, run.stderr
     return "".join(f"{line.rstrip()}\n" for line in run.stdout.strip().splitlines())
 
 
 def refreshed(page: str) -> str:
+    """Return the page with the output of every command replaced."""
     return BLOCK.sub(lambda block: f"```\n$ {block[1]}\n{output(block[1])}```", page)
 
 

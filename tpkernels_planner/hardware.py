@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import bisect
-import csv
 import functools
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .model import DATA, PlanError, near
+from .errors import PlanError, unknown_name
+from .model import DATA
 
 
 @dataclass(frozen=True)
 class Link:
-    """kind: its name; bus_bytes_per_s: the bus bandwidth of an all-reduce of large messages."""
+    """A link between GPUs.
+
+    Attributes:
+        kind: its name.
+        bus_bytes_per_s: bus bandwidth of a large all-reduce over it.
+    """
 
     kind: str
     bus_bytes_per_s: float
@@ -23,14 +28,20 @@ class Link:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One GPU and the node it is in.
+    """One GPU and its node.
 
     Attributes:
+        name, title: its short and its full name.
+        memory_bytes, memory_bytes_per_s: size and bandwidth of its memory.
         flops_per_s: dense peak by dtype.
-        multiprocessors: how many tiles of a GEMM run at once.
-        gpus_per_node, link: of a node. network: what each GPU has of the node's ports.
-        constants_of, constants: whose fitted constants (`time.Constants`) hold for it too, and those that it has of its own.
-        software: what the steps that were measured on it ran (`layout.SOFTWARE`), which `predict` takes unless told otherwise.
+        multiprocessors: tiles of a GEMM that run at once.
+        gpus_per_node: GPUs of a node.
+        link: the link between the GPUs of a node.
+        network: a GPU's share of its node's ports.
+        constants_of: the GPU whose fitted `Constants` it takes.
+        constants: constants of its own, which replace those.
+        software: the software of the steps that were measured on it, the default of `predict`.
+        sources: where the numbers are from.
     """
 
     name: str
@@ -48,40 +59,53 @@ class Hardware:
     sources: tuple[str, ...] = ()
 
     def peak(self, dtype: str) -> float:
+        """Return the dense peak FLOP/s of a dtype.
+
+        Raises:
+            PlanError: the GPU has no such arithmetic.
+        """
         for name, value in self.flops_per_s:
             if name == dtype:
                 return value
-        raise PlanError(
-            f"{self.name} has no {dtype} arithmetic; it has {', '.join(name for name, _ in self.flops_per_s)}"
-        )
+        names = ", ".join(name for name, _ in self.flops_per_s)
+        raise PlanError(f"{self.name} has no {dtype} arithmetic; it has {names}")
 
     @property
-    def half(self) -> str:
-        """The 16-bit dtype to train in."""
+    def training_dtype(self) -> str:
+        """The default dtype of a job: bfloat16, or the 16-bit dtype that the GPU has."""
         names = dict(self.flops_per_s)
         return next(dtype for dtype in ("bfloat16", "float16", *names) if dtype in names)
 
 
+def _parse(data: dict[str, Any], name: str) -> Hardware:
+    """Make the hardware of a file's keys."""
+    node = data["node"]
+    network = node["network"]
+    return Hardware(
+        name=name,
+        title=str(data["title"]),
+        memory_bytes=data["memory_bytes"],
+        memory_bytes_per_s=data["memory_bytes_per_s"],
+        flops_per_s=tuple(data["flops_per_s"].items()),
+        multiprocessors=data["multiprocessors"],
+        gpus_per_node=node["gpus"],
+        link=Link(node["link"]["kind"], node["link"]["bus_bytes_per_s"]),
+        network=Link(network["kind"], network["bytes_per_s"]),
+        constants_of=data["constants_of"],
+        constants=tuple(data.get("constants", {}).items()),
+        software=data.get("software", "tpkernels"),
+        sources=tuple(data.get("sources", ())),
+    )
+
+
+def _is_positive(value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 < value < math.inf
+
+
 def _read(path: Path, name: str) -> Hardware:
+    """Read and check a GPU's file."""
     try:
-        data = json.loads(path.read_text())
-        node = data["node"]
-        network = node["network"]
-        hardware = Hardware(
-            name,
-            str(data["title"]),
-            data["memory_bytes"],
-            data["memory_bytes_per_s"],
-            tuple(data["flops_per_s"].items()),
-            data["multiprocessors"],
-            node["gpus"],
-            Link(node["link"]["kind"], node["link"]["bus_bytes_per_s"]),
-            Link(network["kind"], network["bytes_per_s"]),
-            data["constants_of"],
-            tuple(data.get("constants", {}).items()),
-            data.get("software", "tpkernels"),
-            tuple(data.get("sources", ())),
-        )
+        hardware = _parse(json.loads(path.read_text()), name)
     except OSError as error:
         raise PlanError(f"{path} cannot be read: {error}") from None
     except KeyError as error:
@@ -98,69 +122,38 @@ def _read(path: Path, name: str) -> Hardware:
         **{f"flops_per_s.{dtype}": value for dtype, value in hardware.flops_per_s},
         "node.link.bus_bytes_per_s": hardware.link.bus_bytes_per_s,
         "node.network.bytes_per_s": hardware.network.bus_bytes_per_s,
-        **{f"constants.{name}": value for name, value in hardware.constants},
+        **{f"constants.{key}": value for key, value in hardware.constants},
     }
     for key, value in numbers.items():
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float))
-            or not 0 < value < math.inf
-        ):
+        if not _is_positive(value):
             raise PlanError(f"{path}: {key} must be a positive number, got {value!r}")
     return hardware
 
 
 @functools.cache
 def _names() -> dict[str, str]:
-    names = {}
+    """Map every name and alias to the name of its file in data/hardware."""
+    names: dict[str, str] = {}
     for path in (DATA / "hardware").glob("*.json"):
-        names.update(
-            dict.fromkeys([path.stem, *json.loads(path.read_text())["aliases"]], path.stem)
-        )
+        aliases = json.loads(path.read_text())["aliases"]
+        names.update(dict.fromkeys([path.stem, *aliases], path.stem))
     return names
 
 
 def load_hardware(name: str) -> Hardware:
-    """A named GPU (data/hardware), or the path of a JSON file that describes one in the same way.
+    """Load a GPU by its name in data/hardware or by the path of a JSON file of the same kind.
 
     Raises:
-        PlanError: an unknown name, with those near it; a file that lacks a key or has a number that makes no sense.
+        PlanError: an unknown name (with those near it), or a file that lacks a key or has a
+            number that makes no sense.
+
+    Example:
+        >>> load_hardware("h100").gpus_per_node
+        8
     """
     if name.endswith(".json"):
         return _read(Path(name), Path(name).stem)
     stem = _names().get(name.lower())
     if stem is None:
-        raise near("GPU", name, _names())
+        raise unknown_name("GPU", name, _names())
     return _read(DATA / "hardware" / f"{stem}.json", stem)
-
-
-@functools.cache
-def _curve() -> tuple[tuple[float, ...], tuple[float, ...], float]:
-    """(log messages in bytes, their share of the bus bandwidth of the largest, that bandwidth): 8xH200, measured."""
-    with (DATA / "measured" / "allreduce_busbw.csv").open() as file:
-        rows = [
-            (float(r["message_MiB"]) * 2**20, float(r["busbw_GBps"]) * 1e9)
-            for r in csv.DictReader(file)
-            if r["system"] == "8xH200 NVLink SHARP"
-        ]
-    rows.sort()
-    best = rows[-1][1]
-    return (
-        tuple(math.log(message) for message, _ in rows),
-        tuple(bandwidth / best for _, bandwidth in rows),
-        best,
-    )
-
-
-def bus_share(message: float, bus_bytes_per_s: float) -> float:
-    """Share of a link's bus bandwidth that an all-reduce of `message` bytes reaches: the measured curve of 8 H200s, at the message that
-    takes as long there; between its points by the logarithm, below the first in proportion to the message (a constant time)."""
-    logs, shares, reference = _curve()
-    at = math.log(max(message, 1.0) * reference / bus_bytes_per_s)
-    if at <= logs[0]:
-        return shares[0] * math.exp(at - logs[0])
-    if at >= logs[-1]:
-        return shares[-1]
-    i = bisect.bisect_right(logs, at)
-    part = (at - logs[i - 1]) / (logs[i] - logs[i - 1])
-    return shares[i - 1] + part * (shares[i] - shares[i - 1])

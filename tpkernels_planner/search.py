@@ -1,31 +1,48 @@
-"""Every layout of a model on a number of GPUs, the fastest that fits first, and why."""
+"""Every layout of a model on a number of GPUs, the fastest that fits first."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from .layout import Job, Layout
+from .constants import Constants, constants_of
+from .errors import PlanError, whole_number
+from .job import Job
+from .layout import Layout
 from .memory import Memory, memory
-from .model import PlanError, ceil_div, count
-from .time import Constants, StepTime, constants_of, step_time
+from .model import ceil_div
+from .step_time import StepTime, step_time
 
-FIT = 0.92  # of a GPU's memory: the rest the driver and fragments take
+FIT = 0.92  # usable share of a GPU's memory; the driver and fragments take the rest
+
+
+def usable_bytes(job: Job) -> float:
+    """Return the bytes of a GPU's memory that a layout may use."""
+    return FIT * job.hardware.memory_bytes
 
 
 def hardware_share(job: Job, layout: Layout) -> float:
-    """Operations that the GPUs do, recomputation included, as a share of the model's own."""
+    """Return the GPUs' operations, recomputation included, as a share of the model's own."""
     model, seq = job.model, job.seq
-    blocks = model.forward_flops(seq) - 2 * seq * model.vocab * model.hidden
-    core = 4 * seq * seq * model.attention * model.layers if job.software == "megatron-2021" else 0
-    return 1 + {"none": 0, "selective": core, "full": blocks}[layout.recompute] / model.step_flops(
-        seq
-    )
+    recomputed = 0
+    if layout.recompute == "full":
+        recomputed = model.forward_flops(seq) - 2 * seq * model.vocab * model.hidden
+    elif layout.recompute == "selective" and job.is_megatron:
+        recomputed = 4 * seq * seq * model.query_features * model.layers
+    return 1 + recomputed / model.step_flops(seq)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layout with its prediction."""
+class Prediction:
+    """One layout of a job, with the time and the memory of its step.
+
+    Example:
+        >>> from tpkernels_planner import plan
+        >>> best = plan("llama-7b", gpus=8, global_batch=64).best
+        >>> best.layout.words(), round(best.step_s, 2), round(best.memory.total / 1e9)
+        ('TP 1, DP 8, ZeRO-2, micro-batch 4', 1.38, 63)
+    """
 
     job: Job
     layout: Layout
@@ -34,47 +51,63 @@ class Row:
 
     @property
     def step_s(self) -> float:
+        """Seconds of a step."""
         return self.time.total
 
     @property
     def fits(self) -> bool:
-        return self.memory.total <= FIT * self.job.hardware.memory_bytes
+        """The fullest GPU has enough memory."""
+        return self.memory.total <= usable_bytes(self.job)
 
     @property
     def tokens_per_s(self) -> float:
+        """Tokens that all GPUs train on in a second."""
         return self.layout.global_batch * self.job.seq / self.step_s
 
     @property
+    def step_flops(self) -> int:
+        """Operations of the model in a step, without recomputation."""
+        return self.layout.global_batch * self.job.model.step_flops(self.job.seq)
+
+    @property
     def flops_per_gpu(self) -> float:
-        """The model's own, a second."""
-        return (
-            self.layout.global_batch
-            * self.job.model.step_flops(self.job.seq)
-            / (self.step_s * self.layout.gpus)
-        )
+        """Operations of the model that a GPU does in a second, without recomputation."""
+        return self.step_flops / (self.step_s * self.layout.gpus)
 
     @property
     def hardware_flops_per_gpu(self) -> float:
-        """What was recomputed counts too."""
+        """Operations that a GPU does in a second, recomputation included."""
         return self.flops_per_gpu * hardware_share(self.job, self.layout)
 
     @property
     def mfu(self) -> float:
-        return self.flops_per_gpu / self.job.hardware.peak(self.job.dtype)
+        """Model FLOP/s utilization: `flops_per_gpu` over the GPU's peak."""
+        return self.flops_per_gpu / self.job.peak_flops_per_s
 
 
-def row_of(job: Job, layout: Layout, constants: Constants) -> Row:
-    """For a layout that is one of the model's."""
-    return Row(job, layout, step_time(job, layout, constants), memory(job, layout))
+def predict_unchecked(job: Job, layout: Layout, constants: Constants) -> Prediction:
+    """Predict a layout that is known to be possible for the job's model."""
+    return Prediction(job, layout, step_time(job, layout, constants), memory(job, layout))
 
 
-def predict(job: Job, layout: Layout, constants: Constants | None = None) -> Row:
-    """
+def predict(job: Job, layout: Layout, constants: Constants | None = None) -> Prediction:
+    """Predict the time and the memory of one layout.
+
+    Args:
+        job, layout: the job and its layout.
+        constants: other constants than the GPU's own.
+
     Raises:
-        PlanError: the layout is none of that model.
+        PlanError: the layout is not possible for the job's model.
+
+    Example:
+        >>> from tpkernels_planner import Layout, load_model, make_job, predict
+        >>> job = make_job(load_model("llama-7b"), "h100", seq=2048)
+        >>> predict(job, Layout(tp=8, global_batch=8)).fits
+        True
     """
     layout.check(job.model, job.seq)
-    return row_of(job, layout, constants or constants_of(job.hardware))
+    return predict_unchecked(job, layout, constants or constants_of(job.hardware))
 
 
 def _divisors(n: int, most: int | None = None) -> list[int]:
@@ -83,132 +116,181 @@ def _divisors(n: int, most: int | None = None) -> list[int]:
     return [d for d in every if most is None or d <= most]
 
 
-def _slots(layers: int, chunks: int) -> int:
-    """Blocks that as many chunks would have if all were as long as the longest."""
-    return ceil_div(layers, chunks) * chunks
+def _divides_blocks(layers: int, chunks: int) -> bool:
+    """Tell if as many chunks hold all blocks and have room for a tenth more at most."""
+    return chunks <= layers and ceil_div(layers, chunks) * chunks <= 1.1 * layers
+
+
+def _sizes(
+    job: Job, gpus: int, global_batch: int, most_pp: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """Yield the (tp, pp, dp) whose DP divides the batch and whose PP about divides the blocks."""
+    layers = job.model.layers
+    for tp in _divisors(gpus, min(job.hardware.gpus_per_node, job.model.heads)):
+        for pp in _divisors(gpus // tp, layers if most_pp is None else min(layers, most_pp)):
+            dp = gpus // (tp * pp)
+            if global_batch % dp == 0 and _divides_blocks(layers, pp):
+                yield tp, pp, dp
+
+
+def _interleaves(layers: int, pp: int, passes: int) -> list[int]:
+    """List the chunks that a stage may have; the pipeline must divide the passes for several."""
+    if pp == 1 or passes % pp:
+        return [1]
+    return [1, *(v for v in range(2, 9) if _divides_blocks(layers, pp * v))]
+
+
+def _zero_stages(pp: int, dp: int) -> tuple[int, ...]:
+    if dp == 1:
+        return (0,)
+    if pp > 1:
+        return (0, 1)
+    return (0, 1, 2, 3)
 
 
 def layouts(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -> Iterator[Layout]:
-    """All that the planner compares: TP inside a node, PP that divides the blocks, DP the rest."""
-    model = job.model
-    for tp in _divisors(gpus, min(job.hardware.gpus_per_node, model.heads)):
-        for pp in _divisors(
-            gpus // tp, min(model.layers, model.layers if most_pp is None else most_pp)
-        ):
-            dp = gpus // (tp * pp)
-            # Stages may be short of blocks (126 over 16), by a tenth at most.
-            if global_batch % dp or _slots(model.layers, pp) > 1.1 * model.layers:
-                continue
-            for micro in (2**i for i in range(6)):
-                if global_batch // dp % micro:
-                    break
-                passes = global_batch // dp // micro
-                interleaves = [1]
-                if pp > 1 and passes % pp == 0:
-                    interleaves += [
-                        v
-                        for v in range(2, 9)
-                        if pp * v <= model.layers
-                        and _slots(model.layers, pp * v) <= 1.1 * model.layers
-                    ]
-                zeros = [0] if dp == 1 else [0, 1] if pp > 1 else [0, 1, 2, 3]
-                kinds = (
-                    ("none", "selective", "full")
-                    if job.software == "megatron-2021"
-                    else ("none", "full")
+    """Yield the layouts that the planner compares.
+
+    TP stays inside a node, PP divides the blocks up to a tenth, and DP has the other GPUs.
+
+    Args:
+        job: the job.
+        gpus: number of GPUs.
+        global_batch: sequences of a step.
+        most_pp: most pipeline stages; None: any.
+    """
+    recomputes = ("none", "selective", "full") if job.is_megatron else ("none", "full")
+    for tp, pp, dp in _sizes(job, gpus, global_batch, most_pp):
+        batch = global_batch // dp
+        for micro_batch in (size for size in (1, 2, 4, 8, 16, 32) if batch % size == 0):
+            interleaves = _interleaves(job.model.layers, pp, batch // micro_batch)
+            options = itertools.product(
+                (False, True) if tp > 1 else (False,),
+                recomputes,
+                interleaves,
+                _zero_stages(pp, dp),
+            )
+            for sequence_parallel, recompute, interleave, zero in options:
+                yield Layout(
+                    tp,
+                    pp,
+                    dp,
+                    micro_batch,
+                    global_batch,
+                    interleave,
+                    recompute,
+                    sequence_parallel,
+                    zero,
                 )
-                for sequence_parallel in (False, True) if tp > 1 else (False,):
-                    for recompute in kinds:
-                        for interleave in interleaves:
-                            for zero in zeros:
-                                yield Layout(
-                                    tp,
-                                    pp,
-                                    dp,
-                                    micro,
-                                    global_batch,
-                                    interleave,
-                                    recompute,
-                                    sequence_parallel,
-                                    zero,
-                                )
 
 
 @dataclass(frozen=True)
 class LayoutChoice:
-    """The rows of a search, the fastest that fits first. As a layout (`tpk.init_mesh(plan)`) it is its first row's."""
+    """The predictions of a search. `tpk.init_mesh` takes it as the layout of its first one.
+
+    Attributes:
+        job, gpus, global_batch: the job, its number of GPUs, and the sequences of a step.
+        rows: the layouts that fit, the fastest first.
+        too_large: the layouts that do not fit, the smallest first.
+
+    Example:
+        >>> from tpkernels_planner import plan
+        >>> choice = plan("llama-7b", gpus=8, global_batch=64)
+        >>> choice.tp, choice.pp, choice.dp
+        (1, 1, 8)
+        >>> choice.first(lambda layout: layout.tp == 4).layout.words()
+        'TP 4, DP 2, SP, ZeRO-1, micro-batch 16'
+    """
 
     job: Job
     gpus: int
     global_batch: int
-    rows: tuple[Row, ...]
-    too_large: tuple[Row, ...]  # what does not fit, the smallest first
+    rows: tuple[Prediction, ...]
+    too_large: tuple[Prediction, ...]
 
     @property
-    def best(self) -> Row:
+    def best(self) -> Prediction:
+        """The fastest layout that fits."""
         return self.rows[0]
 
     @property
     def tp(self) -> int:
+        """TP ranks of the best layout."""
         return self.best.layout.tp
 
     @property
     def pp(self) -> int:
+        """Pipeline stages of the best layout."""
         return self.best.layout.pp
 
     @property
     def dp(self) -> int:
+        """Data-parallel ranks of the best layout."""
         return self.best.layout.dp
 
-    def first(self, wanted: Callable[[Layout], bool]) -> Row | None:
-        """The fastest whose layout is wanted."""
+    def first(self, wanted: Callable[[Layout], bool]) -> Prediction | None:
+        """Return the fastest prediction whose layout is wanted, or None."""
         return next((row for row in self.rows if wanted(row.layout)), None)
 
 
 def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -> LayoutChoice:
-    """
+    """Predict every layout of a job on a number of GPUs.
+
     Args:
+        job: the job.
+        gpus: number of GPUs.
         global_batch: sequences of a step.
-        most_pp: largest pipeline to consider; None: any.
+        most_pp: most pipeline stages; None: any.
 
     Raises:
         PlanError: no layout exists, or none fits; the message says by how much, and what would.
+
+    Example:
+        >>> from tpkernels_planner import load_model, make_job, search
+        >>> job = make_job(load_model("llama-7b"), "h100", seq=2048)
+        >>> search(job, gpus=8, global_batch=64).best.layout.zero
+        2
     """
-    count("gpus", gpus)
-    count("global_batch", global_batch)
+    whole_number("gpus", gpus)
+    whole_number("global_batch", global_batch)
     if most_pp is not None:
-        count("max_pp", most_pp)
+        whole_number("max_pp", most_pp)
     constants = constants_of(job.hardware)
-    rows = [row_of(job, layout, constants) for layout in layouts(job, gpus, global_batch, most_pp)]
+    rows = [
+        predict_unchecked(job, layout, constants)
+        for layout in layouts(job, gpus, global_batch, most_pp)
+    ]
     if not rows:
+        node = job.hardware.gpus_per_node
         raise PlanError(
-            f"{gpus} GPUs cannot share {global_batch} sequences: no TP (of at most {job.hardware.gpus_per_node}) x PP x DP of them has a DP "
-            f"that divides the batch; pass a multiple of {gpus // _divisors(gpus, job.hardware.gpus_per_node)[-1]} sequences"
+            f"{gpus} GPUs cannot share {global_batch} sequences: no TP (of at most {node}) x PP x "
+            "DP of them has a DP that divides the batch; "
+            f"pass a multiple of {gpus // _divisors(gpus, node)[-1]} sequences"
         )
     fitting = sorted(
         (row for row in rows if row.fits), key=lambda row: (row.step_s, row.memory.total)
     )
-    larger = tuple(sorted((row for row in rows if not row.fits), key=lambda row: row.memory.total))
+    larger = sorted((row for row in rows if not row.fits), key=lambda row: row.memory.total)
     if not fitting:
-        raise PlanError(_what_would_fit(job, gpus, global_batch, most_pp, larger[0]))
-    return LayoutChoice(job, gpus, global_batch, tuple(fitting), larger)
+        raise PlanError(_advise_more_memory(larger[0], most_pp))
+    return LayoutChoice(job, gpus, global_batch, tuple(fitting), tuple(larger))
 
 
-def _what_would_fit(
-    job: Job, gpus: int, global_batch: int, most_pp: int | None, smallest: Row
-) -> str:
-    over = smallest.memory.total - FIT * job.hardware.memory_bytes
+def _advise_more_memory(smallest: Prediction, most_pp: int | None) -> str:
+    """Say what would fit: more GPUs, or larger ones than the smallest layout's."""
+    job, layout = smallest.job, smallest.layout
+    usable, needed = usable_bytes(job), smallest.memory.total
     text = (
-        f"no layout of {gpus} {job.hardware.name} fits: the smallest ({smallest.layout.words()}) takes {smallest.memory.total / 1e9:.1f} GB a GPU, "
-        f"{over / 1e9:.1f} GB more than the {FIT * job.hardware.memory_bytes / 1e9:.1f} GB it may"
+        f"no layout of {layout.gpus} {job.hardware.name} fits: the smallest ({layout.words()}) "
+        f"takes {needed / 1e9:.1f} GB a GPU, {(needed - usable) / 1e9:.1f} GB more than the "
+        f"{usable / 1e9:.1f} GB it may"
     )
-    more = gpus
+    larger = f"{needed / FIT / 1e9:.0f} GB each"
+    more = layout.gpus
     while more < 16384:
         more *= 2
-        batch = ceil_div(global_batch, more) * more
-        if any(
-            memory(job, layout).total <= FIT * job.hardware.memory_bytes
-            for layout in layouts(job, more, batch, most_pp)
-        ):
-            return f"{text}; {more} GPUs would do, or as many of {smallest.memory.total / FIT / 1e9:.0f} GB each"
-    return f"{text}; GPUs of {smallest.memory.total / FIT / 1e9:.0f} GB each would do"
+        batch = ceil_div(layout.global_batch, more) * more
+        candidates = layouts(job, more, batch, most_pp)
+        if any(memory(job, candidate).total <= usable for candidate in candidates):
+            return f"{text}; {more} GPUs would do, or as many of {larger}"
+    return f"{text}; GPUs of {larger} would do"
