@@ -71,7 +71,7 @@ format: $(VENV)/.installed
 
 # The site, in build/site, from docs/ and the docstrings. It needs no network and no built extension.
 docs: $(VENV)/.installed
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # Each mutant is a copy of a source with one fault, which a test must find.
 mutants: setup

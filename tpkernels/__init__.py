@@ -13,6 +13,7 @@ except ImportError as error:
 from tpkernels_planner import plan
 
 from . import functional, nn, profiling
+from ._version import __version__ as __version__
 from .checkpoint import load_unsharded_state_dict, unsharded_gradients, unsharded_state_dict
 from .group import init_mesh
 from .kernels import registration as _registration
@@ -24,7 +25,6 @@ from .schedule.tune import tune
 if (_torch.version.cuda or _torch.version.hip) and _registration.available():
     _registration.register()  # without Triton the ops run as a few ATen calls each
 
-__version__ = "0.1.0"
 __all__ = [
     "GradScaler",
     "all_reduce_",
