@@ -17,7 +17,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "planner.md"
 
 
 def test_measured_steps_are_predicted():
-    single, known = measured.single_node(), measured.published()
+    single = measured.single_node()
+    known = measured.published()
     assert len(single) == 1440 and len(known) == 14
     held = [abs(fit.prediction_error(row)) for row in single if row.held]
     assert 240 < len(held) < 336

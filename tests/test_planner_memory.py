@@ -16,9 +16,13 @@ def test_the_seed_figure_70b_over_4_ranks():
 
 def test_activations_of_megatron_are_the_papers():
     """Korthikanti et al., arXiv 2205.05198, table 2, per block."""
-    model, s, b, t = Model(512, 4, 8, 1000), 256, 2, 4
+    model = Model(512, 4, 8, 1000)
+    s = 256
+    b = 2
+    t = 4
     job = Job(model, load_hardware("a100-80"), s, "float16", "megatron-2021")
-    sbh, scores = s * b * 512, 5 * 8 * s * s * b
+    sbh = s * b * 512
+    scores = 5 * 8 * s * s * b
     wanted = {
         (1, False, "none"): 34 * sbh + scores,
         (t, False, "none"): sbh * (10 + 24 / t) + scores / t,

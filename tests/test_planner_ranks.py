@@ -22,7 +22,8 @@ def saved_bytes(forward, parameters):
     the parameter's.
     """
     parameters = list(parameters)
-    own, table = {p.untyped_storage().data_ptr() for p in parameters}, parameters[0].shape
+    own = {p.untyped_storage().data_ptr() for p in parameters}
+    table = parameters[0].shape
     seen = {}
 
     def pack(t):
@@ -39,10 +40,8 @@ def saved_bytes(forward, parameters):
 class Whole(torch.nn.Module):
     def __init__(self, model: Model, dtype):
         super().__init__()
-        norm, options = (
-            ("rmsnorm" if model.gated else "layernorm"),
-            dict(group=dist.group.WORLD, dtype=dtype),
-        )
+        norm = "rmsnorm" if model.gated else "layernorm"
+        options = dict(group=dist.group.WORLD, dtype=dtype)
         self.embedding = tpk.nn.VocabParallelEmbedding(model.vocab, model.hidden, **options)
         self.blocks = torch.nn.ModuleList(
             tpk.nn.ParallelTransformerBlock(

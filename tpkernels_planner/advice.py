@@ -11,7 +11,8 @@ from .search import LayoutChoice, Prediction, search, usable_bytes
 
 def bottlenecks(row: Prediction, choice: LayoutChoice) -> str:
     """Name the largest cost other than compute, and faster layouts that memory rules out."""
-    time, layout = row.time, row.layout
+    time = row.time
+    layout = row.layout
     data_parallel = "the data-parallel collectives"
     if layout.gpus > row.job.hardware.gpus_per_node:
         data_parallel += " (the network)"
@@ -121,7 +122,8 @@ def tp_needed_from(choice: LayoutChoice) -> str:
 
 def batch_size(choice: LayoutChoice) -> str:
     """Say the smallest batch of the best layout's shape."""
-    layout, seq = choice.best.layout, choice.job.seq
+    layout = choice.best.layout
+    seq = choice.job.seq
     smallest = layout.dp * layout.micro_batch
     stages = f" x {layout.pp} stages" if layout.pp > 1 else ""
     return (

@@ -82,7 +82,8 @@ def _linear_seconds(job: Job, layout: Layout, c: Constants) -> Passes:
     forward = backward = 0.0
     for linear in job.model.linears.values():
         shard = linear.shard(layout.tp)
-        n, k = shard.out_features, shard.in_features
+        n = shard.out_features
+        k = shard.in_features
         forward += gemm_seconds(rows, n, k, job, c)
         backward += gemm_seconds(rows, k, n, job, c) + gemm_seconds(n, k, rows, job, c)
     return Passes(forward, backward)
@@ -97,11 +98,13 @@ def _query_and_kv_features(job: Job, layout: Layout) -> tuple[int, int]:
 
 def _attention_seconds(job: Job, layout: Layout, c: Constants) -> Passes:
     """Predict attention's core, between its projections."""
-    model, seq = job.model, job.seq
+    model = job.model
+    seq = job.seq
     bandwidth = bandwidth_16bit(job, c)
     if job.is_megatron:
         batch = layout.micro_batch * ceil_div(model.heads, layout.tp)
-        head_dim, share = model.head_dim, c.attention
+        head_dim = model.head_dim
+        share = c.attention
         forward = gemm_seconds(seq, seq, head_dim, job, c, batch, share)
         forward += gemm_seconds(seq, head_dim, seq, job, c, batch, share)
         backward = 2 * forward
@@ -120,7 +123,8 @@ def _attention_seconds(job: Job, layout: Layout, c: Constants) -> Passes:
 
 def _elementwise_seconds(job: Job, layout: Layout, c: Constants) -> Passes:
     """Predict the passes between the matrix products, from the bytes that they read and write."""
-    model, rows = job.model, layout.micro_batch * job.seq
+    model = job.model
+    rows = layout.micro_batch * job.seq
     # Elements of norms, dropout and residual.
     hidden = rows * model.hidden / (layout.tp if layout.sequence_parallel else 1)
     queries, kv = _query_and_kv_features(job, layout)

@@ -132,8 +132,8 @@ def _print_sweep(
 
 @app.command(
     "predict",
-    help="One layout's step time, FLOP/s and memory; --software is what the GPU's own measured "
-    "rows ran, unless said.",
+    help="One layout's step time, FLOP/s and memory; "
+    "--software is what the GPU's own measured rows ran, unless said.",
 )
 @command
 def predict_command(

@@ -113,7 +113,8 @@ def data_parallel_seconds(
     Returns:
         Seconds of all of them, and of the part that overlaps with compute.
     """
-    dp, m = layout.dp, layout.micro_batches
+    dp = layout.dp
+    m = layout.micro_batches
     if dp == 1:
         return 0.0, 0.0
     ranks_per_node = max(1, job.hardware.gpus_per_node // layout.tp)
@@ -148,7 +149,9 @@ class Traffic(NamedTuple):
 
 def traffic(job: Job, layout: Layout) -> dict[str, Traffic]:
     """Count the collectives of one GPU's step, by name."""
-    model, m, hardware = job.model, layout.micro_batches, job.hardware
+    model = job.model
+    m = layout.micro_batches
+    hardware = job.hardware
     size = all_reduce_bytes(job, layout)
     parameters = job.element_bytes * local_parameters(model, layout)
     found: dict[str, Traffic] = {}

@@ -30,7 +30,9 @@ def _model_lines(row: Prediction) -> list[str]:
 
 
 def _memory_lines(row: Prediction) -> list[str]:
-    job, layout, held = row.job, row.layout, row.memory
+    job = row.job
+    layout = row.layout
+    held = row.memory
 
     def shards(stage: int) -> str:
         return f" / {layout.dp}" if layout.zero >= stage else ""
@@ -54,10 +56,13 @@ def _memory_lines(row: Prediction) -> list[str]:
 
 
 def _block_lines(row: Prediction) -> list[str]:
-    job, layout, hardware = row.job, row.layout, row.job.hardware
+    job = row.job
+    layout = row.layout
+    hardware = row.job.hardware
     c = constants_of(hardware)
     one = block_time(job, layout, c)
-    processors, tp = hardware.multiprocessors, layout.tp
+    processors = hardware.multiprocessors
+    tp = layout.tp
     lines = [
         f"Time of a block, one micro-batch of {layout.micro_batch} x {job.seq} tokens",
         f"  GEMM [M,K]x[K,N] = (tiles of 128 x 128 / {processors} + {c.tail:.2f}) waves x "
@@ -81,8 +86,11 @@ def _block_lines(row: Prediction) -> list[str]:
 
 
 def _step_lines(row: Prediction) -> list[str]:
-    job, layout, time = row.job, row.layout, row.time
-    m, pp = layout.micro_batches, layout.pp
+    job = row.job
+    layout = row.layout
+    time = row.time
+    m = layout.micro_batches
+    pp = layout.pp
     c = constants_of(job.hardware)
     data_parallel, _ = data_parallel_seconds(job, layout, c, time.compute)
     return [
@@ -102,8 +110,16 @@ def _step_lines(row: Prediction) -> list[str]:
 
 
 def explain(row: Prediction) -> str:
-    """Write out how a prediction was computed."""
-    job, layout = row.job, row.layout
+    """Write out how a prediction was computed.
+
+    Example:
+        >>> from tpkernels_planner import plan
+        >>> lines = explain(plan("llama-7b", gpus=8, global_batch=64).best).splitlines()
+        >>> lines[3].partition(" = ")[2]
+        '32 blocks x 202,383,360 + embeddings 131,072,000 + output 131,076,096 = 6,738,415,616'
+    """
+    job = row.job
+    layout = row.layout
     title = (
         f"{layout.words()} of {job.model.name or 'the model'} on {layout.gpus} "
         f"{job.hardware.title}, {layout.global_batch} sequences of {job.seq} tokens, "

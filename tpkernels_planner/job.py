@@ -25,6 +25,12 @@ class Job:
         seq: tokens of a sequence.
         dtype: dtype of parameters and activations.
         software: one of SOFTWARE.
+
+    Example:
+        >>> from tpkernels_planner import load_model, make_job
+        >>> job = make_job(load_model("llama-7b"), "h100", seq=2048)
+        >>> job.dtype, job.software, job.element_bytes
+        ('bfloat16', 'tpkernels', 2)
     """
 
     model: Model
@@ -59,10 +65,20 @@ def make_job(
     gpus_per_node: int | None = None,
     network_gbit: float | None = None,
 ) -> Job:
-    """Make a job from a user's options; `tpkernels_planner.plan` describes them.
+    """Make a job from a user's options.
+
+    Args:
+        model: the model to train.
+        gpu, seq, dtype, software, gpus_per_node, network_gbit: as `tpkernels_planner.plan` takes
+            them.
 
     Raises:
         PlanError: an unknown name, or a number that makes no sense.
+
+    Example:
+        >>> from tpkernels_planner import load_model, make_job
+        >>> make_job(load_model("llama-7b"), "a100-80", seq=None, network_gbit=100).hardware.network
+        Link(kind='100 Gbit/s a GPU', bus_bytes_per_s=12500000000.0)
     """
     hardware = load_hardware(gpu)
     if gpus_per_node is not None:

@@ -78,7 +78,9 @@ def block_activations(job: Job, layout: Layout) -> int:
     tpkernels: the norms' inputs and outputs, q, k, v, attention's output and log-sum-exp, the MLP's
     pre-activations and activations.
     """
-    model, tp, element = job.model, layout.tp, job.element_bytes
+    model = job.model
+    tp = layout.tp
+    element = job.element_bytes
     if layout.recompute == "full":
         return all_reduce_bytes(job, layout)
     shards = [linear.shard(tp) for linear in model.linears.values()]
@@ -101,13 +103,16 @@ def in_flight(layout: Layout) -> float:
 
     Source: Narayanan et al., arXiv 2104.04473, section 2.2, interleaved stages included.
     """
-    p, v, m = layout.pp, layout.interleave, layout.micro_batches
+    p = layout.pp
+    v = layout.interleave
+    m = layout.micro_batches
     return min(m, p) if v == 1 else min(m, p + (p - 1) / v)
 
 
 def _activations(job: Job, layout: Layout) -> int:
     """Return the bytes of the activations of the fullest of the first stage and the last."""
-    model, rows = job.model, layout.micro_batch * job.seq
+    model = job.model
+    rows = layout.micro_batch * job.seq
     held = layout.blocks(model) * block_activations(job, layout)
     recomputed = 0  # the block that is being recomputed
     if layout.recompute == "full":
@@ -124,7 +129,8 @@ def _activations(job: Job, layout: Layout) -> int:
 
 def memory(job: Job, layout: Layout) -> Memory:
     """Predict the memory of the fullest GPU."""
-    model, element = job.model, job.element_bytes
+    model = job.model
+    element = job.element_bytes
     workspace = CONTEXT if job.hardware.multiprocessors > 1 else 0
     if layout.zero == 3 and layout.dp > 1:
         # Two gathered blocks, or the gathered embedding.

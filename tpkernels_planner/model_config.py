@@ -75,7 +75,8 @@ def _gpt2(config: _Config) -> Model:
 
 def _opt(config: _Config) -> Model:
     sizes = config.sizes()
-    hidden, vocab = sizes["hidden"], sizes["vocab"]
+    hidden = sizes["hidden"]
+    vocab = sizes["vocab"]
     width = config.get("word_embed_proj_dim", hidden)
     bias = config.get("enable_bias", True)
     affine = config.get("layer_norm_elementwise_affine", True)
@@ -118,8 +119,10 @@ def _gpt_neox(config: _Config) -> Model:
 
 def _llama_like(config: _Config) -> Model:
     sizes = config.sizes()
-    hidden, heads = sizes["hidden"], sizes["heads"]
-    kind, family = config.kind, _FAMILIES[config.kind]
+    hidden = sizes["hidden"]
+    heads = sizes["heads"]
+    kind = config.kind
+    family = _FAMILIES[config.kind]
     kv_heads = config.get("num_key_value_heads", heads)
     head_dim = config.get("head_dim", family.get("head_dim") or hidden // heads)
     bias = config.get("attention_bias", False)
@@ -188,6 +191,11 @@ def load_model(name: str) -> Model:
 
     Raises:
         PlanError: no such name (with those near it), or a file that does not describe a model.
+
+    Example:
+        >>> from tpkernels_planner import load_model
+        >>> load_model("llama-70b").kv_heads
+        8
     """
     models = json.loads((DATA / "models.json").read_text())
     key = name.lower()

@@ -9,6 +9,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 from rich.console import Console
+from typer import Option
 
 from .errors import PlanError
 from .job import Job, make_job, sequences
@@ -16,12 +17,12 @@ from .layout import Layout
 from .model import Model
 from .model_config import SEQ, VOCAB, gpt_model, llama_model, load_model
 
-Gpus = Annotated[int, typer.Option(help="How many.")]
+Gpus = Annotated[int, Option(help="How many.")]
 MaxPp = Annotated[
-    int | None, typer.Option(help="Stages of a pipeline at most; 1: none, as tpkernels runs.")
+    int | None, Option(help="Stages of a pipeline at most; 1: none, as tpkernels runs.")
 ]
 Json = Annotated[
-    Path | None, typer.Option("--json", help="Also write JSON to this file; - prints nothing else.")
+    Path | None, Option("--json", help="Also write JSON to this file; - prints nothing else.")
 ]
 
 
@@ -38,56 +39,52 @@ class JobOptions:
 
     model: Annotated[
         str | None,
-        typer.Option("--model", help="A named model, or the path of a Hugging Face config.json."),
+        Option("--model", help="A named model, or the path of a Hugging Face config.json."),
     ] = None
     hidden: Annotated[
         int | None,
-        typer.Option(
-            help="Features between blocks; with --layers and --heads in place of --model."
-        ),
+        Option(help="Features between blocks; with --layers and --heads in place of --model."),
     ] = None
-    layers: Annotated[int | None, typer.Option(help="Blocks.")] = None
-    heads: Annotated[int | None, typer.Option(help="Query heads.")] = None
+    layers: Annotated[int | None, Option(help="Blocks.")] = None
+    heads: Annotated[int | None, Option(help="Query heads.")] = None
     kv_heads: Annotated[
-        int | None, typer.Option(help="Key and value heads; as many as heads if not said.")
+        int | None, Option(help="Key and value heads; as many as heads if not said.")
     ] = None
     ffn: Annotated[
         int | None,
-        typer.Option(help="Inner features of the MLP; 4 x hidden if not said, 8/3 if gated."),
+        Option(help="Inner features of the MLP; 4 x hidden if not said, 8/3 if gated."),
     ] = None
     gated: Annotated[
         bool,
-        typer.Option(
+        Option(
             help="A gated MLP, RMSNorm, rotary positions and no biases, as Llama has; else as GPT."
         ),
     ] = False
-    vocab: Annotated[int, typer.Option(help="Tokens of the vocabulary.")] = VOCAB
-    seq: Annotated[int | None, typer.Option(help=f"Tokens of a sequence [default: {SEQ}].")] = None
+    vocab: Annotated[int, Option(help="Tokens of the vocabulary.")] = VOCAB
+    seq: Annotated[int | None, Option(help=f"Tokens of a sequence [default: {SEQ}].")] = None
     gpu: Annotated[
-        str, typer.Option(help="A named GPU, or the path of a JSON file that describes one.")
+        str, Option(help="A named GPU, or the path of a JSON file that describes one.")
     ] = "h100"
     batch_tokens: Annotated[
-        str | None, typer.Option(help="Tokens of a step: 4194304, or 4M (4 x 2^20).")
+        str | None, Option(help="Tokens of a step: 4194304, or 4M (4 x 2^20).")
     ] = None
     global_batch: Annotated[
-        str | None, typer.Option(help="Sequences of a step, in place of --batch-tokens.")
+        str | None, Option(help="Sequences of a step, in place of --batch-tokens.")
     ] = None
     dtype: Annotated[
         str | None,
-        typer.Option(help="bfloat16, float16, float32 [default: the GPU's 16-bit type]."),
+        Option(help="bfloat16, float16, float32 [default: the GPU's 16-bit type]."),
     ] = None
     software: Annotated[
         str | None,
-        typer.Option(
-            help="tpkernels (fused attention and loss, overlap) or megatron-2021 (neither)."
-        ),
+        Option(help="tpkernels (fused attention and loss, overlap) or megatron-2021 (neither)."),
     ] = None
-    gpus_per_node: Annotated[
-        int | None, typer.Option(help="GPUs of a node, in place of the file's.")
-    ] = None
+    gpus_per_node: Annotated[int | None, Option(help="GPUs of a node, in place of the file's.")] = (
+        None
+    )
     network_gbit: Annotated[
         float | None,
-        typer.Option(help="Gbit/s of a GPU's share of its node's ports, in place of the file's."),
+        Option(help="Gbit/s of a GPU's share of its node's ports, in place of the file's."),
     ] = None
 
     def _chosen_model(self) -> Model:
@@ -134,19 +131,17 @@ class JobOptions:
 class LayoutOptions:
     """The options of one layout, without its batch."""
 
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1
-    dp: Annotated[int, typer.Option(help="Data-parallel ranks.")] = 1
-    micro_batch: Annotated[int, typer.Option(help="Sequences of one pass.")] = 1
-    interleave: Annotated[int, typer.Option(help="Model chunks of a stage.")] = 1
-    recompute: Annotated[str, typer.Option(help="none, selective or full.")] = "none"
+    tp: Annotated[int, Option(help="Tensor-parallel ranks.")] = 1
+    pp: Annotated[int, Option(help="Pipeline stages.")] = 1
+    dp: Annotated[int, Option(help="Data-parallel ranks.")] = 1
+    micro_batch: Annotated[int, Option(help="Sequences of one pass.")] = 1
+    interleave: Annotated[int, Option(help="Model chunks of a stage.")] = 1
+    recompute: Annotated[str, Option(help="none, selective or full.")] = "none"
     sequence_parallel: Annotated[
         bool,
-        typer.Option(
-            "--sequence-parallel", help="Norms and residual sharded over the TP ranks too."
-        ),
+        Option("--sequence-parallel", help="Norms and residual sharded over the TP ranks too."),
     ] = False
-    zero: Annotated[int, typer.Option(help="0 to 3: what the data-parallel ranks shard.")] = 0
+    zero: Annotated[int, Option(help="0 to 3: what the data-parallel ranks shard.")] = 0
 
     def layout(self, global_batch: int) -> Layout:
         """Return the layout for a batch."""

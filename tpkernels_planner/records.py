@@ -11,7 +11,8 @@ from .search import LayoutChoice, Prediction
 
 def prediction_record(row: Prediction) -> dict[str, Any]:
     """Return a prediction's numbers, in seconds, bytes and FLOP/s."""
-    layout, job = row.layout, row.job
+    layout = row.layout
+    job = row.job
     carried = traffic(job, layout)
     return {
         "model": {

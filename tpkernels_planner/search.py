@@ -24,7 +24,8 @@ def usable_bytes(job: Job) -> float:
 
 def hardware_share(job: Job, layout: Layout) -> float:
     """Return the GPUs' operations, recomputation included, as a share of the model's own."""
-    model, seq = job.model, job.seq
+    model = job.model
+    seq = job.seq
     recomputed = 0
     if layout.recompute == "full":
         recomputed = model.forward_flops(seq) - 2 * seq * model.vocab * model.hidden
@@ -278,8 +279,10 @@ def search(job: Job, gpus: int, global_batch: int, most_pp: int | None = None) -
 
 def _advise_more_memory(smallest: Prediction, most_pp: int | None) -> str:
     """Say what would fit: more GPUs, or larger ones than the smallest layout's."""
-    job, layout = smallest.job, smallest.layout
-    usable, needed = usable_bytes(job), smallest.memory.total
+    job = smallest.job
+    layout = smallest.layout
+    usable = usable_bytes(job)
+    needed = smallest.memory.total
     text = (
         f"no layout of {layout.gpus} {job.hardware.name} fits: the smallest ({layout.words()}) "
         f"takes {needed / 1e9:.1f} GB a GPU, {(needed - usable) / 1e9:.1f} GB more than the "

@@ -46,7 +46,8 @@ class StepTime:
 
 def _ends_seconds(job: Job, layout: Layout, c: Constants) -> tuple[float, float]:
     """Predict one micro-batch's embedding, and its output layer and loss, without communication."""
-    model, rows = job.model, layout.micro_batch * job.seq
+    model = job.model
+    rows = layout.micro_batch * job.seq
     vocab = ceil_div(model.vocab, layout.tp)
     bandwidth = bandwidth_16bit(job, c)
     gemms = (
@@ -71,7 +72,9 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
         job, layout: the job, and a layout that is possible for its model.
         c: the GPU's constants.
     """
-    layers, m, p = job.model.layers, layout.micro_batches, layout.pp
+    layers = job.model.layers
+    m = layout.micro_batches
+    p = layout.pp
     one = block_time(job, layout, c)
     embedding, output = _ends_seconds(job, layout, c)
     sends = pipeline_seconds(job, layout, c)
@@ -98,7 +101,8 @@ def step_time(job: Job, layout: Layout, c: Constants) -> StepTime:
     if p > 1:
         # 1F1B: all micro-batches pass the slowest stage, and one passes the other stages before
         # and after; interleaving makes that 1 / interleave of it.
-        first, last = embedding + ends_exposed / 2, output + ends_exposed / 2
+        first = embedding + ends_exposed / 2
+        last = output + ends_exposed / 2
         slowest = layout.blocks(job.model) * block + max(first, last) + sends
         total = layers * block + first + last + p * sends
         pipeline = m * slowest + (total - slowest) / layout.interleave

@@ -23,7 +23,8 @@ def seconds_text(value: float) -> str:
 
 def _cells(row: Prediction, wide: bool) -> list[str]:
     """Format the cells of one prediction, with all parts in a wide table."""
-    time, memory = row.time, row.memory
+    time = row.time
+    memory = row.memory
     parts = {
         "compute": time.compute + time.recompute + time.optimizer,
         "tp": time.tp_exposed,
