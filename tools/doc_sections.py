@@ -6,7 +6,7 @@ import re
 
 
 def fill(text: str, sections: dict[str, list[str]]) -> str:
-    """Replace a page's sections, each from `<!-- name -->` to `<!-- /name -->`.
+    r"""Replace a page's sections, each from `<!-- name -->` to `<!-- /name -->`.
 
     Args:
         text: the page.
@@ -16,8 +16,8 @@ def fill(text: str, sections: dict[str, list[str]]) -> str:
         The page with its new sections. A name that the page lacks is ignored.
 
     Example:
-        >>> fill("<!-- a -->\\nold\\n<!-- /a -->", {"a": ["new", ""]})
-        '<!-- a -->\\n\\nnew\\n<!-- /a -->'
+        >>> fill("<!-- a -->\nold\n<!-- /a -->", {"a": ["new", ""]})
+        '<!-- a -->\n\nnew\n<!-- /a -->'
     """
     for name, lines in sections.items():
         block = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.S)
