@@ -42,9 +42,9 @@ def block(group, args: argparse.Namespace) -> Callable[[], Tensor]:
 
 
 def demo(group, args: argparse.Namespace) -> Callable[[], Tensor]:
-    from tpkernels.demo import _find_weights, _load
+    from tpkernels.demo.model import find_weights, load_model
 
-    model, _, batches, _ = _load(_find_weights())
+    model, _, batches, _ = load_model(find_weights())
     tpk.parallelize(model.to(**PLACE), group, overlap=args.overlap)
     ids = batches[0].to(DEVICE)
     return lambda: model(ids, labels=ids).loss

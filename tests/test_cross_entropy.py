@@ -12,7 +12,7 @@ from torch.testing import assert_close
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels import reference
-from tpkernels.shard import Split, chunk_sizes
+from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -31,7 +31,7 @@ def some_targets(tokens, classes):
 def split_run(logits, target, dloss=None, **options):
     """Loss and the gradient of all logits, gathered by hand; checks that backward starts nothing and forward little."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    split = Split.chunks(logits.shape[-1], world, dim=-1)
+    split = ShardSpec.chunks(logits.shape[-1], world, dim=-1)
     mine = split.shard(logits, rank).clone().requires_grad_()
     with tpk.log_collectives() as forward:
         loss = tpf.vocab_parallel_cross_entropy(
@@ -46,7 +46,7 @@ def split_run(logits, target, dloss=None, **options):
         sum(c.bytes for c in forward) <= (4 * target.numel() + 2) * size.itemsize
     )  # a few numbers a token, not its logits
     assert loss.dtype == size and mine.grad.dtype == logits.dtype
-    padded = torch.zeros(*mine.shape[:-1], split.stored_size, dtype=mine.dtype)
+    padded = torch.zeros(*mine.shape[:-1], split.padded_shard_size, dtype=mine.dtype)
     padded[..., : mine.shape[-1]] = mine.grad
     shards = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(shards, padded)
@@ -153,7 +153,7 @@ def other_layouts():
     assert_close(split_run(logits, target)[0], want)
     view = logits.transpose(0, 1)  # not contiguous, as is its shard
     assert_close(split_run(view, target.t())[0], want)
-    shard = Split.chunks(332, world, dim=-1).shard(logits, rank)
+    shard = ShardSpec.chunks(332, world, dim=-1).shard(logits, rank)
     assert_close(
         tpf.vocab_parallel_cross_entropy(shard, target, group=group), want
     )  # an even split needs no num_classes

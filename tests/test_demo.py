@@ -53,7 +53,7 @@ def test_demo(tmp_path, tp, most_bytes):
             abs(a - b) <= 1e-4 * b
             for a, b in zip(result["dtensor_losses"], result["reference_losses"], strict=False)
         )
-    assert "How each module was split" in run.stdout and "the same" in run.stdout
+    assert "How each module was sharded" in run.stdout and "the same" in run.stdout
 
 
 def test_own_model_example():

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.nn import Dropout, ParallelTransformerBlock
-from tpkernels.shard import Split
+from tpkernels.sharding.spec import ShardSpec
 
 
 def seed_of(n):
@@ -79,10 +79,12 @@ def test_dropout_is_recomputed_by_checkpointing():
 
 def masks_of_ranks():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    x, columns = torch.ones(6, 11), Split.chunks(11, world, dim=-1)
+    x, columns = torch.ones(6, 11), ShardSpec.chunks(11, world, dim=-1)
     torch.manual_seed(5)
     whole = tpf.dropout(x)
-    mine = tpf.dropout(columns.shard(x, rank), seed=seed_of(9), column=sum(columns.sizes[:rank]))
+    mine = tpf.dropout(
+        columns.shard(x, rank), seed=seed_of(9), column=sum(columns.shard_sizes[:rank])
+    )
     gathered = [None] * world
     dist.all_gather_object(gathered, mine)
     torch.manual_seed(6)

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.nn import VocabParallelEmbedding
-from tpkernels.shard import Split, chunk_sizes
+from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
 EXACT = dict(atol=0, rtol=0)
 
@@ -39,7 +39,7 @@ def integers(*shape, dtype=torch.float32):
 
 def check_function(vocabulary, padding_idx, dtype):
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    split, table = Split.chunks(vocabulary, world), integers(vocabulary, 6, dtype=dtype)
+    split, table = ShardSpec.chunks(vocabulary, world), integers(vocabulary, 6, dtype=dtype)
     for ids in some_ids(vocabulary):
         stock = table.clone().requires_grad_()
         mine = split.shard(table, rank).clone().requires_grad_()

@@ -125,7 +125,7 @@ def whole_input_of_another_size():
 
 
 def test_whole_input_of_another_size(pool):
-    """Split like torch.chunk does, 17 features would fit the first two ranks."""
+    """ShardSpec like torch.chunk does, 17 features would fit the first two ranks."""
     assert_refused(
         pool.run(3, whole_input_of_another_size), {"17": (ValueError, "input", "17", "18")}
     )

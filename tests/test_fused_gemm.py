@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 
 import tpkernels as tpk
+from tpkernels.kernels.heuristics import fuses_activation
 from tpkernels.nn import ColumnParallelLinear, ParallelMLP
-from tpkernels.ops import linear
-from tpkernels.schedule import fuses_activation
+from tpkernels.ops import column_linear
 
 
 def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, device="cuda"):
@@ -46,7 +46,7 @@ def layers_with_and_without():
             return real(*args)
 
         with (
-            mock.patch.object(linear, "fuses_activation", lambda *args, fused=fused: fused),
+            mock.patch.object(column_linear, "fuses_activation", lambda *args, fused=fused: fused),
             mock.patch.object(torch.ops.tpkernels, "column_linear_act", op),
             tpk.log_collectives() as log,
         ):

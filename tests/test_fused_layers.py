@@ -21,7 +21,7 @@ from tpkernels.nn import (
     RMSNorm,
     RowParallelLinear,
 )
-from tpkernels.shard import Split
+from tpkernels.sharding.spec import ShardSpec
 
 EXACT = dict(atol=0, rtol=0)
 
@@ -321,7 +321,7 @@ def test_attention_with_rotary_embedding(pool, ranks):
 def row_linear_and_norm():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     split, (w, b, scale) = (
-        Split.chunks(18, world, dim=-1),
+        ShardSpec.chunks(18, world, dim=-1),
         (torch.randn(23, 18), torch.randn(23), torch.randn(23)),
     )
     for shape, overlap, bias, with_residual in itertools.product(

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels import reference
-from tpkernels.shard import Split, chunk_sizes
+from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
 EXACT = dict(atol=0, rtol=0)
 IGNORED = -100
@@ -28,7 +28,7 @@ def some_targets(rows, classes, ignored=0.2):
 def split_loss(x, w, b, target, classes, dloss=1.0, **options):
     """The loss and the gradients of the input, and of the whole weight and bias, gathered by hand."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    split = Split.chunks(classes, world)
+    split = ShardSpec.chunks(classes, world)
     leaf = x.detach().clone().requires_grad_()
     mine = [None if t is None else split.shard(t, rank).clone().requires_grad_() for t in (w, b)]
     loss = tpf.vocab_parallel_linear_cross_entropy(
@@ -65,7 +65,7 @@ def stock_loss(x, w, b, target, dtype, dloss=1.0, **options):
     (loss * dloss).backward()
     world = dist.get_world_size()
     shards = [
-        [Split.chunks(len(w), world, dim).shard(t, r) for r in range(world)]
+        [ShardSpec.chunks(len(w), world, dim).shard(t, r) for r in range(world)]
         for t, dim in ((logits.grad, -1), (leaves[1].detach(), 0))
     ]
     dx = reference.column_linear_input_grad(*shards)
@@ -139,7 +139,7 @@ class Allocations(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.largest = 0
+        self.max_shard_size = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "tpkernels":  # into its kernel, which is made of ops too
@@ -151,7 +151,7 @@ class Allocations(TorchDispatchMode):
             for t in tree_leaves(result)
             if torch.is_tensor(t)
         ]
-        self.largest = max([self.largest, *sizes])
+        self.max_shard_size = max([self.max_shard_size, *sizes])
         return result
 
 
@@ -171,11 +171,11 @@ def loss_memory_and_collectives():
             value = loss()
         inputs = sum(c.tag == "loss_input" for c in log)
         assert len(log) == 20 + inputs and inputs == 10 * grad, log
-        assert seen.largest <= max(32 * width, rows * features, width * features)
+        assert seen.max_shard_size <= max(32 * width, rows * features, width * features)
         assert value.requires_grad == grad
     with Allocations() as whole:
         F.cross_entropy(F.linear(x, w, b), torch.zeros_like(target))
-    assert whole.largest >= rows * width  # what the check above would have seen
+    assert whole.max_shard_size >= rows * width  # what the check above would have seen
 
     with tpk.log_collectives() as log:
         value.backward(retain_graph=True)

@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 import tpkernels as tpk
 from tpkernels import group as groups
+from tpkernels import mesh as mesh_module
 from tpkernels.group import Group, resolve_group
 from tpkernels.kernels import tuning
-from tpkernels.schedule import table
+from tpkernels.overlap import calibration_cache
 
 
 def mesh_of_four():
@@ -119,17 +120,17 @@ def test_init_mesh_on_gpus(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
-    monkeypatch.setattr(groups.DeviceMesh, "from_group", lambda pgs, *args, **names: mesh)
+    monkeypatch.setattr(mesh_module.DeviceMesh, "from_group", lambda pgs, *args, **names: mesh)
     monkeypatch.setattr(groups, "_meshes", [])
     monkeypatch.setattr(groups, "_chunked_groups", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     opened, loaded = [], []
     monkeypatch.setattr(
-        groups, "open_peer_memory", lambda pg, device: opened.append((pg.group_name, device))
+        mesh_module, "open_peer_memory", lambda pg, device: opened.append((pg.group_name, device))
     )
     monkeypatch.setattr(tuning, "load", lambda pg: loaded.append(pg.group_name))
-    monkeypatch.setattr(groups, "Group", lambda pg, device: (pg.group_name, device))
-    monkeypatch.setattr(table, "load", loaded.append)
+    monkeypatch.setattr(mesh_module, "Group", lambda pg, device: (pg.group_name, device))
+    monkeypatch.setattr(calibration_cache, "load", loaded.append)
     assert tpk.init_mesh(tp=2, dp=2, device="cuda") is mesh
     assert devices == [3] and started == ["cpu:gloo,cuda:nccl"]
     (tp, plain, no_options), (dp, _, _), (again, backend, options) = seen

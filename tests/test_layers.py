@@ -21,9 +21,9 @@ from tpkernels.nn import (
     ParallelTransformerBlock,
     RowParallelLinear,
 )
-from tpkernels.ops import linear as linear_ops
+from tpkernels.ops import column_linear, linear, row_linear
 from tpkernels.ops.activation import ACTIVATIONS, GATED
-from tpkernels.shard import Split
+from tpkernels.sharding.spec import ShardSpec
 
 EXACT = dict(atol=0, rtol=0)
 WHOLE = {  # modules whose input and output are whole on every rank, with 18 features in and out
@@ -230,7 +230,7 @@ def from_linear():
     assert_near(gated(x), reference.bias_act(bare(x), None, "geglu"))
     halves = ColumnParallelLinear.from_linear(bare, group=group, activation="geglu")
     assert_near(
-        halves(x), halves.output_split.shard(reference.bias_act(bare(x), None, "geglu"), rank)
+        halves(x), halves.output_spec.shard(reference.bias_act(bare(x), None, "geglu"), rank)
     )
     assert halves.bias is None
 
@@ -245,7 +245,7 @@ def row_options():
     x, residual = torch.randn(2, 35, 18), torch.randn(2, 35, 23)
     for overlap in (False, 3):
         layer = RowParallelLinear.from_linear(stock, group=group, overlap=overlap)
-        mine = layer.input_split.shard(x, rank)
+        mine = layer.input_spec.shard(x, rank)
         assert_near(layer(mine), stock(x))
         assert_near(layer(mine, residual), stock(x) + residual)
         assert_near(
@@ -326,7 +326,7 @@ def numerics(rows=70, k=333, n=35):
         x, w, b, residual = (
             torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n))
         )
-        features = Split.chunks(k, world, -1)
+        features = ShardSpec.chunks(k, world, -1)
         xs, ws = ([features.shard(t, r) for r in range(world)] for t in (x, w))
         for chunks in (1, 3):
             for rest in (None, residual):
@@ -347,7 +347,7 @@ def numerics(rows=70, k=333, n=35):
                 torch.randn(n, k).to(dtype).t(),
                 torch.randn(rows, k).to(dtype),
             )  # [k, n]: k output features
-            outputs, columns = Split.chunks(k, world), Split.chunks(k, world, -1)
+            outputs, columns = ShardSpec.chunks(k, world), ShardSpec.chunks(k, world, -1)
             weights, dys = (
                 [split.shard(t, r) for r in range(world)]
                 for split, t in ((outputs, a), (columns, dy))
@@ -415,11 +415,11 @@ class Recorder:
         return call
 
     def __enter__(self):
-        linear_ops._ops = self
+        column_linear._ops = linear._ops = row_linear._ops = self
         return self
 
     def __exit__(self, *_):
-        linear_ops._ops = torch.ops.tpkernels
+        column_linear._ops = linear._ops = row_linear._ops = torch.ops.tpkernels
 
 
 def auto_is_one_chunk():
@@ -466,7 +466,7 @@ def nothing_unneeded():
         for kind in (ColumnParallelLinear, RowParallelLinear):
             layer = kind.from_linear(stock, group=group)
             x = torch.randn(6, 18)
-            x = x if kind is ColumnParallelLinear else layer.input_split.shard(x, rank).clone()
+            x = x if kind is ColumnParallelLinear else layer.input_spec.shard(x, rank).clone()
             x.requires_grad_("input" not in frozen)
             layer.weight.requires_grad_("weight" not in frozen)
             layer.bias.requires_grad_("bias" not in frozen)

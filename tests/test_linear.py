@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import tpkernels.functional as tpf
-from tpkernels.shard import Split
+from tpkernels.sharding.spec import ShardSpec
 
 EXACT = dict(atol=0, rtol=0)
 
@@ -36,7 +36,7 @@ def exact(chunks, rows, k, n, dtype, device="cpu"):
     out.backward(dy)
     gx, gw, gb, gr = (t.grad for t in leaves)
 
-    features = Split.chunks(k, world, 1)
+    features = ShardSpec.chunks(k, world, 1)
     mine = [features.shard(t, rank).clone().requires_grad_() for t in (x, w)] + [
         t.clone().requires_grad_() for t in (b, residual)
     ]
@@ -60,12 +60,12 @@ def exact(chunks, rows, k, n, dtype, device="cpu"):
         **EXACT,
     )
 
-    outputs = Split.chunks(n, world)
+    outputs = ShardSpec.chunks(n, world)
     mine = [x.clone().requires_grad_()] + [
         outputs.shard(t, rank).clone().requires_grad_() for t in (w, b)
     ]
     y = tpf.column_parallel_linear(*mine, group=group, overlap=chunks)
-    columns = Split.chunks(n, world, -1)
+    columns = ShardSpec.chunks(n, world, -1)
     assert_close(y, columns.shard(F.linear(x, w, b), rank), **EXACT)
     y.backward(columns.shard(dy, rank))
     for ours, want in zip(
@@ -74,7 +74,7 @@ def exact(chunks, rows, k, n, dtype, device="cpu"):
         assert_close(ours.grad, want, **EXACT)
 
     whole = tpf.column_parallel_linear(
-        *mine, group=group, gather_output=True, out_split=columns, overlap=chunks
+        *mine, group=group, gather_output=True, out_spec=columns, overlap=chunks
     )
     assert_close(whole, F.linear(x, w, b), **EXACT)
 

@@ -19,7 +19,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 from link import Link, missing
 
-SMALL_PROBES = dict(FEATURES={"cpu": 1024}, ROWS={"cpu": (128, 512, 2048)}, BESIDE=4 << 20)
+SMALL_PROBES = dict(
+    GEMM_SIZE={"cpu": 1024}, GEMM_ROWS={"cpu": (128, 512, 2048)}, PROBE_BYTES=4 << 20
+)
 
 
 def overlapped(folder):
@@ -35,16 +37,16 @@ def overlapped(folder):
     untuned = row.explain(2048)
     assert "1 chunk of 2048 rows" in untuned and "tpk.tune(group) has not been run" in untuned
     for _ in range(3):  # a measurement on a busy machine may find nothing to gain
-        with mock.patch.multiple("tpkernels.schedule.tune", **SMALL_PROBES):
-            table = tpk.tune(group, dtypes=[torch.float32])
+        with mock.patch.multiple("tpkernels.overlap.calibrate", **SMALL_PROBES):
+            calibration = tpk.tune(group, dtypes=[torch.float32])
         with tpk.log_collectives() as log:
             out = row(x)
         assert_close(out, linear(x), atol=0, rtol=0)
         tuned = row.explain(2048)
-        assert f"schedule: {log[0].chunks} chunk" in tuned and table.place in tuned
+        assert f"schedule: {log[0].chunks} chunk" in tuned and calibration.measured_on in tuned
         if len(log) > 1:
             break
-    return len(log), table.place
+    return len(log), calibration.measured_on
 
 
 @pytest.mark.skipif(bool(missing()), reason=missing())

@@ -21,7 +21,7 @@ from tpkernels.nn import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from tpkernels.shard import Split
+from tpkernels.sharding.spec import ShardSpec
 
 ops = torch.ops.tpkernels
 # Not test_autograd_registration: it passes without looking where nothing requires a gradient, and where something does it asks for
@@ -271,9 +271,9 @@ def run_everything(group, place):
         out.backward(torch.ones_like(out))
         tpk.unsharded_gradients(layer)
     row = RowParallelLinear(18, 18, **options)
-    row(row.input_split.shard(x, dist.get_rank()), rest)
+    row(row.input_spec.shard(x, dist.get_rank()), rest)
     VocabParallelEmbedding(31, 18, group=group)(ids).sum().backward()
-    logits = x[..., : Split.chunks(31, dist.get_world_size()).sizes[dist.get_rank()]]
+    logits = x[..., : ShardSpec.chunks(31, dist.get_world_size()).shard_sizes[dist.get_rank()]]
     tpf.vocab_parallel_cross_entropy(
         logits, target, group=group, num_classes=31, label_smoothing=0.1
     ).backward()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import tpkernels as tpk
-from tpkernels.parallel import STYLES
+from tpkernels.parallelization.styles import STYLES
 
 
 def equal_to_unsplit(family, dtensor):
@@ -258,11 +258,11 @@ def own_attention(case, wanted):
     )
     inputs = [x, memory] if case == "cross-attention" else [x]
     if case == "wrapped sibling":
-        first = sum(model.wk.out_split.sizes[: dist.get_rank()])
+        first = sum(model.wk.out_spec.shard_sizes[: dist.get_rank()])
         stock.wk = Lora(stock.wk, 72, 3)
         wrapped = Lora(model.wk, 72, 3)
         wrapped.up = nn.Parameter(
-            wrapped.up[first : first + model.wk.out_split.sizes[dist.get_rank()]],
+            wrapped.up[first : first + model.wk.out_spec.shard_sizes[dist.get_rank()]],
             requires_grad=False,
         )
         model.wk = wrapped

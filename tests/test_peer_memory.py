@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tpkernels import peer_memory
 from tpkernels.group import Group
-from tpkernels.schedule import choose
+from tpkernels.overlap.schedule import choose
 
 DEVICE = torch.device("cpu")
 
@@ -105,9 +105,9 @@ def test_refused_on_every_rank_with_one_reason(pool):
 
 def opens():
     pg = dist.group.WORLD
-    assert peer_memory.peer_memory(pg) is peer_memory.CLOSED
+    assert peer_memory.peer_memory_of(pg) is peer_memory.CLOSED
     memory, told, launched = attempt(gpu="one", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
-    assert not told and peer_memory.peer_memory(pg) == memory
+    assert not told and peer_memory.peer_memory_of(pg) == memory
     name, buffer, peers, multicast, *rest = launched.args
     assert (name, buffer, peers, multicast) == (
         pg.group_name,

@@ -15,46 +15,55 @@ from torch.testing import assert_close
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.group import resolve_group
-from tpkernels.schedule import choose
-from tpkernels.schedule import table as tables
-from tpkernels.schedule.model import CHUNKS, MIN_ROWS, Curve, Shape, Timings, chunk_rows, pipeline
-from tpkernels.schedule.table import Table, install, installed
-from tpkernels.shard import Split
+from tpkernels.overlap import calibration_cache
+from tpkernels.overlap.calibration_cache import Calibration, calibration_of, install
+from tpkernels.overlap.cost_model import (
+    CHUNK_COUNTS,
+    MIN_ROWS,
+    Curve,
+    GemmShape,
+    Timings,
+    chunk_rows,
+    pipeline_seconds,
+)
+from tpkernels.overlap.schedule import choose
+from tpkernels.sharding.spec import ShardSpec
 
 quiet = settings(deadline=None, database=None, derandomize=True)
 seconds = st.floats(1e-6, 1e3)
 
 
-def timings(row=1e-3, byte=1e-6, steal=0.0, measured=None, latency=0.0):
-    """GEMMs of `row` seconds a row at [1, 1], messages of `latency` and `byte` seconds a byte; in float32."""
+def timings(row=1e-3, byte=1e-6, contention=0.0, measured=None, latency=0.0):
+    """GEMMs of `row` seconds a row at [1, 1], all_reduces of `latency` and `byte` seconds a byte; in float32."""
     gemm = Curve(((1, row), (1000, 1000 * row)))
     link = Curve(((1, latency + byte), (10**9, latency + 10**9 * byte)))
-    return Timings(4, {(1, 1): gemm}, link, link, steal, measured or {})
+    return Timings(4, {(1, 1): gemm}, link, link, contention, measured or {})
 
 
 def test_pipelines_by_hand():
     cost = {
         "gemm": lambda rows: 3 * rows,
-        "message": lambda rows: 2 * rows,
-        "steal": lambda rows: 0,
+        "all_reduce": lambda rows: 2 * rows,
+        "contention": lambda rows: 0,
     }
-    assert pipeline([10], **cost) == 30 + 20
+    assert pipeline_seconds([10], **cost) == 30 + 20
     assert (
-        pipeline([5, 5], **cost) == 30 + 10
+        pipeline_seconds([5, 5], **cost) == 30 + 10
     )  # the GEMM is the longer one: the last all-reduce is left over
-    assert pipeline([6, 4], **cost) == 30 + 8  # less of it, with a smaller last chunk
-    slow = {**cost, "message": lambda rows: 5 * rows}
+    assert pipeline_seconds([6, 4], **cost) == 30 + 8  # less of it, with a smaller last chunk
+    slow = {**cost, "all_reduce": lambda rows: 5 * rows}
     assert (
-        pipeline([5, 5], **slow) == 15 + 50
+        pipeline_seconds([5, 5], **slow) == 15 + 50
     )  # the link is the longer one: the first GEMM is left over
-    assert pipeline([2, 8], **slow) == 6 + max(10, 24) + 40
+    assert pipeline_seconds([2, 8], **slow) == 6 + max(10, 24) + 40
     assert (
-        pipeline([10], **cost, trailing=15) == 50 and pipeline([10], **cost, trailing=25) == 55
+        pipeline_seconds([10], **cost, trailing=15) == 50
+        and pipeline_seconds([10], **cost, trailing=25) == 55
     )  # the longer of the two follows
-    busy = {**cost, "steal": lambda rows: rows}
-    assert pipeline([10], **busy) == 50  # nothing runs beside the only all-reduce
-    assert pipeline([5, 5], **busy) == 30 + 5 + 10
-    assert pipeline([5, 5], **busy, trailing=25) == 30 + 10 + 25
+    busy = {**cost, "contention": lambda rows: rows}
+    assert pipeline_seconds([10], **busy) == 50  # nothing runs beside the only all-reduce
+    assert pipeline_seconds([5, 5], **busy) == 30 + 5 + 10
+    assert pipeline_seconds([5, 5], **busy, trailing=25) == 30 + 10 + 25
 
 
 @quiet
@@ -65,14 +74,14 @@ def test_pipelines_by_hand():
     st.floats(0, 10),
     st.floats(0, 1e4),
 )
-def test_pipeline_bounds(sizes, gemm, message, steal, trailing):
+def test_pipeline_bounds(sizes, gemm, message, contention, trailing):
     """No faster than either resource alone, no slower than one after the other."""
-    total = pipeline(
-        sizes, lambda r: r * gemm, lambda r: r * message, lambda r: r * steal, trailing
+    total = pipeline_seconds(
+        sizes, lambda r: r * gemm, lambda r: r * message, lambda r: r * contention, trailing
     )
     rows, near = sum(sizes), 1 + 1e-9
     assert total * near >= max(rows * gemm + trailing, sizes[0] * gemm + rows * message)
-    assert total <= near * (rows * (gemm + message + steal) + trailing)
+    assert total <= near * (rows * (gemm + message + contention) + trailing)
 
 
 @quiet
@@ -107,15 +116,15 @@ def test_curves(points, size):
 
 def test_candidates_leave_every_chunk_enough_rows():
     for rows in (1, 255, 256, 500, 4096):
-        found = timings().predict(Shape(rows, 1, 1, False))
-        assert list(found) == [n for n in CHUNKS if n == 1 or rows >= n * MIN_ROWS]
+        found = timings().predict(GemmShape(rows, 1, 1, False))
+        assert list(found) == [n for n in CHUNK_COUNTS if n == 1 or rows >= n * MIN_ROWS]
         assert all(min(chunk_rows(rows, n, 4)[:-1], default=MIN_ROWS) >= MIN_ROWS for n in found)
 
 
 def test_predictions_are_the_pipeline_over_the_ops_own_chunks():
-    shape, cost = Shape(2048, 3, 5, True), timings(steal=1e-8, byte=1e-7)
+    shape, cost = GemmShape(2048, 3, 5, True), timings(contention=1e-8, byte=1e-7)
     gemm, byte = 15e-3, 4 * 5 * 1e-7
-    want = pipeline(
+    want = pipeline_seconds(
         [128, 384, 512, 512, 384, 128],
         lambda r: r * gemm,
         lambda r: r * byte,
@@ -130,14 +139,14 @@ def test_predictions_are_the_pipeline_over_the_ops_own_chunks():
 
 
 def test_margins():
-    shape = Shape(2048, 1, 1, False)
+    shape = GemmShape(2048, 1, 1, False)
     assert timings(byte=0.2e-3).decide(shape)[0] > 1
     chunks, why = timings(byte=0.01e-3).decide(shape)  # at most 4% to gain
     assert chunks == 1 and "predicted, less than the 5%" in why
     assert (
-        timings(byte=0.2e-3, steal=0.2e-3).decide(shape)[0] == 1
+        timings(byte=0.2e-3, contention=0.2e-3).decide(shape)[0] == 1
     )  # all of it on the cores that the GEMM needs
-    assert timings(byte=0.2e-3).decide(Shape(255, 1, 1, False)) == (
+    assert timings(byte=0.2e-3).decide(GemmShape(255, 1, 1, False)) == (
         1,
         "255 rows are fewer than two chunks of 128",
     )
@@ -155,8 +164,8 @@ def test_margins():
 
 @quiet
 @given(st.integers(1, 20000), seconds, seconds, st.floats(0, 1e-3), st.booleans())
-def test_never_predicted_slower_than_one_chunk(rows, row, byte, steal, weight_grad):
-    cost, shape = timings(row, byte, steal), Shape(rows, 1, 1, weight_grad)
+def test_never_predicted_slower_than_one_chunk(rows, row, byte, contention, weight_grad):
+    cost, shape = timings(row, byte, contention), GemmShape(rows, 1, 1, weight_grad)
     predicted, (chunks, _) = cost.predict(shape), cost.decide(shape)
     assert predicted[chunks] <= predicted[1]
 
@@ -170,12 +179,12 @@ def test_never_predicted_slower_than_one_chunk(rows, row, byte, steal, weight_gr
     )
 )
 def test_table_round_trip(rates):
-    measured = {Shape(2048, 3, 5, True): {1: 0.5, 4: 0.25}}
+    measured = {GemmShape(2048, 3, 5, True): {1: 0.5, 4: 0.25}}
     dtypes = {
         d: dataclasses.replace(timings(*rate, measured), itemsize=d.itemsize)
         for d, rate in rates.items()
     }
-    assert Table.from_json(Table("here", "today", dtypes).to_json()) == Table(
+    assert Calibration.from_json(Calibration("here", "today", dtypes).to_json()) == Calibration(
         "here", "today", dtypes
     )
 
@@ -186,7 +195,7 @@ def shared(rank_table):
     assert "tpk.tune(group) has not been run" in tpk.nn.RowParallelLinear(
         8, 8, group=group
     ).explain(4096)
-    table = install(Table("here", "today", {torch.float32: rank_table[rank]}), group)
+    table = install(Calibration("here", "today", {torch.float32: rank_table[rank]}), group)
     picks = [
         choose("auto", rows, 4 * n, group, k, torch.float32, w)
         for rows in (0, 64, 300, 4096)
@@ -221,7 +230,7 @@ def shared(rank_table):
     row = tpk.nn.RowParallelLinear.from_linear(stock, group=group)
     column = tpk.nn.ColumnParallelLinear.from_linear(back, group=group)
     mine, y = (
-        Split.chunks(5, group.size, -1).shard(x, rank),
+        ShardSpec.chunks(5, group.size, -1).shard(x, rank),
         torch.zeros(4096, 6, requires_grad=True),
     )
     with tpk.log_collectives() as log:
@@ -234,8 +243,8 @@ def shared(rank_table):
     assert_close(y.grad, back.weight.sum(0).expand(4096, 6), atol=0, rtol=0)
     explained = row.explain(4096), column.explain(4096)
     install(None, group)
-    assert installed(group) is None
-    return table.dtypes, picks, chunks, explained
+    assert calibration_of(group) is None
+    return table.timings, picks, chunks, explained
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -258,7 +267,7 @@ def test_rank_0_decides_for_all(pool, ranks):
             )
             last = lines.index("measured: today, on here")
             listed = [line.split() for line in lines[start + 1 : last]]
-            assert [int(line[0]) for line in listed] == list(CHUNKS) and [
+            assert [int(line[0]) for line in listed] == list(CHUNK_COUNTS) and [
                 line[0] for line in listed if line[-1] == "<"
             ] == [str(n)]
             assert "over gloo" in text and "predicted" in text and lines[-1].startswith("gemm of")
@@ -269,7 +278,7 @@ def saved(folder, spoiled):
     rank, told = dist.get_rank(), []
     mesh = tpk.init_mesh(dist.get_world_size(), device="cpu")
     group = resolve_group(mesh["tp"])
-    assert installed(group) is None
+    assert calibration_of(group) is None
     if spoiled is None:
         with mock.patch.multiple(
             "tpkernels.schedule.tune",
@@ -280,24 +289,26 @@ def saved(folder, spoiled):
         ):
             table = tpk.tune(group, [(256, 8, 8)], [torch.float32])
     elif rank == 0:
-        path = tables.Place.of(group).path
+        path = calibration_cache.CalibrationKey.of(group).path
         path.parent.mkdir(parents=True)
         path.write_text(spoiled)
     else:
-        tables.Place.of(group)
+        calibration_cache.CalibrationKey.of(group)
     dist.barrier()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        again = installed(resolve_group(tpk.init_mesh(dist.get_world_size(), device="cpu")["tp"]))
+        again = calibration_of(
+            resolve_group(tpk.init_mesh(dist.get_world_size(), device="cpu")["tp"])
+        )
     told = [str(w.message) for w in caught if "tpkernels tune" in str(w.message)]
     if spoiled is not None:
         return again, told, os.listdir(f"{folder}/tpkernels")
-    assert again == table and installed(group) is table and not told
-    assert set(table.dtypes[torch.float32].measured) == {
-        Shape(256, 8, 8, False),
-        Shape(256, 8, 8, True),
+    assert again == table and calibration_of(group) is table and not told
+    assert set(table.timings[torch.float32].measured) == {
+        GemmShape(256, 8, 8, False),
+        GemmShape(256, 8, 8, True),
     }
-    assert all(list(times) == [1, 2] for times in table.dtypes[torch.float32].measured.values())
+    assert all(list(times) == [1, 2] for times in table.timings[torch.float32].measured.values())
     return table, told, os.listdir(f"{folder}/tpkernels")
 
 
@@ -305,8 +316,8 @@ def test_tuned_saved_and_handed_out_by_init_mesh(pool, tmp_path):
     (first, _, files), *others = pool.run(2, saved, str(tmp_path), None)
     assert all(table == first for table, *_ in others)
     (name,) = files  # and nothing half-written beside it
-    assert name.startswith("schedules-") and "shm-on-1-host-2-ranks" in name
-    assert Table.from_json((tmp_path / "tpkernels" / name).read_text()) == first
+    assert name.startswith("calibration-") and "shm-on-1-host-2-ranks" in name
+    assert Calibration.from_json((tmp_path / "tpkernels" / name).read_text()) == first
 
 
 @pytest.mark.parametrize(
@@ -315,8 +326,8 @@ def test_tuned_saved_and_handed_out_by_init_mesh(pool, tmp_path):
         "",
         "{",
         "[]",
-        '{"place": "", "date": ""}',
-        '{"place": "", "date": "", "dtypes": {"load": {}}}',
+        '{"measured_on": "", "date": ""}',
+        '{"measured_on": "", "date": "", "dtypes": {"load": {}}}',
     ],
 )
 def test_a_table_that_cannot_be_read_is_a_warning(pool, tmp_path, spoiled):
@@ -329,30 +340,32 @@ def test_a_table_that_cannot_be_read_is_a_warning(pool, tmp_path, spoiled):
 
 
 def test_tables_with_wrong_numbers_are_refused():
-    right = Table(
-        "here", "today", {torch.float32: timings(measured={Shape(4, 1, 1, False): {1: 1.0}})}
+    right = Calibration(
+        "here", "today", {torch.float32: timings(measured={GemmShape(4, 1, 1, False): {1: 1.0}})}
     )
     change = {"itemsize": 4}
     for wrong in (
         dict(gemms={}),
-        dict(messages=Curve(())),
-        dict(messages=Curve(((2, 1.0), (1, 2.0)))),
-        dict(chunked_messages=Curve(((1, -1.0),))),
-        dict(measured={Shape(4, 1, 1, False): {2: 1.0}}),
+        dict(all_reduces=Curve(())),
+        dict(all_reduces=Curve(((2, 1.0), (1, 2.0)))),
+        dict(chunked_all_reduces=Curve(((1, -1.0),))),
+        dict(measured={GemmShape(4, 1, 1, False): {2: 1.0}}),
     ):
-        text = Table(
+        text = Calibration(
             "here",
             "today",
-            {torch.float32: dataclasses.replace(right.dtypes[torch.float32], **wrong, **change)},
+            {torch.float32: dataclasses.replace(right.timings[torch.float32], **wrong, **change)},
         ).to_json()
         with pytest.raises(ValueError):
-            Table.from_json(text)
+            Calibration.from_json(text)
 
 
 def other_hosts():
     told = []
     with (
-        mock.patch.object(tables.socket, "gethostname", lambda: f"host {dist.get_rank()}"),
+        mock.patch.object(
+            calibration_cache.socket, "gethostname", lambda: f"host {dist.get_rank()}"
+        ),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
@@ -381,7 +394,7 @@ def test_bad_shapes_are_refused_before_anything_is_measured(pool):
 def compiled():
     """A tuned layer in one graph, at more sizes than one."""
     group = resolve_group(dist.group.WORLD)
-    install(Table("here", "today", {torch.float32: timings(1e-6, 1e-6)}), group)
+    install(Calibration("here", "today", {torch.float32: timings(1e-6, 1e-6)}), group)
     row = tpk.nn.RowParallelLinear(16, 8, group=group)
     function = torch.compile(row, backend="aot_eager", fullgraph=True)
     for rows in (512, 64, 1024, 700):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpkernels import _C
-from tpkernels.shard import Split, chunk_sizes, even_sizes, split_heads
+from tpkernels.sharding.heads import assign_heads
+from tpkernels.sharding.spec import ShardSpec, chunk_sizes, even_sizes
 
 quiet = settings(deadline=None, database=None, derandomize=True)
 ranks = st.integers(1, 9)
@@ -20,7 +21,7 @@ ranks = st.integers(1, 9)
 def rows_held(split):
     """Row -> how many ranks read it."""
     return Counter(
-        row for ranges in split.ranges for start, stop in ranges for row in range(start, stop)
+        row for ranges in split.intervals for start, stop in ranges for row in range(start, stop)
     )
 
 
@@ -30,13 +31,15 @@ def assert_partition(split, dim=0):
     shape = [2, 3]
     shape.insert(dim % 3, split.size)
     full = torch.arange(math.prod(shape)).view(shape)
-    shards = [split.shard(full, r) for r in range(len(split.ranges))]
-    assert [s.shape[dim] for s in shards] == split.sizes
+    shards = [split.shard(full, r) for r in range(len(split.intervals))]
+    assert [s.shape[dim] for s in shards] == split.shard_sizes
     padded = [split.pad(s) for s in shards]
-    assert {p.shape[dim] for p in padded} == {split.stored_size}
+    assert {p.shape[dim] for p in padded} == {split.padded_shard_size}
     for shard, pad in zip(shards, padded, strict=True):
         assert torch.equal(pad.narrow(dim, 0, shard.shape[dim]), shard)
-        assert not pad.narrow(dim, shard.shape[dim], split.stored_size - shard.shape[dim]).any()
+        assert not pad.narrow(
+            dim, shard.shape[dim], split.padded_shard_size - shard.shape[dim]
+        ).any()
     assert torch.equal(split.unshard(shards), full)
     assert torch.equal(split.unshard(padded), full)
 
@@ -59,13 +62,13 @@ def test_even_sizes(size, n):
 @quiet
 @given(st.integers(0, 20), ranks, st.integers(1, 3), st.sampled_from([0, 1, -1]))
 def test_chunks_divide_every_block_as_torch_chunk_does(step, n, blocks, dim):
-    split = Split.chunks(step * blocks, n, dim, blocks)
+    split = ShardSpec.chunks(step * blocks, n, dim, blocks)
     assert_partition(split, dim)
     full = torch.arange(step * blocks)
     pieces = [block.split(chunk_sizes(step, n)) for block in full.view(blocks, step)]
     for r in range(n):
         assert torch.equal(
-            Split.chunks(step * blocks, n, 0, blocks).shard(full, r),
+            ShardSpec.chunks(step * blocks, n, 0, blocks).shard(full, r),
             torch.cat([piece[r] for piece in pieces]),
         )
 
@@ -73,7 +76,7 @@ def test_chunks_divide_every_block_as_torch_chunk_does(step, n, blocks, dim):
 @quiet
 @given(st.integers(1, 40), ranks, st.integers(1, 2))
 def test_is_chunk_says_whether_dtensors_shard_fits(step, n, blocks):
-    split = Split.chunks(step * blocks, n, blocks=blocks)
+    split = ShardSpec.chunks(step * blocks, n, blocks=blocks)
     full = torch.arange(step * blocks)
     stock = full.split(chunk_sizes(len(full), n))
     fits = all(torch.equal(split.shard(full, r), stock[r]) for r in range(n))
@@ -84,7 +87,7 @@ def test_is_chunk_says_whether_dtensors_shard_fits(step, n, blocks):
 
 @st.composite
 def owned_blocks(draw):
-    """Lists of units, each with an owner, as Split.units takes them; every rank owns something, as split_heads sees to it."""
+    """Lists of units, each with an owner, as ShardSpec.units takes them; every rank owns something, as assign_heads sees to it."""
     n = draw(ranks)
     blocks = draw(
         st.lists(st.lists(st.integers(0, n - 1), min_size=1, max_size=8), min_size=1, max_size=3)
@@ -99,7 +102,7 @@ def owned_blocks(draw):
 @quiet
 @given(owned_blocks(), st.integers(1, 3), st.sampled_from([0, 1, -1]))
 def test_units_with_one_owner_each(blocks, width, dim):
-    split = Split.units(blocks, width, dim)
+    split = ShardSpec.units(blocks, width, dim)
     assert split.size == width * sum(count for count, _ in blocks)
     assert_partition(split, dim)
 
@@ -111,7 +114,7 @@ overlapping = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_
 @given(overlapping, st.integers(1, 3))
 def test_units_are_read_in_the_order_given_and_owned_once(per_rank, width):
     """Also units that several ranks read, or one reads twice: who counts them, and how their gradients add up."""
-    split = Split.units([(6, per_rank)], width)
+    split = ShardSpec.units([(6, per_rank)], width)
     full = torch.arange(6 * width)
     shards = [split.shard(full, r) for r in range(len(per_rank))]
     assert [s.tolist() for s in shards] == [
@@ -120,57 +123,64 @@ def test_units_are_read_in_the_order_given_and_owned_once(per_rank, width):
     counted = [
         row
         for r, shard in enumerate(shards)
-        for start, stop in split.owned[r]
+        for start, stop in split.owned_rows[r]
         for row in shard[start:stop].tolist()
     ]
     assert sorted(counted) == sorted(rows_held(split))
     if set(rows_held(split)) == set(range(split.size)):
-        assert split.overlaps is (max(rows_held(split).values()) > 1)
+        assert split.has_shared_rows is (max(rows_held(split).values()) > 1)
         assert torch.equal(split.unshard(shards), full)
-    ones = [torch.ones(1, size) for size in split.sizes]
-    total = sum(Split(1, split.size, split.ranges).add_up(one, r) for r, one in enumerate(ones))
+    ones = [torch.ones(1, size) for size in split.shard_sizes]
+    total = sum(
+        ShardSpec(1, split.size, split.intervals).scatter_add(one, r) for r, one in enumerate(ones)
+    )
     assert total.tolist() == [[rows_held(split)[row] for row in range(split.size)]]
 
 
 @quiet
 @given(overlapping, st.integers(1, 3))
 def test_replicated_is_stored_whole(per_rank, width):
-    split = Split.units([(6, per_rank)], width, replicated=True)
-    assert split.stored_size == 6 * width and not split.is_chunk
-    assert split.ranges == Split.units([(6, per_rank)], width).ranges
+    split = ShardSpec.units([(6, per_rank)], width, replicated=True)
+    assert split.padded_shard_size == 6 * width and not split.is_chunk
+    assert split.intervals == ShardSpec.units([(6, per_rank)], width).intervals
 
 
 def check_heads(heads, kv, n):
-    split, group = split_heads(heads, kv, n), heads // kv
-    assert [h for q in split.q for h in q] == list(range(heads))
-    for q, mine, size in zip(split.q, split.kv, split.groups, strict=True):
+    split, group = assign_heads(heads, kv, n), heads // kv
+    assert [h for q in split.q_heads for h in q] == list(range(heads))
+    for q, mine, size in zip(split.q_heads, split.kv_heads, split.queries_per_kv, strict=True):
         assert q and len(q) == size * len(mine)
         assert [mine[i // size] for i in range(len(q))] == [h // group for h in q]
-    counts = [len(q) for q in split.q]
+    counts = [len(q) for q in split.q_heads]
     if n <= kv:
-        assert [k for mine in split.kv for k in mine] == list(
+        assert [k for mine in split.kv_heads for k in mine] == list(
             range(kv)
         )  # whole KV groups, each on one rank
         assert max(counts) - min(counts) in (0, group)
-        assert_partition(split.kv_split(2))
-        assert_partition(split.qkv_split(2))
+        assert_partition(split.kv_spec(2))
+        assert_partition(split.qkv_spec(2))
     else:
         assert max(counts) - min(counts) <= 1
-        assert set().union(*split.kv) == set(range(kv))
-    for split_of in (split.kv_split, split.qkv_split):
+        assert set().union(*split.kv_heads) == set(range(kv))
+    for split_of in (split.kv_spec, split.qkv_spec):
         assert (
             split.kv_replicated
-            is split_of(2, whole=True).replicated
-            is split_of(2).overlaps
+            is split_of(2, store_full=True).replicated
+            is split_of(2).has_shared_rows
             is (n > kv)
         )
-        assert split_of(2, whole=True).ranges == split_of(2).ranges and not split_of(2).replicated
-    assert_partition(split.q_split(2))
+        assert (
+            split_of(2, store_full=True).intervals == split_of(2).intervals
+            and not split_of(2).replicated
+        )
+    assert_partition(split.q_spec(2))
     full = torch.arange((heads + 2 * kv) * 2).view(-1, 2)
     q, k, v = full.split([heads, kv, kv])
     for r in range(n):
-        want = torch.cat([q[list(split.q[r])], k[list(split.kv[r])], v[list(split.kv[r])]])
-        assert torch.equal(split.qkv_split(2).shard(full.flatten(), r), want.flatten())
+        want = torch.cat(
+            [q[list(split.q_heads[r])], k[list(split.kv_heads[r])], v[list(split.kv_heads[r])]]
+        )
+        assert torch.equal(split.qkv_spec(2).shard(full.flatten(), r), want.flatten())
 
 
 @pytest.mark.parametrize("heads", range(1, 13))
@@ -183,13 +193,13 @@ def test_every_query_head_meets_its_kv_head(heads):
 @pytest.mark.parametrize("heads,kv,n", [(9, 3, 10), (1, 1, 2), (4, 1, 7)])
 def test_more_ranks_than_heads_names_both(heads, kv, n):
     with pytest.raises(ValueError, match=rf"\b{heads} attention heads.* {n} ranks"):
-        split_heads(heads, kv, n)
+        assign_heads(heads, kv, n)
 
 
 @pytest.mark.parametrize("heads,kv", [(9, 2), (4, 8), (4, 0)])
 def test_kv_heads_that_do_not_divide_the_heads(heads, kv):
     with pytest.raises(ValueError, match=f"num_kv_heads={kv} .*num_heads={heads}"):
-        split_heads(heads, kv, 2)
+        assign_heads(heads, kv, 2)
 
 
 @settings(quiet, max_examples=500)

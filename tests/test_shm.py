@@ -627,7 +627,7 @@ def test_which_transport_a_mesh_takes(pool):
 
 def hosts():
     if dist.get_rank() == 1:
-        tpk.shm._C = type(
+        tpk.transport._C = type(
             "Elsewhere",
             (),
             {
@@ -636,9 +636,9 @@ def hosts():
             },
         )
     try:
-        return tpk.shm.shm_obstacles(torch.arange(2).view(1, 2))
+        return tpk.transport.shm_unavailable_reasons(torch.arange(2).view(1, 2))
     finally:
-        tpk.shm._C = tpk._C
+        tpk.transport._C = tpk._C
 
 
 def test_ranks_of_two_hosts(pool):

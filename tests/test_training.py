@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import tpkernels as tpk
-from tpkernels.ops.comm import log_collectives
+from tpkernels.ops.collective_log import log_collectives
 
 
 def everyone(tensor):

@@ -7,32 +7,52 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
+import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 
 from tpkernels_planner.cli import app as plan_app
+from tpkernels_planner.files import write_atomically
+
+from . import _C, __version__
+from .demo.run import run_demo
+from .group import resolve_group
+from .kernels import registration
+from .mesh import init_mesh
+from .overlap.calibrate import tune as calibrate
+from .overlap.calibration_cache import CalibrationKey
+from .profiling.trace import print_report, read_trace, report
+
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Also write the figures to this file.")
+]
 
 app = typer.Typer(
-    help="Tensor parallelism whose communication is hidden or cheap.",
+    help="Tensor parallelism with communication overlapped by compute.",
     no_args_is_help=True,
     add_completion=False,
 )
 app.add_typer(plan_app, name="plan")
 
 
+def _fail(command: str, error: Exception) -> NoReturn:
+    """Print the error as one line and end the command with 1."""
+    Console(stderr=True).print(
+        f"tpkernels {command}: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
+    raise typer.Exit(1) from None
+
+
 @app.command()
 def demo(
-    tp: Annotated[int, typer.Option(min=1, help="Ranks to split the model over.")] = 2,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks to shard the model over.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 5,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """Split SmolLM2-135M over ranks on this machine, train it, and hold it against the unsplit model."""
-    from .demo import run_demo
-
+    """Shard SmolLM2-135M over ranks on this machine, train it, and compare with the full model."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(
             f"{json_file.absolute().parent} is not a folder", param_hint="--json"
@@ -40,8 +60,7 @@ def demo(
     try:
         run_demo(tp, steps, json_file)
     except (RuntimeError, ValueError) as error:
-        Console(stderr=True).print(f"tpkernels demo: {error}", style="red")
-        raise typer.Exit(1) from None
+        _fail("demo", error)
 
 
 @app.command()
@@ -52,24 +71,15 @@ def trace(
             help="An SQLite export of Nsight Systems, or a .json[.gz] trace of torch.profiler."
         ),
     ],
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures to this file.")
-    ] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    """How much of a recorded trace's communication ran under computation."""
-    from tpkernels_planner.files import write_atomically
-
-    from .profiling.trace import print_report, read_trace, report
-
+    """Say how much of a recorded trace's communication ran under computation."""
     try:
         result = report(*read_trace(file))
         if json_file is not None:
             write_atomically(json_file, json.dumps(result, indent=2) + "\n")
     except (OSError, ValueError) as error:
-        Console(stderr=True).print(
-            f"tpkernels trace: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from None
+        _fail("trace", error)
     print_report(result, Console())
 
 
@@ -78,50 +88,40 @@ def tune(
     shape: Annotated[
         list[str] | None,
         typer.Option(
-            help="ROWS,IN,OUT of a layer (IN: a rank's share) whose real times are measured too."
+            help="ROWS,IN,OUT of a layer (IN: a rank's shard) whose real times are measured too."
         ),
     ] = None,
 ) -> None:
-    """Measure GEMMs and the link between the ranks, on GPUs the kernels' configurations too, and save that for `init_mesh`: under torchrun,
-    with as many ranks as the tensor-parallel group will have; rank 0 decides for all."""
-    import torch
-    import torch.distributed as dist
+    """Measure GEMMs and the link between the ranks, and save that for `init_mesh`.
 
-    import tpkernels as tpk
-
-    from .schedule.table import Place
-
+    On GPUs the kernels' configurations are measured too. Start it under torchrun, with as many
+    ranks as the tensor-parallel group will have; rank 0 decides for all.
+    """
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         if world == 1 and not torch.cuda.is_available():
             raise ValueError(
-                "one process on CPUs has no link to measure: start it with `torchrun --nproc-per-node N --no-python tpkernels tune`"
+                "one process on CPUs has no link to measure: "
+                "start it with `torchrun --nproc-per-node N --no-python tpkernels tune`"
             )
         shapes = [tuple(int(size) for size in text.split(",")) for text in shape or ()]
-        mesh = tpk.init_mesh(world)
-        group = tpk.group.resolve_group(mesh["tp"])
-        table, place = tpk.tune(group, shapes), Place.of(group)
+        group = resolve_group(init_mesh(world)["tp"])
+        calibration, key = calibrate(group, shapes), CalibrationKey.of(group)
     except ValueError as error:
-        Console(stderr=True).print(
-            f"tpkernels tune: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
-        raise typer.Exit(1) from None
+        _fail("tune", error)
     if group.rank == 0:
-        for dtype, timings in table.dtypes.items():
+        for dtype, timings in calibration.timings.items():
             print(f"{str(dtype)[6:]}: {timings.summary}")
-        print(f"measured on {table.place}, saved in {place.path}")
+        print(f"measured on {calibration.measured_on}, saved in {key.path}")
     dist.destroy_process_group()
 
 
 @app.command()
 def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """What tpkernels runs on here: versions, devices, transports. For bug reports."""
-    import torch
-    import torch.distributed as dist
-
-    from . import _C, __version__
-    from .kernels import registration
-
+    """Print versions, devices and transports, for bug reports."""
+    triton_version = None
+    if registration.available():
+        triton_version = importlib.import_module("triton").__version__
     facts = {
         "tpkernels": __version__,
         "torch": torch.__version__,
@@ -130,9 +130,7 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         "cores": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda,
-        "triton": importlib.import_module("triton").__version__
-        if registration.available()
-        else None,
+        "triton": triton_version,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "transports": ["gloo", "shm", *["nccl"] * dist.is_nccl_available()],
         "dev_shm_free_bytes": _C.shm_free_bytes(),

@@ -1,4 +1,4 @@
-"""What an optimizer step needs to know about split parameters: the gradient norm, and float16's overflow."""
+"""Optimizer steps of a sharded model: the gradient norm, and float16's overflow."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .group import Group, resolve_group
-from .nn.sharded import sharded_modules
-from .shard import Split
+from .group import Group, GroupLike, resolve_group
+from .sharding.module import sharded_modules
+from .sharding.spec import ShardSpec
 
 _ops = torch.ops.tpkernels
 
@@ -23,19 +23,40 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """torch.nn.utils.clip_grad_norm_ for a split model: clips by, and returns, the unsplit model's norm, a plain tensor.
+    """Clip the gradients of a sharded model by the unsharded model's norm, in place.
 
-    Split gradients are counted on every rank, whole ones once. DTensor parameters go to torch's own function.
+    Sharded gradients count on every rank, replicated ones once. DTensor parameters go to torch's
+    own function.
+
+    Collective: every rank of the group must call it.
+
+    Args:
+        parameters: as torch.nn.utils.clip_grad_norm_ takes them.
+        max_norm: the norm that the gradients have at most afterwards.
+        norm_type: order of the norm; torch.inf for the maximum.
+        error_if_nonfinite: raise where the norm is not finite.
+        foreach: as torch.nn.utils.clip_grad_norm_ takes it.
+
+    Returns:
+        The unsharded model's norm before clipping, a plain tensor.
 
     Raises:
-        ValueError: DTensors mixed with plain tensors, or parameters split over different groups.
+        ValueError: DTensors mixed with plain tensors, or parameters sharded over several groups.
         RuntimeError: a norm that is not finite, with error_if_nonfinite.
+
+    Example:
+        >>> import tpkernels as tpk
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> weight.grad = torch.tensor([3.0, 4.0])
+        >>> tpk.clip_grad_norm_([weight], max_norm=1.0)
+        tensor(5.)
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     kinds = {isinstance(p, DTensor) for p in parameters}
     if len(kinds) > 1:
         raise ValueError(
-            "parameters mix DTensors and plain tensors: parallelize the whole model with one `dtensor` option"
+            "parameters mix DTensors and plain tensors: "
+            "parallelize the whole model with one `dtensor` option"
         )
     if kinds == {True}:
         norm = torch.nn.utils.clip_grad_norm_(
@@ -43,59 +64,81 @@ def clip_grad_norm_(
         )
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    groups: dict[int, Group] = {}
-    splits: dict[int, Split] = {}
-    for module in sharded_modules():
-        for name in module.splits:
-            if split := module.divided(name):
-                groups[id(module._parameters[name])], splits[id(module._parameters[name])] = (
-                    module.group,
-                    split,
-                )
-    with_grad = [p for p in parameters if p.grad is not None]
-    mine = [p for p in with_grad if id(p) in groups]
-    whole = [p.grad for p in with_grad if id(p) not in groups]
-    names = {groups[id(p)].name: groups[id(p)] for p in mine}
-    if len(names) > 1:
+    sharded = _sharded_parameters()
+    replicated_grads = []
+    owned_grads = []
+    groups: dict[str, Group] = {}
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if id(parameter) not in sharded:
+            replicated_grads.append(parameter.grad)
+            continue
+        group, spec = sharded[id(parameter)]
+        groups[group.name] = group
+        owned_grads += _owned_rows(parameter.grad, spec, group.rank)
+    if len(groups) > 1:
         raise ValueError(
-            f"parameters are split over {len(names)} different groups: clip them a group at a time"
+            f"parameters are sharded over {len(groups)} different groups: clip them a group at a time"
         )
-    norm = get_total_norm(whole, norm_type, foreach=foreach).float()
-    if names:
-        (group,) = names.values()
-        once = [part for p in mine for part in _counted_once(p.grad, splits[id(p)], group.rank)]
-        split_norm = get_total_norm(once, norm_type, foreach=foreach).float()
-        if norm_type == torch.inf:
-            _ops.all_reduce_(split_norm, group.name, "max", "gradient_norm")
-            norm = torch.maximum(norm.to(split_norm.device), split_norm)
-        else:
-            power = split_norm**norm_type
-            _ops.all_reduce_(power, group.name, "sum", "gradient_norm")
-            norm = (norm.to(power.device) ** norm_type + power) ** (1 / norm_type)
+    norm = get_total_norm(replicated_grads, norm_type, foreach=foreach).float()
+    for group in groups.values():
+        own_norm = get_total_norm(owned_grads, norm_type, foreach=foreach).float()
+        norm = _norm_over_ranks(norm, own_norm, norm_type, group)
     if error_if_nonfinite and not norm.isfinite():
         raise RuntimeError(
-            f"the gradients' norm of order {norm_type} is {norm.item()}: pass error_if_nonfinite=False to clip all the same"
+            f"the gradients' norm of order {norm_type} is {norm.item()}: "
+            "pass error_if_nonfinite=False to clip all the same"
         )
     clip_grads_with_norm_(parameters, max_norm, norm, foreach)
     return norm
 
 
-def _counted_once(grad: Tensor, split: Split, rank: int) -> list[Tensor]:
-    """What of a shard's gradient this rank counts: rows that several ranks hold belong to the first."""
-    return (
-        [grad.narrow(split.dim, start, stop - start) for start, stop in split.owned[rank]]
-        if split.overlaps
-        else [grad]
-    )
+def _sharded_parameters() -> dict[int, tuple[Group, ShardSpec]]:
+    """Return the group and the spec of every parameter that ranks store in part, by id."""
+    found = {}
+    for module in sharded_modules():
+        for name in module.shard_specs:
+            if spec := module.stored_spec(name):
+                found[id(module._parameters[name])] = module.group, spec
+    return found
+
+
+def _owned_rows(grad: Tensor, spec: ShardSpec, rank: int) -> list[Tensor]:
+    """Return the gradient rows that this rank owns, so that rows of several ranks count once."""
+    if not spec.has_shared_rows:
+        return [grad]
+    return [grad.narrow(spec.dim, start, stop - start) for start, stop in spec.owned_rows[rank]]
+
+
+def _norm_over_ranks(
+    replicated_norm: Tensor, own_norm: Tensor, norm_type: float, group: Group
+) -> Tensor:
+    """Combine the norm of replicated gradients with that of all ranks' own ones."""
+    if norm_type == torch.inf:
+        _ops.all_reduce_(own_norm, group.name, "max", "gradient_norm")
+        return torch.maximum(replicated_norm.to(own_norm.device), own_norm)
+    power = own_norm**norm_type
+    _ops.all_reduce_(power, group.name, "sum", "gradient_norm")
+    return (replicated_norm.to(power.device) ** norm_type + power) ** (1 / norm_type)
 
 
 class GradScaler(torch.amp.GradScaler):
-    """torch.amp.GradScaler for a model split over `group`: an overflow on one rank skips the step on all of them.
+    """torch.amp.GradScaler for a sharded model: an overflow on one rank skips the step on all.
 
-    Each rank sees the gradients of its own shards only; stepping on some ranks would leave the replicated parameters different.
+    Each rank sees the gradients of its own shards only. Stepping on some ranks would leave the
+    replicated parameters different.
+
+    Args:
+        device: as torch.amp.GradScaler takes it.
+        group: the tensor-parallel group; None for the "tp" group of `tpk.init_mesh`.
+        **options: torch.amp.GradScaler's.
+
+    Example:
+        >>> scaler = tpk.GradScaler("cuda", group=mesh["tp"])  # doctest: +SKIP
     """
 
-    def __init__(self, device: str = "cuda", *, group=None, **options):
+    def __init__(self, device: str = "cuda", *, group: GroupLike = None, **options):
         super().__init__(device, **options)
         self.group = resolve_group(group)
 

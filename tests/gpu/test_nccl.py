@@ -34,7 +34,7 @@ def chunks_use_the_second_communicator():
     group = resolve_group(mesh["tp"])
     assert group.has_chunked_group == (group.size > 1)
     layer = tpk.nn.RowParallelLinear(256, 256, group=mesh["tp"], overlap=4, device="cuda")
-    x = torch.randn(1024, layer.in_split.sizes[group.rank], device="cuda")
+    x = torch.randn(1024, layer.in_spec.shard_sizes[group.rank], device="cuda")
     with tpk.log_collectives() as log:
         whole = layer(x)
         layer.overlap = False
@@ -50,7 +50,7 @@ def test_chunks_use_the_second_communicator(gpu_pool, ranks):
 def captured(chunks):
     mesh = tpk.init_mesh(dist.get_world_size(), device="cuda")
     layer = tpk.nn.RowParallelLinear(256, 128, group=mesh["tp"], overlap=chunks, device="cuda")
-    x = torch.randn(512, layer.in_split.sizes[dist.get_rank()], device="cuda")
+    x = torch.randn(512, layer.in_spec.shard_sizes[dist.get_rank()], device="cuda")
     with torch.no_grad():
         for _ in range(3):
             layer(x)

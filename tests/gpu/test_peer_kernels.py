@@ -131,7 +131,7 @@ def mesh_takes_it():
     torch.cuda.set_device(dist.get_rank())
     mesh = tpk.init_mesh(dist.get_world_size(), device="cuda")
     group = resolve_group(mesh["tp"])
-    assert group.peers.max_bytes > 0, group.peers.reason
+    assert group.peer_memory.max_bytes > 0, group.peer_memory.reason
     layer = tpk.nn.RowParallelLinear(
         256, 256, group=mesh["tp"], device="cuda", dtype=torch.bfloat16
     )

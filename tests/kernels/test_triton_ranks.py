@@ -11,7 +11,7 @@ import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.kernels import registration
 from tpkernels.nn import ParallelMLP, ParallelTransformerBlock
-from tpkernels.shard import Split
+from tpkernels.sharding.spec import ShardSpec
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="tests/gpu runs these ops where they are registered anyway"
@@ -37,7 +37,7 @@ def run_layers():
         out.square().sum().backward()
         found |= {f"{name} {key}": value for key, value in tpk.unsharded_gradients(layer).items()}
         found[f"{name} out"], found[f"{name} x"], x.grad = out.detach(), x.grad, None
-    split, target = Split.chunks(37, world), torch.randint(37, (2, 5))
+    split, target = ShardSpec.chunks(37, world), torch.randint(37, (2, 5))
     weight = torch.randn(37, 24)
     mine = split.shard(weight, rank).clone().requires_grad_()
     options = dict(group=group, num_classes=37, label_smoothing=0.1)

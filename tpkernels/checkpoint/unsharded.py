@@ -1,4 +1,4 @@
-"""The state dict of the unsplit model, from and into a split one."""
+"""The state dict of the unsharded model, from and into a sharded one."""
 
 from __future__ import annotations
 
@@ -10,22 +10,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from ..nn.sharded import Sharded
-from ..ops.comm import all_gather_shards
-from ..shard import Split
+from ..ops.collectives import all_gather_shards
+from ..sharding.module import ShardedModule
+from ..sharding.spec import ShardSpec
+
+Owner = tuple[nn.Module, str]  # a module and the name of its parameter
 
 
 @torch.no_grad()
 def unsharded_state_dict(
     model: nn.Module, *, rank0_only: bool = False, cpu_offload: bool = False
 ) -> dict[str, Tensor]:
-    """The stock model's state dict: its names, shapes and layout, gathered over the ranks one parameter at a time.
+    """Return the stock model's state dict, gathered over the ranks one parameter at a time.
 
-    Also of a model under fully_shard. Every rank must call it.
+    It works for a model under fully_shard too.
+
+    Collective: every rank of the group must call it.
 
     Args:
+        model: a sharded model.
         rank0_only: ranks other than 0 get {}.
         cpu_offload: tensors are moved to the CPU as they are gathered.
+
+    Returns:
+        Stock names, shapes and layout.
+
+    Example:
+        >>> state = unsharded_state_dict(nn.Linear(2, 3))
+        >>> sorted(state)
+        ['bias', 'weight']
     """
     keep = not rank0_only or not dist.is_initialized() or dist.get_rank() == 0
     owners, gathered, out = _owners(model), {}, {}
@@ -33,12 +46,13 @@ def unsharded_state_dict(
         if key in owners:
             module, name = owners[key]
             parameter = module._parameters[name]
+            assert parameter is not None
             if id(parameter) not in gathered:  # tied parameters once
-                whole = _gather(parameter.detach(), module, name)
-                gathered[id(parameter)] = (whole.cpu() if cpu_offload else whole) if keep else None
+                full = _gather(parameter.detach(), module, name)
+                gathered[id(parameter)] = (full.cpu() if cpu_offload else full) if keep else None
             value = gathered[id(parameter)]
         elif torch.is_tensor(value) and keep:
-            value = value.detach().to("cpu", copy=True) if cpu_offload else value.detach().clone()
+            value = value.detach().to("cpu" if cpu_offload else value.device, copy=True)
         if keep:
             out[key] = value
     return out
@@ -46,7 +60,20 @@ def unsharded_state_dict(
 
 @torch.no_grad()
 def unsharded_gradients(model: nn.Module) -> dict[str, Tensor]:
-    """The stock model's gradients by parameter name, as named_parameters gives them (tied ones once). Every rank must call it."""
+    """Return the stock model's gradients.
+
+    Collective: every rank of the group must call it.
+
+    Args:
+        model: a sharded model after backward.
+
+    Returns:
+        Gradients by parameter name, as named_parameters gives them (tied ones once).
+
+    Example:
+        >>> unsharded_gradients(nn.Linear(2, 3))
+        {}
+    """
     owners = _owners(model)
     return {
         key: _gather(p.grad, *owners[key])
@@ -59,42 +86,55 @@ def unsharded_gradients(model: nn.Module) -> dict[str, Tensor]:
 def load_unsharded_state_dict(
     model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True
 ) -> None:
-    """Copies this rank's shards out of a stock state dict, whatever TP size it comes from. No communication.
+    """Copy this rank's shards from a stock state dict, whatever TP size it comes from.
+
+    It does not communicate.
+
+    Args:
+        model: a sharded model.
+        state_dict: the unsharded model's.
+        strict: refuse missing and unexpected keys.
 
     Raises:
         KeyError: with `strict`, keys that are missing or unexpected.
         ValueError: a tensor of another shape. Nothing has been copied then.
+
+    Example:
+        >>> stock, other = nn.Linear(2, 3), nn.Linear(2, 3)
+        >>> load_unsharded_state_dict(other, stock.state_dict())
+        >>> torch.equal(other.weight, stock.weight)
+        True
     """
     owners = _owners(model)
-    mine = model.state_dict()
-    missing, unexpected = (
-        [k for k in mine if k not in state_dict],
-        [k for k in state_dict if k not in mine],
-    )
+    own_state = model.state_dict()
+    missing = [key for key in own_state if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in own_state]
     if strict and (missing or unexpected):
         raise KeyError(
-            f"state_dict does not fit {type(model).__name__}: missing {missing or 'none'}, unexpected {unexpected or 'none'} (strict=False ignores them)"
+            f"state_dict does not fit {type(model).__name__}: missing {missing or 'none'}, "
+            f"unexpected {unexpected or 'none'} (strict=False ignores them)"
         )
-    for key, value in mine.items():
-        if key in state_dict and torch.is_tensor(value):
-            shape = _stock_shape(*owners[key]) if key in owners else tuple(value.shape)
-            if tuple(state_dict[key].shape) != shape:
-                raise ValueError(
-                    f"state_dict[{key!r}] has shape {tuple(state_dict[key].shape)}, but the unsplit model's is {shape}"
-                )
-    for key, value in mine.items():
-        if key not in state_dict:
-            continue
-        full = state_dict[key]
+    found = {
+        key: value
+        for key, value in own_state.items()
+        if key in state_dict and (key in owners or torch.is_tensor(value))
+    }
+    for key, value in found.items():
+        shape = _stock_shape(*owners[key]) if key in owners else tuple(value.shape)
+        if tuple(state_dict[key].shape) != shape:
+            raise ValueError(
+                f"state_dict[{key!r}] has shape {tuple(state_dict[key].shape)}, "
+                f"but the unsharded model's is {shape}"
+            )
+    for key, value in found.items():
         if key in owners:
-            module, name = owners[key]
-            _store(full, module, name)
-        elif torch.is_tensor(value):
-            value.copy_(full)
+            _copy_shard(state_dict[key], *owners[key])
+        else:
+            value.copy_(state_dict[key])
 
 
-def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """State-dict key -> the module and the name of the parameter, tied ones under every key."""
+def _owners(model: nn.Module) -> dict[str, Owner]:
+    """Return the owner of every parameter by its state-dict key, tied ones under every key."""
     return {
         f"{prefix}.{name}" if prefix else name: (module, name)
         for prefix, module in model.named_modules(remove_duplicate=False)
@@ -103,48 +143,46 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     }
 
 
-def _divided(module: nn.Module, name: str) -> Split | None:
-    """Sharded.divided, of any module."""
-    return module.divided(name) if isinstance(module, Sharded) else None
+def _stored_spec(module: nn.Module, name: str) -> ShardSpec | None:
+    """Return ShardedModule.stored_spec, for any module."""
+    return module.stored_spec(name) if isinstance(module, ShardedModule) else None
 
 
 def _stock_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     shape = list(module._parameters[name].shape)
-    if split := _divided(module, name):
-        shape[split.dim] = split.size
+    if spec := _stored_spec(module, name):
+        shape[spec.dim] = spec.size
     return tuple(shape)
 
 
 def _gather(tensor: Tensor, module: nn.Module, name: str) -> Tensor:
-    """A parameter, or its gradient, in the stock layout."""
-    split = _divided(module, name)
+    """Return a parameter, or its gradient, in the stock layout."""
+    spec = _stored_spec(module, name)
     if isinstance(tensor, DTensor):
         full = tensor.full_tensor()
-        # Where Shard cannot say how the ranks divide it, the DTensor is their padded parts one behind the other.
-        return (
-            full.clone()
-            if split is None or split.is_chunk
-            else split.unshard(full.split(split.stored_size, split.dim))
-        )
-    if split is None:
+        if spec is None or spec.is_chunk:
+            return full.clone()
+        # Shard cannot say how the ranks divide it: the DTensor is their padded shards in a row.
+        return spec.unshard(full.split(spec.padded_shard_size, spec.dim))
+    if spec is None:
         return tensor.clone()
-    return all_gather_shards(tensor, split, module.group, "state_dict")
+    assert isinstance(module, ShardedModule)
+    return all_gather_shards(tensor, spec, module.group, "state_dict")
 
 
-def _store(full: Tensor, module: nn.Module, name: str) -> None:
-    """Copies this rank's part of the stock tensor `full` into the parameter."""
-    parameter, split = module._parameters[name], _divided(module, name)
+def _copy_shard(full: Tensor, module: nn.Module, name: str) -> None:
+    """Copy this rank's part of the stock tensor `full` into the parameter."""
+    parameter, spec = module._parameters[name], _stored_spec(module, name)
+    assert parameter is not None
     if not isinstance(parameter, DTensor):
-        parameter.copy_(full if split is None else split.shard(full, module.group.rank))
+        parameter.copy_(full if spec is None else spec.shard(full, module.group.rank))
         return
-    if split is not None and not split.is_chunk:
-        full = torch.cat(
-            [split.pad(split.shard(full, r)) for r in range(module.group.size)], split.dim
-        )
+    if spec is not None and not spec.is_chunk:
+        shards = [spec.pad(spec.shard(full, r)) for r in range(module.group.size)]
+        full = torch.cat(shards, spec.dim)
     # fully_shard may have divided it further.
     shape, offset = compute_local_shape_and_global_offset(
         parameter.shape, parameter.device_mesh, parameter.placements
     )
-    parameter.to_local().copy_(
-        full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
-    )
+    index = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+    parameter.to_local().copy_(full[index])

@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 
 from tpkernels_planner.files import write_atomically
 
-from ..files import cache_folder
+from ..cache import cache_folder
 from .launch_config import Config, Tunable, power_of_two
 from .registration import OP_MODULES
 

@@ -2,11 +2,12 @@
 
 from .attention import ParallelSelfAttention
 from .block import ParallelTransformerBlock
+from .column_linear import ColumnParallelLinear
 from .dropout import Dropout
 from .embedding import VocabParallelEmbedding
-from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import ParallelMLP
 from .norm import LayerNorm, RMSNorm
+from .row_linear import RowParallelLinear
 
 __all__ = [
     "ColumnParallelLinear",

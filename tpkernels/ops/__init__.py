@@ -1,1 +1,1 @@
-"""One file an op family: fake kernels, autograd.Functions and their functional wrappers."""
+"""One file an op: fake kernel, autograd.Function and functional."""

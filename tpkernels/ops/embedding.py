@@ -1,72 +1,56 @@
-"""An embedding table split by vocabulary."""
+"""Lookup in an embedding whose vocabulary is sharded."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..group import resolve_group
-from ..shard import chunk_sizes
-from .comm import _log_fake
+from ..group import GroupLike, resolve_group
+from ..sharding.spec import chunk_sizes
+from .checks import check_in_range
+from .collective_log import log_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
 @torch.library.register_fake("tpkernels::vocab_embedding")
-def _(ids, weight, first, group, tag):
+def _(ids, weight, vocab_start_index, group, tag):
     out = weight.new_empty(*ids.shape, weight.shape[1])
-    _log_fake("all_reduce", tag, group, out)
+    log_fake("all_reduce", tag, group, out)
     return out
 
 
 class _VocabEmbedding(torch.autograd.Function):
-    """ids [...], the same on every rank; weight [V_r, H], rows first .. first + V_r of the table.
+    """Rows of a weight that is sharded by vocabulary.
 
-    y   [..., H]   = sum over ranks of (the row of each id that this rank holds, else 0)   one all-reduce
-    dw  [V_r, H]   = dy added up by id                                                  no communication
+    ids [...]      the same on every rank
+    w   [V_r, H]   rows vocab_start_index .. vocab_start_index + V_r of the full weight
+    y   [..., H]   = sum over ranks of (the row of each id that this rank holds, else 0)
+                   1 all-reduce
+    dw  [V_r, H]   = dy summed by id      no communication
     """
 
     @staticmethod
-    def forward(ctx, ids, weight, first, padding_idx, group, tag):
+    def forward(ctx, ids, weight, vocab_start_index, padding_idx, group, tag):
         ctx.save_for_backward(ids)
-        ctx.first, ctx.padding_idx, ctx.rows = first, padding_idx, weight.shape[0]
-        return _ops.vocab_embedding(ids, weight, first, group.name, tag)
+        ctx.vocab_start_index, ctx.padding_idx = vocab_start_index, padding_idx
+        ctx.num_rows = weight.shape[0]
+        return _ops.vocab_embedding(ids, weight, vocab_start_index, group.name, tag)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (ids,) = ctx.saved_tensors
-        local, dy = ids.flatten() - ctx.first, dy.reshape(-1, dy.shape[-1])
+        ids, dy = ids.flatten(), dy.reshape(-1, dy.shape[-1])
+        row = ids - ctx.vocab_start_index
         if ctx.padding_idx is not None:
-            local = local.masked_fill(ids.flatten() == ctx.padding_idx, -1)
-        # Rows of other ranks go to one spare row: no data-dependent shape, so it can be captured in a CUDA graph.
-        local = torch.where((local >= 0) & (local < ctx.rows), local, ctx.rows)
-        dw = dy.new_zeros(ctx.rows + 1, dy.shape[-1])
-        return None, dw.index_add_(0, local, dy)[: ctx.rows], None, None, None, None
-
-
-def check_integers(name: str, values: Tensor) -> None:
-    """What index_select and gather take; raised here because a rank with no rows does not come to them."""
-    if values.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {values.dtype}")
-
-
-def check_in_range(name: str, values: Tensor, size: int, what: str) -> None:
-    """Raises IndexError unless all of `values` are in [0, size); on a GPU asserts on the device, so that nothing is synchronised."""
-    check_integers(name, values)
-    if not values.numel():
-        return
-    if values.device.type == "cuda":
-        torch._assert_async(
-            ((values >= 0) & (values < size)).all(), f"{name} outside [0, {size}), {what}"
-        )
-    elif values.device.type == "cpu" and not torch._subclasses.fake_tensor.is_fake(values):
-        low, high = (v.item() for v in values.aminmax())
-        if low < 0 or high >= size:
-            raise IndexError(
-                f"{name} has values from {low} to {high}, but {what} takes 0 to {size - 1}"
-            )
+            row = row.masked_fill(ids == ctx.padding_idx, -1)
+        # Rows of other ranks go to one spare row: no shape depends on the data, so that this can
+        # be captured in a CUDA graph.
+        row = torch.where((row >= 0) & (row < ctx.num_rows), row, ctx.num_rows)
+        dw = dy.new_zeros(ctx.num_rows + 1, dy.shape[-1])
+        return None, dw.index_add_(0, row, dy)[: ctx.num_rows], None, None, None, None
 
 
 def vocab_parallel_embedding(
@@ -74,31 +58,54 @@ def vocab_parallel_embedding(
     weight: Tensor,
     num_embeddings: int,
     *,
-    group=None,
+    group: GroupLike = None,
     padding_idx: int | None = None,
     tag: str = "embedding",
 ) -> Tensor:
-    """Rows `ids` of a table whose rows are split over the ranks in torch.chunk's sizes: [*ids.shape, H], whole on every rank.
+    """Return rows `ids` of a weight whose rows are sharded in torch.chunk's sizes.
+
+    Collective: every rank of the group must call it.
 
     Args:
-        ids: integers, the same on every rank.
+        ids: [...] integers, the same on every rank.
         weight: [V_r, H], this rank's rows.
-        num_embeddings: V.
+        num_embeddings: V, rows of the full weight.
+        group: a ProcessGroup, a 1-D DeviceMesh, or None for the "tp" group of `init_mesh`.
         padding_idx: a row that gets no gradient; negative ones count from the end.
+        tag: name in the collective log.
+
+    Returns:
+        [*ids.shape, H], full on every rank.
 
     Raises:
-        IndexError: an id outside the vocabulary (on a GPU a device-side assertion), before any communication.
+        IndexError: an id outside the vocabulary, before any communication (on a GPU an assertion
+            on the device).
         TypeError: ids that are not integers.
+        ValueError: a weight of another size, a padding_idx outside the vocabulary.
+
+    Example:
+        >>> import tpkernels as tpk
+        >>> mesh = tpk.init_mesh(tp=1, device="cpu")
+        >>> ids = torch.tensor([0, 3])
+        >>> vocab_parallel_embedding(ids, torch.ones(4, 2), 4, group=mesh["tp"]).shape
+        torch.Size([2, 2])
     """
     group = resolve_group(group)
-    size, sizes = num_embeddings, chunk_sizes(num_embeddings, group.size)
+    sizes = chunk_sizes(num_embeddings, group.size)
     if weight.shape[0] != sizes[group.rank]:
         raise ValueError(
-            f"weight has {weight.shape[0]} rows on rank {group.rank}, but num_embeddings={size} over {group.size} ranks is {sizes}"
+            f"weight has {weight.shape[0]} rows on rank {group.rank}, "
+            f"but num_embeddings={num_embeddings} over {group.size} ranks is {sizes}"
         )
-    check_in_range("ids", ids, size, "a vocabulary of that size")
+    check_in_range("ids", ids, num_embeddings, "a vocabulary of that size")
     if padding_idx is not None:
-        if not -size <= padding_idx < size:
-            raise ValueError(f"padding_idx={padding_idx} is outside a vocabulary of {size}")
-        padding_idx %= size
-    return _VocabEmbedding.apply(ids, weight, sum(sizes[: group.rank]), padding_idx, group, tag)
+        padding_idx = check_padding_idx(padding_idx, num_embeddings)
+    vocab_start_index = sum(sizes[: group.rank])
+    return _VocabEmbedding.apply(ids, weight, vocab_start_index, padding_idx, group, tag)
+
+
+def check_padding_idx(padding_idx: int, num_embeddings: int) -> int:
+    """Return a padding_idx that counts from the start; raise ValueError if it is outside."""
+    if not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(f"padding_idx={padding_idx} is outside a vocabulary of {num_embeddings}")
+    return padding_idx % num_embeddings

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_features, check_rows
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
@@ -12,33 +13,30 @@ _ops = torch.ops.tpkernels
 
 @torch.library.register_fake("tpkernels::norm")
 def _(input, residual, weight, bias, eps, rms):
-    rows, wide = input.shape[:-1].numel(), torch.promote_types(input.dtype, torch.float32)
+    m, opmath_dtype = input.shape[:-1].numel(), torch.promote_types(input.dtype, torch.float32)
     total = input.new_empty(0 if residual is None else input.shape)
-    return (
-        input.new_empty(input.shape),
-        total,
-        input.new_empty(0 if rms else rows, dtype=wide),
-        input.new_empty(rows, dtype=wide),
-    )
+    mean = input.new_empty(0 if rms else m, dtype=opmath_dtype)
+    return input.new_empty(input.shape), total, mean, input.new_empty(m, dtype=opmath_dtype)
 
 
 @torch.library.register_fake("tpkernels::norm_backward")
 def _(grad, grad_sum, sum, weight, mean, rstd, rms, weight_grad, bias_grad):
-    like = weight if weight is not None else sum
-    return [
-        sum.new_empty(sum.shape),
-        *(like.new_empty(sum.shape[-1]) for need in (weight_grad, bias_grad) if need),
-    ]
+    like = sum if weight is None else weight
+    parameter_grads = [like.new_empty(sum.shape[-1]) for need in (weight_grad, bias_grad) if need]
+    return [sum.new_empty(sum.shape), *parameter_grads]
 
 
 class _Norm(torch.autograd.Function):
-    """x [..., N], r the same or None, w, b [N] or None.
+    """y = norm(x + residual).
 
-    h   = x + r                                       returned too where there is an r
-    y   = (h - mean(h)) / std(h) * w + b              LayerNorm (Ba et al. 2016); eps is added to the biased variance
-    y   = h / sqrt(mean(h^2) + eps) * w               RMSNorm (Zhang and Sennrich 2019)
-    dx  = dr = the norm's gradient + dh               one pass: h, dy and dh read once
-    dw  = sum of dy * (h - mean) / std over rows, db = sum of dy: partial sums in the same pass, no atomics
+    x   [..., N]    residual the same or None    w, b [N] or None
+    h   = x + residual                           returned too where there is a residual
+    y   = (h - mean(h)) / std(h) * w + b         LayerNorm (Ba et al. 2016); eps is added to the
+                                                 biased variance
+    y   = h / sqrt(mean(h^2) + eps) * w          RMSNorm (Zhang and Sennrich 2019)
+    dx  = d(residual) = the norm's gradient + dh     one pass: h, dy and dh read once
+    dw  = sum of dy * (h - mean) / std over rows, db = sum of dy
+                                                 partial sums in the same pass, no atomics
     """
 
     @staticmethod
@@ -53,25 +51,20 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, dh=None):
         h, weight, mean, rstd = ctx.saved_tensors
-        need_x, need_r, need_w, need_b = ctx.needs_input_grad[:4]
-        if dy is None:
-            return dh if need_x else None, dh if need_r else None, None, None, None, None
-        dx, *rest = _ops.norm_backward(dy, dh, h, weight, mean, rstd, ctx.rms, need_w, need_b)
-        rest = iter(rest)
-        dw, db = next(rest) if need_w else None, next(rest) if need_b else None
-        return dx if need_x else None, dx if need_r else None, dw, db, None, None
+        need_x, need_residual, need_w, need_b = ctx.needs_input_grad[:4]
+        dx, dw, db = dh, None, None
+        if dy is not None:
+            dx, *rest = _ops.norm_backward(dy, dh, h, weight, mean, rstd, ctx.rms, need_w, need_b)
+            parameter_grads = iter(rest)
+            dw = next(parameter_grads) if need_w else None
+            db = next(parameter_grads) if need_b else None
+        return dx if need_x else None, dx if need_residual else None, dw, db, None, None
 
 
 def _norm(input, weight, bias, eps, residual, rms):
-    if not input.is_floating_point():
-        raise TypeError(f"input must be floating point, got {input.dtype}: cast it first")
-    if input.dim() < 1:
-        raise ValueError("input must have at least one dimension, [..., N]")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.shape != input.shape[-1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} but input has {input.shape[-1]} features"
-            )
+    check_rows(input)
+    check_features("weight", weight, input)
+    check_features("bias", bias, input)
     if residual is not None:
         if residual.shape != input.shape:
             raise ValueError(
@@ -83,16 +76,29 @@ def _norm(input, weight, bias, eps, residual, rms):
 
 
 def rms_norm(
-    input: Tensor, weight: Tensor | None = None, eps: float = 1e-5, residual: Tensor | None = None
+    input: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
 ):
-    """RMSNorm over the last dimension of input, or of input + residual: returns y, or (y, input + residual) with a residual.
+    """Compute RMSNorm over the last dimension of input + residual, in one pass.
 
     Args:
-        input, residual: [..., N].
+        input: [..., N].
         weight: [N] or None.
+        eps: added to the mean of squares.
+        residual: [..., N] or None.
+
+    Returns:
+        y [..., N], or with a residual (y, input + residual).
 
     Raises:
-        TypeError, ValueError: input that is not floating point, shapes that do not fit.
+        TypeError: input is not floating point.
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> rms_norm(torch.tensor([3.0, 4.0]), eps=0.0).square().mean()
+        tensor(1.)
     """
     return _norm(input, weight, None, eps, residual, True)
 
@@ -104,5 +110,24 @@ def layer_norm(
     eps: float = 1e-5,
     residual: Tensor | None = None,
 ):
-    """LayerNorm over the last dimension; arguments and results as `rms_norm`'s, with a bias [N] or None."""
+    """Compute LayerNorm over the last dimension of input + residual, in one pass.
+
+    Args:
+        input: [..., N].
+        weight: [N] or None.
+        bias: [N] or None.
+        eps: added to the variance.
+        residual: [..., N] or None.
+
+    Returns:
+        y [..., N], or with a residual (y, input + residual).
+
+    Raises:
+        TypeError: input is not floating point.
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> layer_norm(torch.tensor([1.0, 3.0]), eps=0.0)
+        tensor([-1.,  1.])
+    """
     return _norm(input, weight, bias, eps, residual, False)

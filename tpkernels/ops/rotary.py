@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_floating_point
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
@@ -16,7 +17,7 @@ def _(input, cos, sin, interleaved, inverse):
 
 
 class _Rotary(torch.autograd.Function):
-    """Rotates pairs of features by an angle a position; backward rotates back."""
+    """Rotate pairs of features by an angle a position; backward rotates back."""
 
     @staticmethod
     def forward(ctx, x, cos, sin, interleaved):
@@ -33,48 +34,78 @@ class _Rotary(torch.autograd.Function):
 def rotary_tables(
     positions: int, features: int, theta: float = 10000.0, device=None, dtype=None
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin [positions, features / 2] of position * theta^(-2 i / features) (RoFormer, Su et al. 2021, equation 15)."""
+    """Return cos and sin of position * theta^(-2 i / features).
+
+    Source: RoFormer (Su et al. 2021), equation 15.
+
+    Args:
+        positions: number of tokens.
+        features: rotated features of a head, an even number.
+        theta: base of the frequencies.
+        device: of the result.
+        dtype: of the result; None: float32.
+
+    Returns:
+        cos and sin, [positions, features / 2] each.
+
+    Raises:
+        ValueError: an odd number of features.
+
+    Example:
+        >>> cos, sin = rotary_tables(positions=16, features=8)
+        >>> cos.shape
+        torch.Size([16, 4])
+    """
     if features % 2:
         raise ValueError(f"features must be even, pairs are rotated, got {features}")
-    frequency = theta ** (
-        -torch.arange(0, features, 2, device=device, dtype=torch.float32) / features
+    exponent = torch.arange(0, features, 2, device=device, dtype=torch.float32) / features
+    angle = torch.outer(
+        torch.arange(positions, device=device, dtype=torch.float32), theta**-exponent
     )
-    angle = torch.outer(torch.arange(positions, device=device, dtype=torch.float32), frequency)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotary position embedding: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
+    """Rotate pairs of features: (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin).
 
-    Heads are independent, so a rank passes its own, and the tables of the whole model.
+    Heads are independent: a rank passes its own, and the cos and sin of the full model.
 
     Args:
         input: [batch, heads, tokens, head_dim], any strides.
-        cos, sin: [tokens, R / 2] or [batch, tokens, R / 2] with R <= head_dim; features from R on are left as they are. Constants:
-            they get no gradient.
-        interleaved: pairs are (2i, 2i + 1), as in GPT-J; otherwise (i, i + R / 2), as in Llama and GPT-NeoX.
+        cos: [tokens, R / 2] or [batch, tokens, R / 2] with R <= head_dim. Features from R on stay
+            as they are. cos and sin are constants: they get no gradient.
+        sin: as cos.
+        interleaved: pairs are (2i, 2i + 1), as in GPT-J; otherwise (i, i + R / 2), as in Llama and
+            GPT-NeoX.
+
+    Returns:
+        [batch, heads, tokens, head_dim].
 
     Raises:
-        TypeError, ValueError: input that is not floating point, tables that do not fit or that require grad.
+        TypeError: input is not floating point.
+        ValueError: cos and sin that do not fit or that require grad.
+
+    Example:
+        >>> cos, sin = rotary_tables(positions=16, features=8)
+        >>> rotary(torch.randn(2, 3, 16, 8), cos, sin).shape
+        torch.Size([2, 3, 16, 8])
     """
-    if not input.is_floating_point():
-        raise TypeError(f"input must be floating point, got {input.dtype}: cast it first")
+    check_floating_point("input", input)
     if input.dim() != 4:
         raise ValueError(
             f"input must be [batch, heads, tokens, head_dim], got {tuple(input.shape)}"
         )
     batch, _, tokens, head_dim = input.shape
-    if (
-        cos.shape != sin.shape
-        or cos.dim() not in (2, 3)
-        or cos.shape[:-1] not in ((tokens,), (batch, tokens))
-    ):
+    is_shaped = cos.dim() in (2, 3) and cos.shape[:-1] in ((tokens,), (batch, tokens))
+    if cos.shape != sin.shape or not is_shaped:
         raise ValueError(
-            f"cos and sin must be [{tokens}, R / 2] or [{batch}, {tokens}, R / 2], got {tuple(cos.shape)} and {tuple(sin.shape)}"
+            f"cos and sin must be [{tokens}, R / 2] or [{batch}, {tokens}, R / 2], "
+            f"got {tuple(cos.shape)} and {tuple(sin.shape)}"
         )
     if 2 * cos.shape[-1] > head_dim:
         raise ValueError(
-            f"cos has {cos.shape[-1]} pairs of features, but head_dim {head_dim} has {head_dim // 2}"
+            f"cos has {cos.shape[-1]} pairs of features, "
+            f"but head_dim {head_dim} has {head_dim // 2}"
         )
     if cos.requires_grad or sin.requires_grad:
         raise ValueError("cos and sin get no gradient here: detach them")

@@ -1,4 +1,4 @@
-"""NVTX ranges in tpkernels' domain, and the overlap report of a recorded trace (`tpkernels trace`)."""
+"""NVTX ranges in tpkernels' domain, and the overlap report of a recorded trace."""
 
 from .ranges import range
 

@@ -8,9 +8,17 @@ from .. import _C
 
 @contextmanager
 def range(name: str) -> Iterator[None]:
-    """Marks what runs inside as `name` for a profiler, in NVTX's domain "tpkernels"; does nothing where none is attached.
+    """Mark what runs inside as `name` for a profiler, in NVTX's domain "tpkernels".
 
-    On a GPU the range covers the launches; Nsight Systems projects it onto what they ran (docs/profiling.md).
+    It does nothing where no profiler is attached. On a GPU the range covers the launches; Nsight
+    Systems projects it onto what they ran (docs/profiling.md).
+
+    Args:
+        name: of the range.
+
+    Example:
+        >>> with range("step 1"):
+        ...     pass
     """
     _C.range_push(name)
     try:

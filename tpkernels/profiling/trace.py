@@ -1,7 +1,7 @@
-"""`tpkernels trace`: how much of a recorded trace's communication ran under computation.
+"""`tpkernels trace`: the share of a recorded trace's communication that ran under computation.
 
-Reads Nsight Systems' SQLite export (tables NVTX_EVENTS, CUPTI_ACTIVITY_KIND_KERNEL and StringIds of its "SQLite Schema Reference")
-and torch.profiler's Chrome trace. Times are nanoseconds.
+It reads Nsight Systems' SQLite export (tables NVTX_EVENTS, CUPTI_ACTIVITY_KIND_KERNEL and StringIds
+of its "SQLite Schema Reference") and torch.profiler's Chrome trace. Times are nanoseconds.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-DOMAIN = "tpkernels"  # of csrc/overlap/ranges.h
+DOMAIN = "tpkernels"  # as in csrc/engine/nvtx.h
 PUSH_POP, START_END, DOMAIN_CREATE = 59, 60, 75  # NVTX_EVENTS.eventType
 
 COLLECTIVE = re.compile(r"nccl|(one|two)_shot|all_?reduce|all_?gather|reduce_?scatter", re.I)
@@ -29,7 +29,9 @@ ATTENTION = re.compile(r"flash|fmha|attention|attn", re.I)  # whose template arg
 
 
 class Kernel(NamedTuple):
-    process: int  # 0 where the trace has one only
+    """A GPU kernel of a trace; process 0 where the trace has one only."""
+
+    process: int
     device: int
     start: int
     end: int
@@ -37,6 +39,8 @@ class Kernel(NamedTuple):
 
 
 class Range(NamedTuple):
+    """An NVTX range on the host."""
+
     start: int
     end: int
     name: str
@@ -46,7 +50,10 @@ Interval = tuple[int, int]
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time as disjoint intervals in order; touching ones become one, empty ones vanish."""
+    """Return the same time as disjoint intervals in order.
+
+    Touching intervals become one, empty ones vanish.
+    """
     merged: list[Interval] = []
     for start, end in sorted(i for i in intervals if i[0] < i[1]):
         if merged and start <= merged[-1][1]:
@@ -57,11 +64,12 @@ def union(intervals: Iterable[Interval]) -> list[Interval]:
 
 
 def length(disjoint: Iterable[Interval]) -> int:
+    """Return the total length of disjoint intervals."""
     return sum(end - start for start, end in disjoint)
 
 
 def intersection(a: list[Interval], b: list[Interval]) -> list[Interval]:
-    """Of two unions."""
+    """Return the time that two unions have in common."""
     common, i, j = [], 0, 0
     while i < len(a) and j < len(b):
         start, end = max(a[i][0], b[j][0]), min(a[i][1], b[j][1])
@@ -75,7 +83,10 @@ def intersection(a: list[Interval], b: list[Interval]) -> list[Interval]:
 
 
 def kind_of(kernel: str) -> str:
-    """ "gemm", "collective" or "other", by name. A kernel that is both, such as a fused GEMM + all-reduce, is a GEMM."""
+    """Return "gemm", "collective" or "other", by the kernel's name.
+
+    A kernel that is both, such as a fused GEMM + all-reduce, is a GEMM.
+    """
     name = kernel.replace("(anonymous namespace)", "").partition("(")[0]
     if GEMM.search(name) and not ATTENTION.search(name):
         return "gemm"
@@ -83,11 +94,12 @@ def kind_of(kernel: str) -> str:
 
 
 def report(kernels: list[Kernel], ranges: list[Range]) -> dict[str, Any]:
-    """The figures of a trace.
+    """Return the figures of a trace.
 
-    For each device of each process: `collective_ns`, the time in which at least one collective ran; `hidden_ns`, the part of it in
-    which a kernel that is no collective ran too; `exposed_ns`, the rest; and `gemm_ns`, the time in which a GEMM ran.
-    `overlap` has their sums and `efficiency`, hidden / collective (None without collectives).
+    `devices` has for each device of each process: `collective_ns`, the time in which at least one
+    collective ran; `hidden_ns`, the part of it in which a kernel that is no collective ran too;
+    `exposed_ns`, the rest; and `gemm_ns`, the time in which a GEMM ran. `overlap` has their sums
+    and `efficiency`, hidden / collective (None without collectives).
     """
     by_name, by_kernel = defaultdict(list), defaultdict(list)
     devices: dict[tuple[int, int], dict[str, list[Interval]]] = defaultdict(
@@ -130,7 +142,7 @@ def report(kernels: list[Kernel], ranges: list[Range]) -> dict[str, Any]:
 
 
 def read_trace(path: Path) -> tuple[list[Kernel], list[Range]]:
-    """The GPU kernels of a trace, and the ranges of the domain "tpkernels" in it.
+    """Return the GPU kernels of a trace, and the ranges of the domain "tpkernels" in it.
 
     Raises:
         ValueError: the file is missing, is no trace, or holds neither kernels nor ranges.
@@ -143,7 +155,8 @@ def read_trace(path: Path) -> tuple[list[Kernel], list[Range]]:
         kernels, ranges = _read_nsys(path)
     if not kernels and not ranges:
         raise ValueError(
-            f"{path}: no GPU kernels and no ranges of the NVTX domain {DOMAIN!r}: was it recorded on CPUs, or around no step?"
+            f"{path}: no GPU kernels and no ranges of the NVTX domain {DOMAIN!r}: "
+            "was it recorded on CPUs, or around no step?"
         )
     return kernels, ranges
 
@@ -152,7 +165,8 @@ def _read_nsys(path: Path) -> tuple[list[Kernel], list[Range]]:
     with path.open("rb") as file:
         if file.read(16) != b"SQLite format 3\0":
             raise ValueError(
-                f"{path}: neither an SQLite database nor .json: export a report with `nsys export --type sqlite {path}`"
+                f"{path}: neither an SQLite database nor .json: "
+                f"export a report with `nsys export --type sqlite {path}`"
             )
     with closing(sqlite3.connect(path.absolute().as_uri() + "?mode=ro", uri=True)) as db:
         try:
@@ -160,8 +174,8 @@ def _read_nsys(path: Path) -> tuple[list[Kernel], list[Range]]:
             # Tables are made only where there is something to put in them.
             if not tables & {"NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL"}:
                 raise ValueError(
-                    f"{path}: has neither NVTX_EVENTS nor CUPTI_ACTIVITY_KIND_KERNEL: record with `nsys profile --trace=cuda,nvtx` "
-                    "and export with `nsys export --type sqlite`"
+                    f"{path}: has neither NVTX_EVENTS nor CUPTI_ACTIVITY_KIND_KERNEL: record with "
+                    "`nsys profile --trace=cuda,nvtx` and export with `nsys export --type sqlite`"
                 )
             kernels = (
                 db.execute(KERNELS).fetchall() if "CUPTI_ACTIVITY_KIND_KERNEL" in tables else []
@@ -169,7 +183,8 @@ def _read_nsys(path: Path) -> tuple[list[Kernel], list[Range]]:
             ranges = db.execute(RANGES, (DOMAIN,)).fetchall() if "NVTX_EVENTS" in tables else []
         except sqlite3.Error as error:
             raise ValueError(
-                f"{path}: not an export that can be read ({error}): export it again with `nsys export --type sqlite`"
+                f"{path}: not an export that can be read ({error}): "
+                "export it again with `nsys export --type sqlite`"
             ) from None
     return [Kernel(*row) for row in kernels], [Range(*row) for row in ranges]
 
@@ -182,10 +197,12 @@ KERNELS = """
 # Texts are inline or strings of their own; a domain's number is one process's.
 RANGES = f"""
     WITH events AS (
-        SELECT e.start, e."end", e.eventType, e.domainId, e.globalTid / 0x1000000 AS process, coalesce(e.text, s.value) AS name
+        SELECT e.start, e."end", e.eventType, e.domainId, e.globalTid / 0x1000000 AS process,
+            coalesce(e.text, s.value) AS name
         FROM NVTX_EVENTS e LEFT JOIN StringIds s ON s.id = e.textId
     ), domains AS (
-        SELECT DISTINCT process, domainId FROM events WHERE eventType = {DOMAIN_CREATE} AND name = ?
+        SELECT DISTINCT process, domainId FROM events
+        WHERE eventType = {DOMAIN_CREATE} AND name = ?
     )
     SELECT start, "end", name FROM events JOIN domains USING (process, domainId)
     WHERE eventType IN ({PUSH_POP}, {START_END}) AND "end" IS NOT NULL
@@ -210,11 +227,13 @@ def _read_chrome(path: Path) -> list[Kernel]:
         ]
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path}: not a Chrome trace that torch.profiler wrote ({type(error).__name__}: {error})"
+            f"{path}: not a Chrome trace that torch.profiler wrote "
+            f"({type(error).__name__}: {error})"
         ) from None
 
 
 def print_report(result: dict[str, Any], console: Console) -> None:
+    """Print the figures of `report` as tables."""
     if result["ranges"]:
         table = _table("Ranges on the host", "range", "count", "ms")
         for r in result["ranges"]:
@@ -233,7 +252,9 @@ def print_report(result: dict[str, Any], console: Console) -> None:
         title, "device", "collectives, ms", "hidden", "exposed", "efficiency", "GEMMs, ms"
     )
     rows = [(f"{row['device']} of process {row['process']}", row) for row in result["devices"]]
-    for place, row in [*rows, *([("all", result["overlap"])] if len(rows) > 1 else [])]:
+    if len(rows) > 1:
+        rows.append(("all", result["overlap"]))
+    for place, row in rows:
         total, hidden, exposed, gemm = (
             row[key] for key in ("collective_ns", "hidden_ns", "exposed_ns", "gemm_ns")
         )
@@ -254,9 +275,8 @@ def _ms(ns: int) -> str:
 
 def _table(title: str, name: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
-    table.add_column(
-        name, overflow="ellipsis", no_wrap=True, max_width=48
-    )  # kernels' names fill screens
+    # Kernels' names fill screens.
+    table.add_column(name, overflow="ellipsis", no_wrap=True, max_width=48)
     for column in columns:
         table.add_column(column, justify="right")
     return table

@@ -1,16 +1,17 @@
-"""Plans: module-name patterns -> styles."""
+"""Plans: module-name patterns -> styles, a model's own or one of ours for its family."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from .styles import check_style
 
-# For families whose own plan is empty or gathers activations; names within the base model, then those of the heads.
+# Families whose own plan is empty or gathers activations. Names are within the base model.
 _GPT2 = {
     "wte": "embedding_rowwise",
     "h.*.attn.c_attn": "packed_qkv_colwise",
@@ -53,55 +54,85 @@ _STABLELM = {
     "layers.*.mlp.up_proj": "colwise",
     "layers.*.mlp.down_proj": "rowwise",
 }
-FAMILIES = {"gpt2": _GPT2, "gpt_neox": _GPT_NEOX, "phi3": _PHI3, "stablelm": _STABLELM, "opt": _OPT}
+_FAMILY_PLANS = {
+    "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "phi3": _PHI3,
+    "stablelm": _STABLELM,
+    "opt": _OPT,
+}
 
 
-def auto_plan(model: nn.Module) -> dict[str, str]:
-    """The plan for a Hugging Face model: tpkernels' own for some families, otherwise the one the model carries (`_tp_plan`).
+def auto_plan(model: Any) -> dict[str, str]:
+    """Return the plan of a Hugging Face model.
 
-    A dict to pass on as it is, or extended: `{**auto_plan(model), "model.layers.0.mlp.up_proj": "replicate"}`.
+    It is tpkernels' own for some families, otherwise the one the model carries (`_tp_plan`). The
+    dict can be passed on as it is, or extended:
+    `{**auto_plan(model), "model.layers.0.mlp.up_proj": "replicate"}`.
+
+    Args:
+        model: a transformers model.
+
+    Returns:
+        Module-name pattern -> style.
 
     Raises:
         ValueError: the model carries no plan and tpkernels has none for its family.
+
+    Example:
+        >>> plan = tpk.auto_plan(model)  # doctest: +SKIP
+        >>> plan["model.layers.*.self_attn.o_proj"]  # doctest: +SKIP
+        'rowwise'
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = {module: name for name, module in model.named_modules()}
-    if family in FAMILIES:
-        prefix = getattr(model, "base_model_prefix", "")
-        prefix = f"{prefix}." if prefix and hasattr(model, prefix) else ""
-        plan = {prefix + pattern: style for pattern, style in FAMILIES[family].items()}
+    if family in _FAMILY_PLANS:
+        plan = _family_plan(model, family)
         if head is not None:
             plan[names[head]] = "colwise_gather_output"
     else:
         plan = dict(getattr(model, "_tp_plan", None) or {})
     if not plan:
         raise ValueError(
-            f"plan='auto': {type(model).__name__} carries no tensor-parallel plan (model._tp_plan) and tpkernels has none for it "
-            f"(it has {', '.join(FAMILIES)}): pass plan={{name pattern: style}}"
+            f"plan='auto': {type(model).__name__} carries no tensor-parallel plan "
+            f"(model._tp_plan) and tpkernels has none for it (it has {', '.join(_FAMILY_PLANS)}): "
+            "pass plan={name pattern: style}"
         )
     plan = {
         pattern: style
         for pattern, style in plan.items()
         if any(matches(pattern, name) for name in names.values())
     }
-    # Tied tables are split alike, or not at all.
-    table = model.get_input_embeddings() if head is not None else None
-    if table is not None and head.weight is table.weight:
+    # A tied embedding and head are sharded alike, or not at all.
+    embedding = model.get_input_embeddings() if head is not None else None
+    if embedding is not None and head.weight is embedding.weight:
         styles = match_plan(model, plan)
-        if names[table] in styles or names[head] in styles:
-            plan.setdefault(names[table], "embedding_rowwise")
+        if names[embedding] in styles or names[head] in styles:
+            plan.setdefault(names[embedding], "embedding_rowwise")
             plan.setdefault(names[head], "colwise_gather_output")
     return plan
 
 
+def _family_plan(model: nn.Module, family: str) -> dict[str, str]:
+    """Return our plan for a family, with the names that it has in `model`."""
+    base_name = getattr(model, "base_model_prefix", "")
+    prefix = f"{base_name}." if base_name and hasattr(model, base_name) else ""
+    return {prefix + pattern: style for pattern, style in _FAMILY_PLANS[family].items()}
+
+
 def matches(pattern: str, name: str) -> bool:
-    """Whether a module's name matches: `*` stands for one part of the dotted name."""
+    """Return True if a module's name matches: `*` stands for one part of the dotted name.
+
+    Example:
+        >>> matches("layers.*.mlp", "layers.0.mlp"), matches("layers.*", "layers.0.mlp")
+        (True, False)
+    """
     return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), name) is not None
 
 
 def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Module name -> style. A later entry of the plan overrides an earlier one.
+    """Return module name -> style. A later entry of the plan overrides an earlier one.
 
     Raises:
         ValueError: a pattern that matches nothing, an unknown style.
@@ -112,12 +143,9 @@ def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
         style = check_style(pattern, style)
         found = [name for name in names if matches(pattern, name)]
         if not found:
-            near = difflib.get_close_matches(
-                pattern, [re.sub(r"\.\d+\.", ".*.", name) for name in names], n=3, cutoff=0.5
-            )
-            raise ValueError(
-                f"plan[{pattern!r}] matches no module of {type(model).__name__}"
-                + (f": near names are {', '.join(dict.fromkeys(near))}" if near else "")
-            )
+            candidates = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+            near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.5)
+            hint = f": near names are {', '.join(dict.fromkeys(near))}" if near else ""
+            raise ValueError(f"plan[{pattern!r}] matches no module of {type(model).__name__}{hint}")
         styles.update(dict.fromkeys(found, style))
     return styles

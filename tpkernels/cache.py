@@ -1,4 +1,4 @@
-"""The cache directory."""
+"""The folder in which measurements of this machine are kept."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return the folder that keeps this machine's measurements."""
+    """Return the user's cache folder for tpkernels; it may not exist yet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tpkernels"
