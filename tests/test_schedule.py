@@ -281,11 +281,11 @@ def saved(folder, spoiled):
     assert calibration_of(group) is None
     if spoiled is None:
         with mock.patch.multiple(
-            "tpkernels.schedule.tune",
-            ROWS={"cpu": (16, 64)},
-            MESSAGES=(64, 256),
-            FEATURES={"cpu": 32},
-            BESIDE=4096,
+            "tpkernels.overlap.calibrate",
+            GEMM_ROWS={"cpu": (16, 64)},
+            ALL_REDUCE_BYTES=(64, 256),
+            GEMM_SIZE={"cpu": 32},
+            PROBE_BYTES=4096,
         ):
             table = tpk.tune(group, [(256, 8, 8)], [torch.float32])
     elif rank == 0:
