@@ -56,12 +56,12 @@ def dropout_keeps_ranks_in_step(checkpointing):
             a, b = everyone(parameter.grad)
             assert torch.equal(a, b)
     # A mask is drawn anew each time, and each rank draws its own.
-    random = model.attention.region.random
+    rng = model.attention.region.rng
     draws = []
     for _ in range(2):
-        random.enter(x.device)
+        rng.fork(x.device)
         draws.append(torch.rand(8))
-        random.leave()
+        rng.restore()
     assert not torch.equal(*draws) and not torch.equal(*everyone(draws[0]))
     return y.detach(), model.before.weight.grad
 
