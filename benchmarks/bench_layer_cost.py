@@ -11,6 +11,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import layers
 import stock
@@ -96,8 +97,22 @@ def test_layer_cost(replay):
     replay()
 
 
-def measure(checkout: Path, seconds: float) -> list[tuple[float, float]]:
-    """Returns (seconds of a call, seconds of its own cost) for each of CASES."""
+class Cost(NamedTuple):
+    """The medians of one case in one process.
+
+    Attributes:
+        call: seconds.
+        own: seconds beyond the bare ops.
+        relative: call / the bare ops, round by round.
+    """
+
+    call: float
+    own: float
+    relative: float
+
+
+def measure(checkout: Path, seconds: float) -> list[Cost]:
+    """Returns the cost of each of CASES."""
     found = []
     for ranks in (1, 2):
         team = Team(ranks, ["tpkernels"], checkout)
@@ -106,7 +121,8 @@ def measure(checkout: Path, seconds: float) -> list[tuple[float, float]]:
                 args = "bench_layer_cost", ["tpkernels", "by hand"], case, Effort(seconds)
                 rounds = team.run("measure", "case", *args)[0]["rounds"]
                 call = statistics.median(timing.medians(rounds["tpkernels"]))
-                found.append((call, components(rounds)["own cost"]))
+                relative = timing.ratio(rounds["tpkernels"], rounds["by hand"])["median"]
+                found.append(Cost(call, components(rounds)["own cost"], relative))
         finally:
             team.close()
     return found
@@ -127,14 +143,14 @@ def main() -> None:
     for i, case in enumerate(CASES):
         print(f"{case['layer']}, TP={case['ranks']}, {case['mode']}: µs, medians of the rounds")
         for j, checkout in enumerate(checkouts):
-            call, own = (
-                1e6 * statistics.median(measured[j][i][column] for measured in rounds)
-                for column in (0, 1)
-            )
-            ratio = timing.summary([measured[j][i][0] / measured[0][i][0] for measured in rounds])
+            costs = [measured[j][i] for measured in rounds]
+            call, own, relative = map(statistics.median, zip(*costs, strict=True))
+            first = [measured[0][i].relative for measured in rounds]
+            change = timing.summary([c.relative / f for c, f in zip(costs, first, strict=True)])
+            spread = f"{change['p10']:.3f}-{change['p90']:.3f}"
             print(
-                f"  {checkout}: call {call:.2f}, own cost {own:.2f}; call / the first's: "
-                f"{ratio['median']:.3f} ({ratio['p10']:.3f}-{ratio['p90']:.3f})"
+                f"  {checkout}: call {1e6 * call:.2f}, own cost {1e6 * own:.2f}, {relative:.3f}x "
+                f"of the bare ops; that is {change['median']:.3f} ({spread}) of the first's"
             )
 
 

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def measure(rows: int, which: str, rounds: int) -> tuple[Rounds, str]:
     """
     group = dist.group.WORLD
     alone = [dist.new_group([rank]) for rank in range(group.size())][group.rank()]
-    options = dict(bias=False, group=group, dtype=DTYPE)
+    options: dict[str, Any] = dict(bias=False, group=group, dtype=DTYPE)
     if which == "backward":
         layer = tpk.nn.ColumnParallelLinear(N, K * group.size(), **options)
     else:

@@ -201,7 +201,7 @@ def contenders(
         kind: row, column, mlp or block.
         mode: "forward" or "training".
     """
-    place = dict(device=world.device, dtype=getattr(torch, dtype))
+    place: dict[str, Any] = dict(device=world.device, dtype=getattr(torch, dtype))
     kept = world.keep((kind, hidden, dtype), dict)
     if "full" not in kept:
         kept["full"] = stock.make(kind, hidden, **place)

@@ -78,7 +78,9 @@ def by_contender(points: Points, value: Callable[[Contenders, str], float]) -> d
             if name in PARTS or name in STEPS:
                 continue
             width = 2.0 if name == "tpkernels" else 1.0
-            style = dict(color=COLOURS.get(name, "tab:olive"), marker="o", linewidth=width)
+            style: dict[str, Any] = dict(
+                color=COLOURS.get(name, "tab:olive"), marker="o", linewidth=width
+            )
             line = lines.setdefault(name, Line([], [], style))
             line.xs.append(x)
             line.ys.append(value(contenders, name))

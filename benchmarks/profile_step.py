@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ import tpkernels as tpk
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-PLACE = dict(device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
+PLACE: dict[str, Any] = dict(device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
 SIZE = 8192 if CUDA else 256  # tokens, and features
 
 
@@ -35,7 +36,7 @@ def layer(group, args: argparse.Namespace) -> Callable[[], Tensor]:
 
 def block(group, args: argparse.Namespace) -> Callable[[], Tensor]:
     heads = max(1, args.features // 64)
-    options = dict(group=group, overlap=args.overlap, **PLACE)
+    options: dict[str, Any] = dict(group=group, overlap=args.overlap, **PLACE)
     module = tpk.nn.ParallelTransformerBlock(args.features, heads, **options)
     x = torch.randn(1, args.tokens, args.features, requires_grad=True, **PLACE)
     return lambda: module(x)

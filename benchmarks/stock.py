@@ -5,6 +5,8 @@ They are seeded: the same on every rank.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,7 +61,7 @@ class Block(nn.Module):
 def make(kind: str, hidden: int, dtype: torch.dtype, device: str) -> nn.Module:
     """Returns a seeded module: row ([4 * hidden -> hidden]), column (its mirror), mlp or block."""
     torch.manual_seed(0)
-    place = dict(device=device, dtype=dtype)
+    place: dict[str, Any] = dict(device=device, dtype=dtype)
     ffn = 4 * hidden
     if kind == "row":
         return nn.Linear(ffn, hidden, **place)
@@ -83,7 +85,7 @@ def by_rank(qkv: nn.Linear, size: int) -> nn.Linear:
 
     An even shard of the result holds the q, k and v of that rank's own heads.
     """
-    place = dict(device=qkv.weight.device, dtype=qkv.weight.dtype)
+    place: dict[str, Any] = dict(device=qkv.weight.device, dtype=qkv.weight.dtype)
     new = nn.Linear(qkv.in_features, qkv.out_features, **place)
     with torch.no_grad():
         for to, source in zip(new.parameters(), qkv.parameters(), strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import stock
 import torch
 from torch import Tensor, nn
@@ -48,13 +50,13 @@ class Peer(plain.Peer):
         return layer.from_linear(linear, group=self.mesh["tp"], overlap=overlap)
 
     def mlp(self, mlp: stock.MLP, overlap: str | bool | int = "auto") -> nn.Module:
-        options = dict(group=self.mesh["tp"], overlap=overlap, **_place(mlp))
+        options: dict[str, Any] = dict(group=self.mesh["tp"], overlap=overlap, **_place(mlp))
         new = tpk.nn.ParallelMLP(mlp.fc1.in_features, mlp.fc1.out_features, **options)
         tpk.load_unsharded_state_dict(new, mlp.state_dict())
         return new
 
     def block(self, block: stock.Block, overlap: str | bool | int = "auto") -> nn.Module:
-        options = dict(group=self.mesh["tp"], overlap=overlap, **_place(block))
+        options: dict[str, Any] = dict(group=self.mesh["tp"], overlap=overlap, **_place(block))
         new = tpk.nn.ParallelTransformerBlock(block.out.in_features, block.heads, **options)
         state = {}
         for name, tensor in block.state_dict().items():
@@ -72,7 +74,7 @@ class Peer(plain.Peer):
 
         Its weights are random: only its time is of use.
         """
-        options = dict(group=self.alone, **_place(full))
+        options: dict[str, Any] = dict(group=self.alone, **_place(full))
         if kind == "row":
             k, n = full.in_features // self.size, full.out_features
             return tpk.nn.RowParallelLinear(k, n, **options)
