@@ -43,14 +43,14 @@ def test_tunable_takes_the_choice_of_its_size(monkeypatch):
     monkeypatch.setattr(Tunable, "known", {})
     tunable = Tunable(
         "example",
-        lambda features, itemsize: [Config(dict(COLS=features)), Config(dict(COLS=itemsize))],
+        lambda features, itemsize: [Config(dict(BLOCK_N=features)), Config(dict(BLOCK_N=itemsize))],
         None,
     )
     assert Tunable.known == {"example": tunable}
-    assert tunable(100, 2).blocks == dict(COLS=128)
-    tunable.chosen[128, 2] = Config(dict(COLS=7))
+    assert tunable(100, 2).blocks == dict(BLOCK_N=128)
+    tunable.chosen[128, 2] = Config(dict(BLOCK_N=7))
     assert (
-        tunable(65, 2).blocks == dict(COLS=7)
-        and tunable(64, 2).blocks == dict(COLS=64)
-        and tunable(100, 4).blocks == dict(COLS=128)
+        tunable(65, 2).blocks == dict(BLOCK_N=7)
+        and tunable(64, 2).blocks == dict(BLOCK_N=64)
+        and tunable(100, 4).blocks == dict(BLOCK_N=128)
     )

@@ -12,7 +12,7 @@ SHAPES = [(1, 1), (5, 7), (9, 100), (3, 1000)]
 @pytest.fixture(params=[None, 16], ids=["whole", "blocks"])
 def blocks(request, monkeypatch):
     if request.param:
-        config = Config(dict(ROWS=4, COLS=request.param))
+        config = Config(dict(BLOCK_M=4, BLOCK_N=request.param))
         for tunable in (cross_entropy.STATS, cross_entropy.GRAD):
             monkeypatch.setattr(tunable, "candidates", lambda features, itemsize: [config])
 

@@ -13,7 +13,7 @@ BLOCKS = [None, 32]  # whole rows in registers, or block by block
 @pytest.fixture(params=BLOCKS, ids=["rows", "blocks"])
 def blocks(request, monkeypatch):
     if request.param:
-        config = Config(dict(ROWS=4, COLS=request.param))
+        config = Config(dict(BLOCK_M=4, BLOCK_N=request.param))
         for tunable in (norm.FORWARD, norm.BACKWARD):
             monkeypatch.setattr(tunable, "candidates", lambda features, itemsize: [config])
 
@@ -102,8 +102,8 @@ def test_more_rows_than_programs_take_at_once(monkeypatch, blocks, device):
 
 def test_rows_longer_than_registers_hold(device):
     assert (
-        norm.FORWARD(20000, 2).blocks["COLS"] < 20000
-        and norm.BACKWARD(20000, 2).blocks["COLS"] < 20000
+        norm.FORWARD(20000, 2).blocks["BLOCK_N"] < 20000
+        and norm.BACKWARD(20000, 2).blocks["BLOCK_N"] < 20000
     )
     check(*make((1, 20000), torch.bfloat16, device, weight=False, bias=False), False)
 

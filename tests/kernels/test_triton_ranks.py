@@ -134,6 +134,10 @@ def tuned(folder):
         dist.barrier()
         assert tuning.load(pg, "cpu") == {}
         dist.barrier()
+    path.write_text('{"bias_act": {"128,4": [{"ROWS": 8, "COLS": 64}, 4, 2]}}')  # old names
+    dist.barrier()
+    assert tuning.load(pg, "cpu") == {"bias_act": {}}
+    dist.barrier()
     path.write_text(whole)
     return now, again, first
 

@@ -65,12 +65,12 @@ def bias_act_kernel(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    tiles = tl.cdiv(cols, COLS)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
+    tiles = tl.cdiv(cols, BLOCK_N)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (row < rows) & (col < cols)
     x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
     if BIAS:
@@ -107,25 +107,25 @@ def bias_act_backward_kernel(
     BIAS: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """One strip of columns and every parts-th tile of rows: the strip's share of the bias gradient stays in registers.
 
     partial [parts, 1, cols], or [parts, 2, cols] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
     """
-    tiles = tl.cdiv(cols, COLS)
+    tiles = tl.cdiv(cols, BLOCK_N)
     part = tl.program_id(0) // tiles
-    col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
+    col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = col < cols
     if BIAS:
         b = tl.load(gate_bias + col, inside, other=0.0).to(WIDE)
         if GATED:
             c = tl.load(up_bias + col, inside, other=0.0).to(WIDE)
-    gate_sum = tl.zeros((ROWS, COLS), WIDE)
-    up_sum = tl.zeros((ROWS, COLS), WIDE)
-    for tile in range(part, tl.cdiv(rows, ROWS), parts):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    gate_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    up_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    for tile in range(part, tl.cdiv(rows, BLOCK_M), parts):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         mask = (row < rows) & inside
         dy = tl.load(grad + row * grad_stride + col, mask, other=0.0).to(WIDE)
         x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
@@ -146,7 +146,7 @@ def bias_act_backward_kernel(
         if BIAS_GRAD:
             gate_sum += dx
     if BIAS_GRAD:
-        column = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)
+        column = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         width = cols * 2 if GATED else cols
         tl.store(partial + part * width + column, tl.sum(gate_sum, 0), column < cols)
         if GATED:
@@ -182,7 +182,7 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
     if not gate.numel():
         return
     config = FORWARD(cols, gate.element_size())
-    grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols, config.blocks["COLS"]),)
+    grid = (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols, config.blocks["BLOCK_N"]),)
     with on_device([gate]):
         bias_act_kernel[grid](
             gate,
@@ -212,8 +212,8 @@ def _launch_backward(
     if not gate.numel():
         return gate.new_zeros(1, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
     config = (BACKWARD if up is None else GATED_BACKWARD)(cols, gate.element_size())
-    columns = cdiv(cols, config.blocks["COLS"])
-    parts = heuristics.bias_grad_splits(rows, config.blocks["ROWS"], columns)
+    columns = cdiv(cols, config.blocks["BLOCK_N"])
+    parts = heuristics.bias_grad_splits(rows, config.blocks["BLOCK_M"], columns)
     partial = (
         gate.new_empty(parts, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
     )

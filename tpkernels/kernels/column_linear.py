@@ -25,22 +25,22 @@ def _half(
     a_stride,
     w_stride,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """a[row] @ w[col]^T in float32."""
-    k = tl.arange(0, DEPTH)
+    k = tl.arange(0, BLOCK_K)
     a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
     w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, inner, DEPTH):
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, inner, BLOCK_K):
         inside = k < inner - start
         left = tl.load(a_tile, (row < rows)[:, None] & inside[None, :], other=0.0)
         right = tl.load(w_tile, inside[:, None] & (col < cols)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
-        a_tile += DEPTH
-        w_tile += DEPTH
+        a_tile += BLOCK_K
+        w_tile += BLOCK_K
     return total
 
 
@@ -56,26 +56,26 @@ def _halves(
     a_stride,
     w_stride,
     PRECISION: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """a[row] @ w[col]^T and a[row] @ w[cols + col]^T in float32, a read once."""
-    k = tl.arange(0, DEPTH)
+    k = tl.arange(0, BLOCK_K)
     a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
     w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
     up_tile = w_tile + tl.cast(cols, tl.int64) * w_stride
-    gate = tl.zeros((ROWS, COLS), tl.float32)
-    up = tl.zeros((ROWS, COLS), tl.float32)
-    for start in range(0, inner, DEPTH):
+    gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, inner, BLOCK_K):
         inside = k < inner - start
         mask = inside[:, None] & (col < cols)[None, :]
         left = tl.load(a_tile, (row < rows)[:, None] & inside[None, :], other=0.0)
         gate = tl.dot(left, tl.load(w_tile, mask, other=0.0), gate, input_precision=PRECISION)
         up = tl.dot(left, tl.load(up_tile, mask, other=0.0), up, input_precision=PRECISION)
-        a_tile += DEPTH
-        w_tile += DEPTH
-        up_tile += DEPTH
+        a_tile += BLOCK_K
+        w_tile += BLOCK_K
+        up_tile += BLOCK_K
     return gate, up
 
 
@@ -96,28 +96,40 @@ def column_linear_act_kernel(
     BIAS: tl.constexpr,
     KEEP: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    DEPTH: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
     """out [rows, cols] = act(a [rows, inner] @ w^T + bias), w [cols, inner], or [2 cols, inner] for [gate; up].
 
-    pre: the product without bias, as wide as w is long. Tiles of GROUP rows of tiles follow each other column by column, so that
+    pre: the product without bias, as wide as w is long. Tiles of GROUP_M rows of tiles follow each other column by column, so that
     those in flight share their operands in L2.
     """
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
+    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
     pid = tl.program_id(0)
-    first = pid // (GROUP * across) * GROUP
-    height = tl.minimum(down - first, GROUP)
-    row = (first + pid % (GROUP * across) % height) * ROWS + tl.arange(0, ROWS)
-    col = pid % (GROUP * across) // height * COLS + tl.arange(0, COLS)
+    first = pid // (GROUP_M * across) * GROUP_M
+    height = tl.minimum(down - first, GROUP_M)
+    row = (first + pid % (GROUP_M * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = pid % (GROUP_M * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
 
     mask = (row < rows)[:, None] & (col < cols)[None, :]
     at = row[:, None].to(tl.int64) * cols + col[None, :]
     if GATED:
         gate, up = _halves(
-            a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH
+            a,
+            w,
+            row,
+            col,
+            rows,
+            cols,
+            inner,
+            a_stride,
+            w_stride,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
         )
         if KEEP:
             packed = row[:, None].to(tl.int64) * (2 * cols) + col[None, :]
@@ -129,7 +141,19 @@ def column_linear_act_kernel(
         y = act(gate, ACT) * up
     else:
         x = _half(
-            a, w, row, col, rows, cols, inner, a_stride, w_stride, PRECISION, ROWS, COLS, DEPTH
+            a,
+            w,
+            row,
+            col,
+            rows,
+            cols,
+            inner,
+            a_stride,
+            w_stride,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
         )
         if KEEP:
             tl.store(pre + at, x.to(pre.dtype.element_ty), mask)
@@ -168,7 +192,9 @@ def column_linear_act(
         config = (PACKED if gated else PLAIN)(cols, x.element_size())
         blocks = config.blocks
         with on_device([x]):
-            column_linear_act_kernel[(cdiv(rows, blocks["ROWS"]) * cdiv(cols, blocks["COLS"]),)](
+            column_linear_act_kernel[
+                (cdiv(rows, blocks["BLOCK_M"]) * cdiv(cols, blocks["BLOCK_N"]),)
+            ](
                 x,
                 w,
                 bias,

@@ -41,14 +41,14 @@ def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextMan
 
 @triton.jit
 def sum_partials_kernel(
-    partial, first, second, parts, cols, ROWS: tl.constexpr, COLS: tl.constexpr
+    partial, first, second, parts, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """first [cols] (and second [cols]) = partial [parts, 1 or 2, cols] added up in one fixed order."""
     width = cols * 2 if second is not None else cols
-    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
-    total = tl.zeros((ROWS, COLS), partial.dtype.element_ty)
-    for start in range(0, parts, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
+    col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_M, BLOCK_N), partial.dtype.element_ty)
+    for start in range(0, parts, BLOCK_M):
+        row = start + tl.arange(0, BLOCK_M)[:, None]
         total += tl.load(
             partial + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0
         )
@@ -66,6 +66,6 @@ def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
         with on_device([partial]):
             grid = (cdiv(count * cols, 32),)
             sum_partials_kernel[grid](
-                partial, out[0], out[1] if count == 2 else None, parts, cols, ROWS=64, COLS=32
+                partial, out[0], out[1] if count == 2 else None, parts, cols, BLOCK_M=64, BLOCK_N=32
             )
     return out

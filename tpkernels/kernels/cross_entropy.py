@@ -22,17 +22,17 @@ def stats_kernel(
     logits_stride,
     first,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
-    m = tl.full((ROWS, COLS), float("-inf"), WIDE)
-    s = tl.zeros((ROWS, COLS), WIDE)
-    total = tl.zeros((ROWS, COLS), WIDE)
-    for start in range(0, cols, COLS):
-        col = start + tl.arange(0, COLS)[None, :]
+    m = tl.full((BLOCK_M, BLOCK_N), float("-inf"), WIDE)
+    s = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    total = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < cols)
         z = tl.load(logits + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(WIDE)
         total += tl.where(mask, z, 0)
@@ -70,13 +70,13 @@ def grad_kernel(
     ON_TARGET: tl.constexpr,
     EVERYWHERE: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """`out` may be `logits`."""
-    tiles = tl.cdiv(cols, COLS)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    col = (tl.program_id(0) % tiles) * COLS + tl.arange(0, COLS)[None, :]
+    tiles = tl.cdiv(cols, BLOCK_N)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = row < rows
     mask = inside & (col < cols)
     factor = tl.load(scale + row, inside, other=0.0)
@@ -116,7 +116,7 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
     if not logits.numel():
         return
     config = GRAD(cols, logits.element_size())
-    grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols, config.blocks["COLS"]),)
+    grid = (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols, config.blocks["BLOCK_N"]),)
     with on_device([logits]):
         grad_kernel[grid](
             logits,
@@ -149,7 +149,7 @@ def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
         return out
     config = STATS(cols, z.element_size())
     with on_device([z]):
-        stats_kernel[(cdiv(rows, config.blocks["ROWS"]),)](
+        stats_kernel[(cdiv(rows, config.blocks["BLOCK_M"]),)](
             z,
             target.contiguous(),
             out,

@@ -26,17 +26,19 @@ def dropout_kernel(
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Philox4x32 with 7 rounds (Salmon et al. 2011), one call for four neighbours: tiles begin where a group of four does, SHIFT
     columns before the tensor's own first."""
-    tiles = tl.cdiv(cols + SHIFT, COLS)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    tiles = tl.cdiv(cols + SHIFT, BLOCK_N)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     tile = tl.program_id(0) % tiles
-    col = tile * COLS + tl.arange(0, COLS)[None, :] - SHIFT
+    col = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] - SHIFT
     mask = (row < rows) & (col >= 0) & (col < cols)
-    group = (first_group + tile * (COLS // 4) + tl.arange(0, COLS // 4)[None, :]).to(tl.uint32)
+    group = (first_group + tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)[None, :]).to(
+        tl.uint32
+    )
     where = row + first_row
     a, b, c, d = tl.philox(
         tl.load(seed), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7
@@ -69,7 +71,7 @@ def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Ten
     rows, cols = x.shape
     group, shift = divmod(column, 4)
     config = TUNABLE(cols, input.element_size())
-    grid = (cdiv(rows, config.blocks["ROWS"]) * cdiv(cols + shift, config.blocks["COLS"]),)
+    grid = (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols + shift, config.blocks["BLOCK_N"]),)
     with on_device([x]):
         dropout_kernel[grid](
             x,

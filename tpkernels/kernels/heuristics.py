@@ -59,7 +59,7 @@ def column_linear_tiles(features: int, itemsize: int) -> list[Config]:
     if itemsize > 2:
         shapes = ((64, 64, 32, 4, 2), (128, 64, 32, 4, 2))
     return [
-        Config(dict(ROWS=m, COLS=n, DEPTH=k, GROUP=8), warps, stages)
+        Config(dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8), warps, stages)
         for m, n, k, warps, stages in shapes
     ]
 
@@ -67,10 +67,10 @@ def column_linear_tiles(features: int, itemsize: int) -> list[Config]:
 def gated_column_linear_tiles(features: int, itemsize: int) -> list[Config]:
     """Return the GEMM's tiles with half as many columns: a program holds two accumulators."""
     halved = [
-        Config({**c.blocks, "COLS": c.blocks["COLS"] // 2}, *c[1:])
+        Config({**c.blocks, "BLOCK_N": c.blocks["BLOCK_N"] // 2}, *c[1:])
         for c in column_linear_tiles(features, itemsize)
     ]
-    return [c for c in halved if c.blocks["COLS"] >= 32]
+    return [c for c in halved if c.blocks["BLOCK_N"] >= 32]
 
 
 def activation_tiles(features: int, itemsize: int) -> list[Config]:
@@ -88,7 +88,7 @@ def gated_act_backward_tiles(features: int, itemsize: int) -> list[Config]:
     A program holds two sums and three inputs: half the tile keeps twice as many programs on a
     processor.
     """
-    return sorted(activation_tiles(features, itemsize), key=lambda config: config.blocks["ROWS"])
+    return sorted(activation_tiles(features, itemsize), key=lambda config: config.blocks["BLOCK_M"])
 
 
 def bias_grad_splits(rows: int, rows_per_tile: int, columns: int) -> int:
@@ -104,7 +104,7 @@ def norm_tiles(features: int, itemsize: int) -> list[Config]:
     """Return tiles of whole rows, or for rows that do not fit in registers, blocks of a row."""
     if features * max(itemsize, 4) > 16384 * 4:
         return [
-            Config(dict(ROWS=1, COLS=size), warps)
+            Config(dict(BLOCK_M=1, BLOCK_N=size), warps)
             for size, warps in ((8192, 16), (4096, 8), (4096, 4))
         ]
     warps = max(features // 512, 4)
@@ -121,7 +121,7 @@ def norm_backward_tiles(features: int, itemsize: int) -> list[Config]:
     """
     if features * max(itemsize, 4) > 8192 * 4:
         return [
-            Config(dict(ROWS=rows, COLS=size), warps)
+            Config(dict(BLOCK_M=rows, BLOCK_N=size), warps)
             for rows, size, warps in ((8, 1024, 16), (4, 1024, 8), (8, 512, 8))
         ]
     warps = max(features // 512, 4)
@@ -156,13 +156,13 @@ def dropout_tiles(features: int, itemsize: int) -> list[Config]:
 def rotary_tiles(features: int, itemsize: int) -> list[Config]:
     """Return how many (token, head) pairs a program takes, of `features` rotated features each."""
     sizes = ((4096, 4), (2048, 4), (8192, 8), (2048, 2))
-    return [Config(dict(ROWS=max(1, size // features)), warps) for size, warps in sizes]
+    return [Config(dict(BLOCK_M=max(1, size // features)), warps) for size, warps in sizes]
 
 
 def _strips(features: int, sizes: Iterable[tuple[int, int]]) -> list[Config]:
     """Return tiles of (elements, warps) that are at most `features` wide."""
     return [
-        Config(dict(ROWS=max(1, size // features), COLS=min(size, features)), warps)
+        Config(dict(BLOCK_M=max(1, size // features), BLOCK_N=min(size, features)), warps)
         for size, warps in sizes
     ]
 
@@ -170,4 +170,4 @@ def _strips(features: int, sizes: Iterable[tuple[int, int]]) -> list[Config]:
 def _whole_rows(features: int, sizes: Iterable[tuple[int, int]]) -> list[Config]:
     """Return tiles of (elements, warps) with at least one whole row, each once."""
     tiles = dict.fromkeys((max(1, size // features), min(warps, 16)) for size, warps in sizes)
-    return [Config(dict(ROWS=rows, COLS=features), warps) for rows, warps in tiles]
+    return [Config(dict(BLOCK_M=rows, BLOCK_N=features), warps) for rows, warps in tiles]

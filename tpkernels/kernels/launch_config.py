@@ -12,8 +12,8 @@ class Config(NamedTuple):
     """A kernel's block sizes and its launch options.
 
     Example:
-        >>> Config(dict(ROWS=8, COLS=512), num_warps=4).options(EPS=1e-6)
-        {'EPS': 1e-06, 'ROWS': 8, 'COLS': 512, 'num_warps': 4, 'num_stages': 2}
+        >>> Config(dict(BLOCK_M=8, BLOCK_N=512), num_warps=4).options(EPS=1e-6)
+        {'EPS': 1e-06, 'BLOCK_M': 8, 'BLOCK_N': 512, 'num_warps': 4, 'num_stages': 2}
     """
 
     blocks: dict[str, int]

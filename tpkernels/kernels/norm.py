@@ -29,14 +29,14 @@ def norm_kernel(
     EPS: tl.constexpr,
     RMS: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Whole rows in registers: COLS >= cols. `out` and `total` (the sum, with a residual) are contiguous."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    """Whole rows in registers: BLOCK_N >= cols. `out` and `total` (the sum, with a residual) are contiguous."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     r = row[:, None]
-    col = tl.arange(0, COLS)[None, :]
+    col = tl.arange(0, BLOCK_N)[None, :]
     mask = inside[:, None] & (col < cols)
     h = tl.load(input + r * input_stride + col, mask, other=0.0)
     if weight is not None:  # loads before the sums, which all threads wait for
@@ -80,20 +80,20 @@ def norm_long_kernel(
     EPS: tl.constexpr,
     RMS: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """Rows that do not fit in registers, block by block: the sum is read a second time, mostly from L2.
 
     Blocks' means and squared deviations are merged as by Chan, Golub, LeVeque 1979, so that nothing cancels.
     """
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < rows
     r = row[:, None]
-    mu = tl.zeros((ROWS,), WIDE)
-    squares = tl.zeros((ROWS,), WIDE)
-    for start in range(0, cols, COLS):
-        col = start + tl.arange(0, COLS)[None, :]
+    mu = tl.zeros((BLOCK_M,), WIDE)
+    squares = tl.zeros((BLOCK_M,), WIDE)
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < cols)
         h = tl.load(input + r * input_stride + col, mask, other=0.0)
         if residual is not None:
@@ -103,7 +103,7 @@ def norm_long_kernel(
             tl.store(total + r * cols + col, h, mask)
         x = h.to(WIDE)
         if not RMS:
-            count = tl.minimum(cols - start, COLS)
+            count = tl.minimum(cols - start, BLOCK_N)
             block = tl.sum(x, 1) / count
             x = tl.where(mask, x - block[:, None], 0)
             delta = block - mu
@@ -117,8 +117,8 @@ def norm_long_kernel(
         tl.store(mean + row, mu, inside)
     if residual is not None:
         tl.debug_barrier()  # what this program's other threads wrote to `total`
-    for start in range(0, cols, COLS):
-        col = start + tl.arange(0, COLS)[None, :]
+    for start in range(0, cols, BLOCK_N):
+        col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < cols)
         if residual is not None:
             x = tl.load(total + r * cols + col, mask, other=0.0).to(WIDE)
@@ -152,20 +152,20 @@ def norm_backward_kernel(
     WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Every parts-th tile of whole rows, COLS >= cols: the program's share of the weight's and bias's gradient stays in registers.
+    """Every parts-th tile of whole rows, BLOCK_N >= cols: the program's share of the weight's and bias's gradient stays in registers.
 
     partial [parts, WEIGHT_GRAD + BIAS_GRAD, cols]: what `sum_partials` adds up. No atomics: their order would vary.
     """
-    col = tl.arange(0, COLS)[None, :]
+    col = tl.arange(0, BLOCK_N)[None, :]
     if weight is not None:
         w = tl.load(weight + col, col < cols, other=0.0).to(WIDE)
-    weight_sum = tl.zeros((ROWS, COLS), WIDE)
-    bias_sum = tl.zeros((ROWS, COLS), WIDE)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), parts):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), parts):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < rows
         r = row[:, None]
         mask = inside[:, None] & (col < cols)
@@ -190,7 +190,7 @@ def norm_backward_kernel(
         if grad_sum is not None:
             dx += passed.to(WIDE)
         tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
-    column = tl.arange(0, COLS)
+    column = tl.arange(0, BLOCK_N)
     place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * cols + column
     if WEIGHT_GRAD:
         tl.store(place, tl.sum(weight_sum, 0), column < cols)
@@ -219,22 +219,22 @@ def norm_backward_long_kernel(
     WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """The same for rows that do not fit in registers, a tile of rows block by block: `grad` and `total` are read a second time and
     the partial sums are kept in memory, all of it mostly L2."""
-    for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), parts):
-        row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), parts):
+        row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < rows
         r = row[:, None]
         scale = tl.load(rstd + row, inside, other=0.0)[:, None]
         if not RMS:
             mu = tl.load(mean + row, inside, other=0.0)[:, None]
-        along = tl.zeros((ROWS,), WIDE)
-        across = tl.zeros((ROWS,), WIDE)
-        for start in range(0, cols, COLS):
-            col = start + tl.arange(0, COLS)[None, :]
+        along = tl.zeros((BLOCK_M,), WIDE)
+        across = tl.zeros((BLOCK_M,), WIDE)
+        for start in range(0, cols, BLOCK_N):
+            col = start + tl.arange(0, BLOCK_N)[None, :]
             mask = inside[:, None] & (col < cols)
             dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
             x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
@@ -247,8 +247,8 @@ def norm_backward_long_kernel(
         along /= cols
         across /= cols
         tl.debug_barrier()  # what this program's other threads wrote to `partial` for the tile before
-        for start in range(0, cols, COLS):
-            column = start + tl.arange(0, COLS)
+        for start in range(0, cols, BLOCK_N):
+            column = start + tl.arange(0, BLOCK_N)
             col = column[None, :]
             mask = inside[:, None] & (col < cols)
             dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
@@ -315,9 +315,9 @@ def norm(
         return out, total, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     r = None if residual is None else as_rows(residual)
     config = FORWARD(cols, input.element_size())
-    kernel = norm_kernel if config.blocks["COLS"] >= cols else norm_long_kernel
+    kernel = norm_kernel if config.blocks["BLOCK_N"] >= cols else norm_long_kernel
     with on_device([x]):
-        kernel[(cdiv(rows, config.blocks["ROWS"]),)](
+        kernel[(cdiv(rows, config.blocks["BLOCK_M"]),)](
             x,
             r,
             weight,
@@ -354,14 +354,14 @@ def norm_backward(
     out = sum.new_empty(sum.shape)
     config = BACKWARD(cols, sum.element_size())
     sums = weight_grad + bias_grad
-    parts = heuristics.norm_backward_splits(rows, config.blocks["ROWS"], sums)
+    parts = heuristics.norm_backward_splits(rows, config.blocks["BLOCK_M"], sums)
     partial = rstd.new_empty(parts, sums, cols)
     if not sum.numel():
         partial.zero_()
     else:
         s = None if grad_sum is None else as_rows(grad_sum)
         kernel = (
-            norm_backward_kernel if config.blocks["COLS"] >= cols else norm_backward_long_kernel
+            norm_backward_kernel if config.blocks["BLOCK_N"] >= cols else norm_backward_long_kernel
         )
         with on_device([h]):
             kernel[(parts,)](

@@ -37,37 +37,39 @@ def rotary_kernel(
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
     WIDE: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    HALF: tl.constexpr,
-    REST: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
 ):
-    """Some heads of some tokens of one sequence, as [TOKENS, HEADS, features]: the angles are read once for all these heads.
+    """Some heads of some tokens of one sequence, as [BLOCK_TOKENS, BLOCK_HEADS, features]: the angles are read once for all these heads.
 
-    HALF >= half, the number of pairs; REST >= the number of features that pass through, 0 if there are none.
+    BLOCK_HALF >= half, the number of pairs; BLOCK_REST >= the number of features that pass through, 0 if there are none.
     """
-    token_tiles = tl.cdiv(tokens, TOKENS)
-    head_tiles = tl.cdiv(heads, HEADS)
+    token_tiles = tl.cdiv(tokens, BLOCK_TOKENS)
+    head_tiles = tl.cdiv(heads, BLOCK_HEADS)
     program = tl.program_id(0)
     batch = (program // (token_tiles * head_tiles)).to(tl.int64)
-    token = ((program // head_tiles) % token_tiles).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[
-        :, None, None
+    token = ((program // head_tiles) % token_tiles).to(tl.int64) * BLOCK_TOKENS + tl.arange(
+        0, BLOCK_TOKENS
+    )[:, None, None]
+    head = (program % head_tiles).to(tl.int64) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[
+        None, :, None
     ]
-    head = (program % head_tiles).to(tl.int64) * HEADS + tl.arange(0, HEADS)[None, :, None]
     inside = (token < tokens) & (head < heads)
     x = input + batch * input_batch + head * input_head + token * input_token
     y = out + batch * out_batch + head * out_head + token * out_token
-    pair = tl.arange(0, HALF)[None, None, :]
+    pair = tl.arange(0, BLOCK_HALF)[None, None, :]
     angles = (token < tokens) & (pair < half)
     c = tl.load(cos + batch * cos_batch + token * cos_token + pair, angles, other=0.0).to(WIDE)
     s = tl.load(sin + batch * sin_batch + token * sin_token + pair, angles, other=0.0).to(WIDE)
     if INVERSE:
         s = -s
     if INTERLEAVED:
-        col = tl.arange(0, 2 * HALF)[None, None, :]
+        col = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
         mask = inside & (col < 2 * half)
         both = tl.load(x + col * input_feature, mask, other=0.0).to(WIDE)
-        a, b = tl.split(tl.reshape(both, (TOKENS, HEADS, HALF, 2)))
+        a, b = tl.split(tl.reshape(both, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, 2)))
         turned = tl.interleave(a * c - b * s, b * c + a * s)
         tl.store(y + col * out_feature, turned.to(out.dtype.element_ty), mask)
     else:
@@ -76,8 +78,8 @@ def rotary_kernel(
         b = tl.load(x + (half + pair) * input_feature, mask, other=0.0).to(WIDE)
         tl.store(y + pair * out_feature, (a * c - b * s).to(out.dtype.element_ty), mask)
         tl.store(y + (half + pair) * out_feature, (b * c + a * s).to(out.dtype.element_ty), mask)
-    if REST > 0:
-        col = 2 * half + tl.arange(0, REST)[None, None, :]
+    if BLOCK_REST > 0:
+        col = 2 * half + tl.arange(0, BLOCK_REST)[None, None, :]
         mask = inside & (col < features)
         tl.store(y + col * out_feature, tl.load(x + col * input_feature, mask, other=0.0), mask)
 
@@ -101,12 +103,14 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
     config = TUNABLE(
         2 * half, input.element_size()
     )  # what is rotated: its halves are what a thread reads 16 bytes of
-    rows = config.blocks["ROWS"]
-    tile = dict(HEADS=min(power_of_two(heads), rows))
-    tile["TOKENS"] = min(rows // tile["HEADS"], power_of_two(tokens))
+    rows = config.blocks["BLOCK_M"]
+    tile = dict(BLOCK_HEADS=min(power_of_two(heads), rows))
+    tile["BLOCK_TOKENS"] = min(rows // tile["BLOCK_HEADS"], power_of_two(tokens))
     rest = features - 2 * half
     with on_device([input]):
-        rotary_kernel[(batches * cdiv(tokens, tile["TOKENS"]) * cdiv(heads, tile["HEADS"]),)](
+        rotary_kernel[
+            (batches * cdiv(tokens, tile["BLOCK_TOKENS"]) * cdiv(heads, tile["BLOCK_HEADS"]),)
+        ](
             input,
             cos,
             sin,
@@ -125,8 +129,8 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
             INTERLEAVED=interleaved,
             INVERSE=inverse,
             WIDE=wide(input.dtype),
-            HALF=power_of_two(half),
-            REST=power_of_two(rest) if rest else 0,
+            BLOCK_HALF=power_of_two(half),
+            BLOCK_REST=power_of_two(rest) if rest else 0,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
             **tile,

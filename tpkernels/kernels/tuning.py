@@ -12,6 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -102,24 +103,42 @@ def _fastest(
 
 
 def load(group: ProcessGroup, device: torch.device | str = "cuda") -> dict[str, dict[str, Config]]:
-    """Makes all ranks use the table that the group's first rank saved, if it did. Every rank of the group must call it."""
-    table, path = {}, table_path(torch.device(device))
+    """Make all ranks use the table that the group's first rank saved, if it did.
+
+    Rows whose block sizes have other names than the kernel's are left out: another version of
+    tpkernels saved them.
+
+    Collective: every rank of the group must call it.
+
+    Args:
+        group: its ranks use the table.
+        device: the kind of device that the table was measured on.
+
+    Returns:
+        The table, as `tune` returns it; empty if there is none.
+    """
+    table: dict[str, dict[str, Config]] = {}
+    path = table_path(torch.device(device))
     if group.rank() == 0 and path.exists():
         try:
-            rows = json.loads(path.read_text())
+            saved, tunables = json.loads(path.read_text()), _tunables()
             table = {
-                kernel: {key: Config(*row) for key, row in rows[kernel].items()}
-                for kernel in rows.keys() & _tunables().keys()
+                name: _usable(tunables[name], saved[name])
+                for name in saved.keys() & tunables.keys()
             }
-        except (
-            ValueError,
-            TypeError,
-            AttributeError,
-        ) as error:  # the others wait for a table, whatever this one's state
+        except (ValueError, TypeError, AttributeError) as error:
+            # The other ranks wait for a table, whatever the state of this one.
             warnings.warn(
                 f"{path} cannot be read ({error}): run `tpkernels tune` again", stacklevel=2
             )
     return install(table, group)
+
+
+def _usable(tunable: Tunable, rows: dict[str, list[Any]]) -> dict[str, Config]:
+    """Return the saved rows whose block sizes have the names that the kernel takes."""
+    names = tunable.candidates(1, 4)[0].blocks.keys()
+    configs = {key: Config(*row) for key, row in rows.items()}
+    return {key: config for key, config in configs.items() if config.blocks.keys() == names}
 
 
 def install(
