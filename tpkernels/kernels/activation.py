@@ -56,8 +56,8 @@ def bias_act_kernel(
     gate_bias,
     up_bias,
     out,
-    rows,
-    cols,
+    M,
+    N,
     gate_stride,
     up_stride,
     out_stride,
@@ -68,18 +68,18 @@ def bias_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tiles = tl.cdiv(cols, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    mask = (row < rows) & (col < cols)
+    mask = (row < M) & (col < N)
     x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
     if BIAS:
-        x += tl.load(gate_bias + col, col < cols, other=0.0).to(WIDE)
+        x += tl.load(gate_bias + col, col < N, other=0.0).to(WIDE)
     y = act(x, ACT)
     if GATED:
         u = tl.load(up + row * up_stride + col, mask, other=0.0).to(WIDE)
         if BIAS:
-            u += tl.load(up_bias + col, col < cols, other=0.0).to(WIDE)
+            u += tl.load(up_bias + col, col < N, other=0.0).to(WIDE)
         y *= u
     tl.store(out + row * out_stride + col, y.to(out.dtype.element_ty), mask)
 
@@ -94,8 +94,8 @@ def bias_act_backward_kernel(
     d_gate,
     d_up,
     partial,
-    rows,
-    cols,
+    M,
+    N,
     parts,
     grad_stride,
     gate_stride,
@@ -112,21 +112,21 @@ def bias_act_backward_kernel(
 ):
     """One strip of columns and every parts-th tile of rows: the strip's share of the bias gradient stays in registers.
 
-    partial [parts, 1, cols], or [parts, 2, cols] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
+    partial [parts, 1, N], or [parts, 2, N] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
     """
-    tiles = tl.cdiv(cols, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(0) // tiles
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inside = col < cols
+    inside = col < N
     if BIAS:
         b = tl.load(gate_bias + col, inside, other=0.0).to(WIDE)
         if GATED:
             c = tl.load(up_bias + col, inside, other=0.0).to(WIDE)
     gate_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     up_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    for tile in range(part, tl.cdiv(rows, BLOCK_M), parts):
+    for tile in range(part, tl.cdiv(M, BLOCK_M), parts):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-        mask = (row < rows) & inside
+        mask = (row < M) & inside
         dy = tl.load(grad + row * grad_stride + col, mask, other=0.0).to(WIDE)
         x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
         if BIAS:
@@ -147,10 +147,10 @@ def bias_act_backward_kernel(
             gate_sum += dx
     if BIAS_GRAD:
         column = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-        width = cols * 2 if GATED else cols
-        tl.store(partial + part * width + column, tl.sum(gate_sum, 0), column < cols)
+        width = N * 2 if GATED else N
+        tl.store(partial + part * width + column, tl.sum(gate_sum, 0), column < N)
         if GATED:
-            tl.store(partial + part * width + cols + column, tl.sum(up_sum, 0), column < cols)
+            tl.store(partial + part * width + N + column, tl.sum(up_sum, 0), column < N)
 
 
 def _sample(features, dtype, device):
@@ -178,11 +178,11 @@ GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
 def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
-    rows, cols = gate.shape
+    M, N = gate.shape
     if not gate.numel():
         return
-    config = FORWARD(cols, gate.element_size())
-    grid = (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols, config.blocks["BLOCK_N"]),)
+    config = FORWARD(N, gate.element_size())
+    grid = (cdiv(M, config.blocks["BLOCK_M"]) * cdiv(N, config.blocks["BLOCK_N"]),)
     with on_device([gate]):
         bias_act_kernel[grid](
             gate,
@@ -190,8 +190,8 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
             gate_bias,
             up_bias,
             out,
-            rows,
-            cols,
+            M,
+            N,
             gate.stride(0),
             up.stride(0) if up is not None else 0,
             out.stride(0),
@@ -206,17 +206,15 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
 def _launch_backward(
     grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
 ) -> Tensor | None:
-    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial sums, [parts, 1 (2 for gated ones), cols]."""
-    rows, cols = gate.shape
+    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial sums, [parts, 1 (2 for gated ones), N]."""
+    M, N = gate.shape
     halves = 2 if up is not None else 1
     if not gate.numel():
-        return gate.new_zeros(1, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
-    config = (BACKWARD if up is None else GATED_BACKWARD)(cols, gate.element_size())
-    columns = cdiv(cols, config.blocks["BLOCK_N"])
-    parts = heuristics.bias_grad_splits(rows, config.blocks["BLOCK_M"], columns)
-    partial = (
-        gate.new_empty(parts, halves, cols, dtype=torch_wide(gate.dtype)) if bias_grad else None
-    )
+        return gate.new_zeros(1, halves, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    config = (BACKWARD if up is None else GATED_BACKWARD)(N, gate.element_size())
+    columns = cdiv(N, config.blocks["BLOCK_N"])
+    parts = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], columns)
+    partial = gate.new_empty(parts, halves, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
     with on_device([gate]):
         bias_act_backward_kernel[(parts * columns,)](
             grad,
@@ -227,8 +225,8 @@ def _launch_backward(
             d_gate,
             d_up,
             partial,
-            rows,
-            cols,
+            M,
+            N,
             parts,
             grad.stride(0),
             gate.stride(0),

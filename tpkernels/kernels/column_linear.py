@@ -19,9 +19,9 @@ def _half(
     w,
     row,
     col,
-    rows,
-    cols,
-    inner,
+    M,
+    N,
+    K,
     a_stride,
     w_stride,
     PRECISION: tl.constexpr,
@@ -34,10 +34,10 @@ def _half(
     a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
     w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        inside = k < inner - start
-        left = tl.load(a_tile, (row < rows)[:, None] & inside[None, :], other=0.0)
-        right = tl.load(w_tile, inside[:, None] & (col < cols)[None, :], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        inside = k < K - start
+        left = tl.load(a_tile, (row < M)[:, None] & inside[None, :], other=0.0)
+        right = tl.load(w_tile, inside[:, None] & (col < N)[None, :], other=0.0)
         total = tl.dot(left, right, total, input_precision=PRECISION)
         a_tile += BLOCK_K
         w_tile += BLOCK_K
@@ -50,9 +50,9 @@ def _halves(
     w,
     row,
     col,
-    rows,
-    cols,
-    inner,
+    M,
+    N,
+    K,
     a_stride,
     w_stride,
     PRECISION: tl.constexpr,
@@ -60,17 +60,17 @@ def _halves(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a[row] @ w[col]^T and a[row] @ w[cols + col]^T in float32, a read once."""
+    """a[row] @ w[col]^T and a[row] @ w[N + col]^T in float32, a read once."""
     k = tl.arange(0, BLOCK_K)
     a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
     w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
-    up_tile = w_tile + tl.cast(cols, tl.int64) * w_stride
+    up_tile = w_tile + tl.cast(N, tl.int64) * w_stride
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        inside = k < inner - start
-        mask = inside[:, None] & (col < cols)[None, :]
-        left = tl.load(a_tile, (row < rows)[:, None] & inside[None, :], other=0.0)
+    for start in range(0, K, BLOCK_K):
+        inside = k < K - start
+        mask = inside[:, None] & (col < N)[None, :]
+        left = tl.load(a_tile, (row < M)[:, None] & inside[None, :], other=0.0)
         gate = tl.dot(left, tl.load(w_tile, mask, other=0.0), gate, input_precision=PRECISION)
         up = tl.dot(left, tl.load(up_tile, mask, other=0.0), up, input_precision=PRECISION)
         a_tile += BLOCK_K
@@ -86,9 +86,9 @@ def column_linear_act_kernel(
     bias,
     out,
     pre,
-    rows,
-    cols,
-    inner,
+    M,
+    N,
+    K,
     a_stride,
     w_stride,
     ACT: tl.constexpr,
@@ -101,29 +101,29 @@ def column_linear_act_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out [rows, cols] = act(a [rows, inner] @ w^T + bias), w [cols, inner], or [2 cols, inner] for [gate; up].
+    """out [M, N] = act(a [M, K] @ w^T + bias), w [N, K], or [2 N, K] for [gate; up].
 
-    pre: the product without bias, as wide as w is long. Tiles of GROUP_M rows of tiles follow each other column by column, so that
+    pre: the product without bias, as wide as w is long. Tiles of GROUP_M M of tiles follow each other column by column, so that
     those in flight share their operands in L2.
     """
-    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
+    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     first = pid // (GROUP_M * across) * GROUP_M
     height = tl.minimum(down - first, GROUP_M)
     row = (first + pid % (GROUP_M * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = pid % (GROUP_M * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    mask = (row < rows)[:, None] & (col < cols)[None, :]
-    at = row[:, None].to(tl.int64) * cols + col[None, :]
+    mask = (row < M)[:, None] & (col < N)[None, :]
+    at = row[:, None].to(tl.int64) * N + col[None, :]
     if GATED:
         gate, up = _halves(
             a,
             w,
             row,
             col,
-            rows,
-            cols,
-            inner,
+            M,
+            N,
+            K,
             a_stride,
             w_stride,
             PRECISION,
@@ -132,12 +132,12 @@ def column_linear_act_kernel(
             BLOCK_K,
         )
         if KEEP:
-            packed = row[:, None].to(tl.int64) * (2 * cols) + col[None, :]
+            packed = row[:, None].to(tl.int64) * (2 * N) + col[None, :]
             tl.store(pre + packed, gate.to(pre.dtype.element_ty), mask)
-            tl.store(pre + packed + cols, up.to(pre.dtype.element_ty), mask)
+            tl.store(pre + packed + N, up.to(pre.dtype.element_ty), mask)
         if BIAS:
-            gate += tl.load(bias + col, col < cols, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(bias + cols + col, col < cols, other=0.0).to(tl.float32)[None, :]
+            gate += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias + N + col, col < N, other=0.0).to(tl.float32)[None, :]
         y = act(gate, ACT) * up
     else:
         x = _half(
@@ -145,9 +145,9 @@ def column_linear_act_kernel(
             w,
             row,
             col,
-            rows,
-            cols,
-            inner,
+            M,
+            N,
+            K,
             a_stride,
             w_stride,
             PRECISION,
@@ -158,7 +158,7 @@ def column_linear_act_kernel(
         if KEEP:
             tl.store(pre + at, x.to(pre.dtype.element_ty), mask)
         if BIAS:
-            x += tl.load(bias + col, col < cols, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
         y = act(x, ACT)
     tl.store(out + at, y.to(out.dtype.element_ty), mask)
 
@@ -184,25 +184,23 @@ def column_linear_act(
 ) -> tuple[Tensor, Tensor]:
     gated = activation in GATED
     x, w = as_rows(input), as_rows(weight)
-    rows, inner, features = x.shape[0], x.shape[1], w.shape[0]
-    cols = features // 2 if gated else features
-    out = input.new_empty(*input.shape[:-1], cols)
+    M, K, features = x.shape[0], x.shape[1], w.shape[0]
+    N = features // 2 if gated else features
+    out = input.new_empty(*input.shape[:-1], N)
     pre = input.new_empty(*input.shape[:-1], features) if keep else input.new_empty(0)
-    if rows and cols:
-        config = (PACKED if gated else PLAIN)(cols, x.element_size())
+    if M and N:
+        config = (PACKED if gated else PLAIN)(N, x.element_size())
         blocks = config.blocks
         with on_device([x]):
-            column_linear_act_kernel[
-                (cdiv(rows, blocks["BLOCK_M"]) * cdiv(cols, blocks["BLOCK_N"]),)
-            ](
+            column_linear_act_kernel[(cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)](
                 x,
                 w,
                 bias,
                 out,
                 pre,
-                rows,
-                cols,
-                inner,
+                M,
+                N,
+                K,
                 x.stride(0),
                 w.stride(0),
                 ACT=GATED.get(activation, activation),

@@ -41,10 +41,10 @@ def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextMan
 
 @triton.jit
 def sum_partials_kernel(
-    partial, first, second, parts, cols, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    partial, first, second, parts, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """first [cols] (and second [cols]) = partial [parts, 1 or 2, cols] added up in one fixed order."""
-    width = cols * 2 if second is not None else cols
+    """first [N] (and second [N]) = partial [parts, 1 or 2, N] added up in one fixed order."""
+    width = N * 2 if second is not None else N
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_M, BLOCK_N), partial.dtype.element_ty)
     for start in range(0, parts, BLOCK_M):
@@ -53,19 +53,19 @@ def sum_partials_kernel(
             partial + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0
         )
     value = tl.sum(total, 0).to(first.dtype.element_ty)
-    tl.store(first + col, value, col < cols)
+    tl.store(first + col, value, col < N)
     if second is not None:
-        tl.store(second + col - cols, value, (col >= cols) & (col < width))
+        tl.store(second + col - N, value, (col >= N) & (col < width))
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """partial [P, K, N] with K of at most 2 -> K tensors [N], which share no storage."""
-    parts, count, cols = partial.shape
-    out = [partial.new_empty(cols, dtype=dtype) for _ in range(count)]
-    if count and cols:
+    parts, count, N = partial.shape
+    out = [partial.new_empty(N, dtype=dtype) for _ in range(count)]
+    if count and N:
         with on_device([partial]):
-            grid = (cdiv(count * cols, 32),)
+            grid = (cdiv(count * N, 32),)
             sum_partials_kernel[grid](
-                partial, out[0], out[1] if count == 2 else None, parts, cols, BLOCK_M=64, BLOCK_N=32
+                partial, out[0], out[1] if count == 2 else None, parts, N, BLOCK_M=64, BLOCK_N=32
             )
     return out

@@ -17,8 +17,8 @@ def stats_kernel(
     logits,
     target,
     out,
-    rows,
-    cols,
+    M,
+    N,
     logits_stride,
     first,
     WIDE: tl.constexpr,
@@ -27,13 +27,13 @@ def stats_kernel(
 ):
     """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < rows
+    inside = row < M
     m = tl.full((BLOCK_M, BLOCK_N), float("-inf"), WIDE)
     s = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     total = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    for start in range(0, cols, BLOCK_N):
+    for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
-        mask = inside[:, None] & (col < cols)
+        mask = inside[:, None] & (col < N)
         z = tl.load(logits + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(WIDE)
         total += tl.where(mask, z, 0)
         e = tl.where(z == m, 1, tl.exp(-tl.abs(z - m)))  # -inf - -inf would be NaN
@@ -44,15 +44,15 @@ def stats_kernel(
     # A lane, or a whole row, without any logit above -inf has counted exp(-inf - -inf) as 1.
     s = tl.where(m == float("-inf"), 0, s * tl.exp(m - largest[:, None]))
     tl.store(out + row, largest, inside)
-    tl.store(out + rows + row, tl.sum(s, 1), inside)
+    tl.store(out + M + row, tl.sum(s, 1), inside)
     label = tl.load(target + row, inside, other=0).to(tl.int64) - first
-    here = inside & (label >= 0) & (label < cols)
+    here = inside & (label >= 0) & (label < N)
     tl.store(
-        out + 2 * rows + row,
+        out + 2 * M + row,
         tl.load(logits + row * logits_stride + label, here, other=0.0).to(WIDE),
         inside,
     )
-    tl.store(out + 3 * rows + row, tl.sum(total, 1), inside)
+    tl.store(out + 3 * M + row, tl.sum(total, 1), inside)
 
 
 @triton.jit
@@ -62,8 +62,8 @@ def grad_kernel(
     log_norm,
     scale,
     out,
-    rows,
-    cols,
+    M,
+    N,
     logits_stride,
     out_stride,
     first,
@@ -74,11 +74,11 @@ def grad_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """`out` may be `logits`."""
-    tiles = tl.cdiv(cols, BLOCK_N)
+    tiles = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    inside = row < rows
-    mask = inside & (col < cols)
+    inside = row < M
+    mask = inside & (col < N)
     factor = tl.load(scale + row, inside, other=0.0)
     label = tl.load(target + row, inside, other=0).to(tl.int64) - first
     # Rows that do not count are not read.
@@ -112,11 +112,11 @@ GRAD = Tunable("vocab_ce_grad", heuristics.cross_entropy_grad_tiles, _sample_gra
 
 
 def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywhere) -> None:
-    rows, cols = logits.shape
+    M, N = logits.shape
     if not logits.numel():
         return
-    config = GRAD(cols, logits.element_size())
-    grid = (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols, config.blocks["BLOCK_N"]),)
+    config = GRAD(N, logits.element_size())
+    grid = (cdiv(M, config.blocks["BLOCK_M"]) * cdiv(N, config.blocks["BLOCK_N"]),)
     with on_device([logits]):
         grad_kernel[grid](
             logits,
@@ -124,8 +124,8 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
             log_norm.contiguous(),
             scale.contiguous(),
             out,
-            rows,
-            cols,
+            M,
+            N,
             logits.stride(0),
             out.stride(0),
             first,
@@ -138,23 +138,23 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
 
 def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
     z = as_rows(logits)
-    rows, cols = z.shape
+    M, N = z.shape
     out = (
-        z.new_zeros(4, rows, dtype=torch_wide(z.dtype))
-        if not cols
-        else z.new_empty(4, rows, dtype=torch_wide(z.dtype))
+        z.new_zeros(4, M, dtype=torch_wide(z.dtype))
+        if not N
+        else z.new_empty(4, M, dtype=torch_wide(z.dtype))
     )
     if not z.numel():
         out[0] = -torch.inf
         return out
-    config = STATS(cols, z.element_size())
+    config = STATS(N, z.element_size())
     with on_device([z]):
-        stats_kernel[(cdiv(rows, config.blocks["BLOCK_M"]),)](
+        stats_kernel[(cdiv(M, config.blocks["BLOCK_M"]),)](
             z,
             target.contiguous(),
             out,
-            rows,
-            cols,
+            M,
+            N,
             z.stride(0),
             first,
             WIDE=wide(z.dtype),

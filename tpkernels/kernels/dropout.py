@@ -17,8 +17,8 @@ def dropout_kernel(
     input,
     seed,
     out,
-    rows,
-    cols,
+    M,
+    N,
     input_stride,
     first_row: tl.int64,
     first_group,
@@ -31,11 +31,11 @@ def dropout_kernel(
 ):
     """Philox4x32 with 7 rounds (Salmon et al. 2011), one call for four neighbours: tiles begin where a group of four does, SHIFT
     columns before the tensor's own first."""
-    tiles = tl.cdiv(cols + SHIFT, BLOCK_N)
+    tiles = tl.cdiv(N + SHIFT, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     tile = tl.program_id(0) % tiles
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :] - SHIFT
-    mask = (row < rows) & (col >= 0) & (col < cols)
+    mask = (row < M) & (col >= 0) & (col < N)
     group = (first_group + tile * (BLOCK_N // 4) + tl.arange(0, BLOCK_N // 4)[None, :]).to(
         tl.uint32
     )
@@ -46,7 +46,7 @@ def dropout_kernel(
     random = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     x = tl.load(input + row * input_stride + col, mask, other=0.0).to(WIDE)
     y = tl.where(random >= THRESHOLD, x * SCALE, 0)
-    tl.store(out + row * cols + col, y.to(out.dtype.element_ty), mask)
+    tl.store(out + row * N + col, y.to(out.dtype.element_ty), mask)
 
 
 def _sample(features, dtype, device):
@@ -68,17 +68,17 @@ def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Ten
     if not input.numel():
         return out
     x = as_rows(input)
-    rows, cols = x.shape
+    M, N = x.shape
     group, shift = divmod(column, 4)
-    config = TUNABLE(cols, input.element_size())
-    grid = (cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(cols + shift, config.blocks["BLOCK_N"]),)
+    config = TUNABLE(N, input.element_size())
+    grid = (cdiv(M, config.blocks["BLOCK_M"]) * cdiv(N + shift, config.blocks["BLOCK_N"]),)
     with on_device([x]):
         dropout_kernel[grid](
             x,
             seed,
             out,
-            rows,
-            cols,
+            M,
+            N,
             x.stride(0),
             row,
             group,

@@ -28,7 +28,7 @@ NORM_MIN_PARTS = 64
 
 
 def fuses_activation(
-    device: torch.device, dtype: torch.dtype, rows: int, features: int, in_features: int, keep: bool
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, keep: bool
 ) -> bool:
     """Return whether the activation in a Triton GEMM's epilogue is expected to beat cuBLAS.
 
@@ -39,18 +39,18 @@ def fuses_activation(
     Args:
         device: where the layer runs.
         dtype: of the GEMM.
-        rows: M, rows of the input.
-        features: N, rows of this rank's weight.
-        in_features: K, columns of the weight.
+        M: rows of the input.
+        N: rows of this rank's weight.
+        K: columns of the weight.
         keep: the gradient needs the pre-activation.
     """
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return False
     flops, bandwidth = PEAKS.get(torch.cuda.get_device_capability(device)[0], PEAKS[9])
-    reads = 2 * features * in_features / bandwidth
-    gemm = max(2 * rows * features * in_features / flops, reads)
-    triton_gemm = max(2 * rows * features * in_features / (flops * TRITON_OF_CUBLAS), reads)
-    return triton_gemm - gemm < rows * features * 2 * (1 if keep else 2) / bandwidth
+    reads = 2 * N * K / bandwidth
+    gemm = max(2 * M * N * K / flops, reads)
+    triton_gemm = max(2 * M * N * K / (flops * TRITON_OF_CUBLAS), reads)
+    return triton_gemm - gemm < M * N * 2 * (1 if keep else 2) / bandwidth
 
 
 def column_linear_tiles(features: int, itemsize: int) -> list[Config]:
@@ -91,13 +91,13 @@ def gated_act_backward_tiles(features: int, itemsize: int) -> list[Config]:
     return sorted(activation_tiles(features, itemsize), key=lambda config: config.blocks["BLOCK_M"])
 
 
-def bias_grad_splits(rows: int, rows_per_tile: int, columns: int) -> int:
+def bias_grad_splits(M: int, rows_per_tile: int, columns: int) -> int:
     """Return how many programs share a strip of columns when a bias's gradient is summed.
 
     They fill a GPU, and are so few that the partial sums stay below 5% of the bytes moved. The
     number depends on the shape alone, so that a sum has one order on every device.
     """
-    return max(1, min(cdiv(rows, max(rows_per_tile, 64)), cdiv(2048, columns)))
+    return max(1, min(cdiv(M, max(rows_per_tile, 64)), cdiv(2048, columns)))
 
 
 def norm_tiles(features: int, itemsize: int) -> list[Config]:
@@ -128,13 +128,13 @@ def norm_backward_tiles(features: int, itemsize: int) -> list[Config]:
     return _whole_rows(features, ((2048, warps), (2048, 2 * warps), (4096, 2 * warps)))
 
 
-def norm_backward_splits(rows: int, rows_per_tile: int, sums: int) -> int:
+def norm_backward_splits(M: int, rows_per_tile: int, sums: int) -> int:
     """Return how many programs share the rows when `sums` parameters' gradients are summed.
 
     Their partial sums are at most 4% of the bytes that half precision moves, but for small inputs.
     """
-    most = min(max(NORM_MIN_PARTS, rows // (25 * max(sums, 1))), NORM_MAX_PARTS)
-    return max(1, min(cdiv(rows, max(rows_per_tile, 4)), most))
+    most = min(max(NORM_MIN_PARTS, M // (25 * max(sums, 1))), NORM_MAX_PARTS)
+    return max(1, min(cdiv(M, max(rows_per_tile, 4)), most))
 
 
 def cross_entropy_stats_tiles(features: int, itemsize: int) -> list[Config]:

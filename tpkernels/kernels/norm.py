@@ -22,8 +22,8 @@ def norm_kernel(
     total,
     mean,
     rstd,
-    rows,
-    cols,
+    M,
+    N,
     input_stride,
     residual_stride,
     EPS: tl.constexpr,
@@ -32,35 +32,35 @@ def norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Whole rows in registers: BLOCK_N >= cols. `out` and `total` (the sum, with a residual) are contiguous."""
+    """Whole rows in registers: BLOCK_N >= N. `out` and `total` (the sum, with a residual) are contiguous."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < rows
+    inside = row < M
     r = row[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
-    mask = inside[:, None] & (col < cols)
+    mask = inside[:, None] & (col < N)
     h = tl.load(input + r * input_stride + col, mask, other=0.0)
     if weight is not None:  # loads before the sums, which all threads wait for
-        w = tl.load(weight + col, col < cols, other=0.0)
+        w = tl.load(weight + col, col < N, other=0.0)
     if bias is not None:
-        b = tl.load(bias + col, col < cols, other=0.0)
+        b = tl.load(bias + col, col < N, other=0.0)
     if residual is not None:
         h = (
             h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)
         ).to(out.dtype.element_ty)
-        tl.store(total + r * cols + col, h, mask)
+        tl.store(total + r * N + col, h, mask)
     x = h.to(WIDE)
     if not RMS:
-        mu = tl.sum(x, 1) / cols
+        mu = tl.sum(x, 1) / N
         tl.store(mean + row, mu, inside)
         x = tl.where(mask, x - mu[:, None], 0)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / cols + EPS)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
     tl.store(rstd + row, scale, inside)
     y = x * scale[:, None]
     if weight is not None:
         y *= w.to(WIDE)
     if bias is not None:
         y += b.to(WIDE)
-    tl.store(out + r * cols + col, y.to(out.dtype.element_ty), mask)
+    tl.store(out + r * N + col, y.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -73,8 +73,8 @@ def norm_long_kernel(
     total,
     mean,
     rstd,
-    rows,
-    cols,
+    M,
+    N,
     input_stride,
     residual_stride,
     EPS: tl.constexpr,
@@ -88,22 +88,22 @@ def norm_long_kernel(
     Blocks' means and squared deviations are merged as by Chan, Golub, LeVeque 1979, so that nothing cancels.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = row < rows
+    inside = row < M
     r = row[:, None]
     mu = tl.zeros((BLOCK_M,), WIDE)
     squares = tl.zeros((BLOCK_M,), WIDE)
-    for start in range(0, cols, BLOCK_N):
+    for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
-        mask = inside[:, None] & (col < cols)
+        mask = inside[:, None] & (col < N)
         h = tl.load(input + r * input_stride + col, mask, other=0.0)
         if residual is not None:
             h = (
                 h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)
             ).to(out.dtype.element_ty)
-            tl.store(total + r * cols + col, h, mask)
+            tl.store(total + r * N + col, h, mask)
         x = h.to(WIDE)
         if not RMS:
-            count = tl.minimum(cols - start, BLOCK_N)
+            count = tl.minimum(N - start, BLOCK_N)
             block = tl.sum(x, 1) / count
             x = tl.where(mask, x - block[:, None], 0)
             delta = block - mu
@@ -111,25 +111,25 @@ def norm_long_kernel(
             mu += delta * share
             squares += delta * delta * share * start
         squares += tl.sum(x * x, 1)
-    scale = tl.rsqrt(squares / cols + EPS)
+    scale = tl.rsqrt(squares / N + EPS)
     tl.store(rstd + row, scale, inside)
     if not RMS:
         tl.store(mean + row, mu, inside)
     if residual is not None:
         tl.debug_barrier()  # what this program's other threads wrote to `total`
-    for start in range(0, cols, BLOCK_N):
+    for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
-        mask = inside[:, None] & (col < cols)
+        mask = inside[:, None] & (col < N)
         if residual is not None:
-            x = tl.load(total + r * cols + col, mask, other=0.0).to(WIDE)
+            x = tl.load(total + r * N + col, mask, other=0.0).to(WIDE)
         else:
             x = tl.load(input + r * input_stride + col, mask, other=0.0).to(WIDE)
         y = (x - mu[:, None]) * scale[:, None]
         if weight is not None:
-            y *= tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+            y *= tl.load(weight + col, col < N, other=0.0).to(WIDE)
         if bias is not None:
-            y += tl.load(bias + col, col < cols, other=0.0).to(WIDE)
-        tl.store(out + r * cols + col, y.to(out.dtype.element_ty), mask)
+            y += tl.load(bias + col, col < N, other=0.0).to(WIDE)
+        tl.store(out + r * N + col, y.to(out.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -142,8 +142,8 @@ def norm_backward_kernel(
     rstd,
     out,
     partial,
-    rows,
-    cols,
+    M,
+    N,
     parts,
     grad_stride,
     grad_sum_stride,
@@ -155,20 +155,20 @@ def norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Every parts-th tile of whole rows, BLOCK_N >= cols: the program's share of the weight's and bias's gradient stays in registers.
+    """Every parts-th tile of whole rows, BLOCK_N >= N: the program's share of the weight's and bias's gradient stays in registers.
 
-    partial [parts, WEIGHT_GRAD + BIAS_GRAD, cols]: what `sum_partials` adds up. No atomics: their order would vary.
+    partial [parts, WEIGHT_GRAD + BIAS_GRAD, N]: what `sum_partials` adds up. No atomics: their order would vary.
     """
     col = tl.arange(0, BLOCK_N)[None, :]
     if weight is not None:
-        w = tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+        w = tl.load(weight + col, col < N, other=0.0).to(WIDE)
     weight_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), parts):
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), parts):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = row < rows
+        inside = row < M
         r = row[:, None]
-        mask = inside[:, None] & (col < cols)
+        mask = inside[:, None] & (col < N)
         dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
         x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
         scale = tl.load(rstd + row, inside, other=0.0)[:, None]
@@ -183,20 +183,20 @@ def norm_backward_kernel(
             bias_sum += dy
         if weight is not None:
             dy *= w
-        dx = dy - x * (tl.sum(dy * x, 1) / cols)[:, None]
+        dx = dy - x * (tl.sum(dy * x, 1) / N)[:, None]
         if not RMS:
-            dx -= (tl.sum(dy, 1) / cols)[:, None]
+            dx -= (tl.sum(dy, 1) / N)[:, None]
         dx *= scale
         if grad_sum is not None:
             dx += passed.to(WIDE)
-        tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
+        tl.store(out + r * N + col, dx.to(out.dtype.element_ty), mask)
     column = tl.arange(0, BLOCK_N)
-    place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * cols + column
+    place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
     if WEIGHT_GRAD:
-        tl.store(place, tl.sum(weight_sum, 0), column < cols)
-        place += cols
+        tl.store(place, tl.sum(weight_sum, 0), column < N)
+        place += N
     if BIAS_GRAD:
-        tl.store(place, tl.sum(bias_sum, 0), column < cols)
+        tl.store(place, tl.sum(bias_sum, 0), column < N)
 
 
 @triton.jit
@@ -209,8 +209,8 @@ def norm_backward_long_kernel(
     rstd,
     out,
     partial,
-    rows,
-    cols,
+    M,
+    N,
     parts,
     grad_stride,
     grad_sum_stride,
@@ -224,56 +224,54 @@ def norm_backward_long_kernel(
 ):
     """The same for rows that do not fit in registers, a tile of rows block by block: `grad` and `total` are read a second time and
     the partial sums are kept in memory, all of it mostly L2."""
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), parts):
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), parts):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-        inside = row < rows
+        inside = row < M
         r = row[:, None]
         scale = tl.load(rstd + row, inside, other=0.0)[:, None]
         if not RMS:
             mu = tl.load(mean + row, inside, other=0.0)[:, None]
         along = tl.zeros((BLOCK_M,), WIDE)
         across = tl.zeros((BLOCK_M,), WIDE)
-        for start in range(0, cols, BLOCK_N):
+        for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]
-            mask = inside[:, None] & (col < cols)
+            mask = inside[:, None] & (col < N)
             dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
             x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
             if not RMS:
                 x -= mu
             if weight is not None:
-                dy *= tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+                dy *= tl.load(weight + col, col < N, other=0.0).to(WIDE)
             along += tl.sum(dy * (x * scale), 1)
             across += tl.sum(dy, 1)
-        along /= cols
-        across /= cols
+        along /= N
+        across /= N
         tl.debug_barrier()  # what this program's other threads wrote to `partial` for the tile before
-        for start in range(0, cols, BLOCK_N):
+        for start in range(0, N, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             col = column[None, :]
-            mask = inside[:, None] & (col < cols)
+            mask = inside[:, None] & (col < N)
             dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
             x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
             if not RMS:
                 x -= mu
             x *= scale
-            place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * cols + column
-            started = (column < cols) & (tile >= parts)
+            place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+            started = (column < N) & (tile >= parts)
             if WEIGHT_GRAD:
-                tl.store(
-                    place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < cols
-                )
-                place += cols
+                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < N)
+                place += N
             if BIAS_GRAD:
-                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < cols)
+                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < N)
             if weight is not None:
-                dy *= tl.load(weight + col, col < cols, other=0.0).to(WIDE)
+                dy *= tl.load(weight + col, col < N, other=0.0).to(WIDE)
             dx = dy - x * along[:, None]
             if not RMS:
                 dx -= across[:, None]
             dx *= scale
             if grad_sum is not None:
                 dx += tl.load(grad_sum + r * grad_sum_stride + col, mask, other=0.0).to(WIDE)
-            tl.store(out + r * cols + col, dx.to(out.dtype.element_ty), mask)
+            tl.store(out + r * N + col, dx.to(out.dtype.element_ty), mask)
 
 
 def _sample(features, dtype, device):
@@ -306,18 +304,18 @@ def norm(
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = as_rows(input)
-    rows, cols = x.shape
+    M, N = x.shape
     out, none = input.new_empty(input.shape), input.new_empty(0)
     total = none if residual is None else input.new_empty(input.shape)
-    rstd = input.new_empty(rows, dtype=torch_wide(input.dtype))
-    mean = rstd.new_empty(0 if rms else rows)
+    rstd = input.new_empty(M, dtype=torch_wide(input.dtype))
+    mean = rstd.new_empty(0 if rms else M)
     if not input.numel():
         return out, total, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     r = None if residual is None else as_rows(residual)
-    config = FORWARD(cols, input.element_size())
-    kernel = norm_kernel if config.blocks["BLOCK_N"] >= cols else norm_long_kernel
+    config = FORWARD(N, input.element_size())
+    kernel = norm_kernel if config.blocks["BLOCK_N"] >= N else norm_long_kernel
     with on_device([x]):
-        kernel[(cdiv(rows, config.blocks["BLOCK_M"]),)](
+        kernel[(cdiv(M, config.blocks["BLOCK_M"]),)](
             x,
             r,
             weight,
@@ -326,8 +324,8 @@ def norm(
             total,
             mean,
             rstd,
-            rows,
-            cols,
+            M,
+            N,
             x.stride(0),
             0 if r is None else r.stride(0),
             EPS=eps,
@@ -350,18 +348,18 @@ def norm_backward(
     bias_grad: bool,
 ) -> list[Tensor]:
     g, h = as_rows(grad), as_rows(sum)
-    rows, cols = h.shape
+    M, N = h.shape
     out = sum.new_empty(sum.shape)
-    config = BACKWARD(cols, sum.element_size())
+    config = BACKWARD(N, sum.element_size())
     sums = weight_grad + bias_grad
-    parts = heuristics.norm_backward_splits(rows, config.blocks["BLOCK_M"], sums)
-    partial = rstd.new_empty(parts, sums, cols)
+    parts = heuristics.norm_backward_splits(M, config.blocks["BLOCK_M"], sums)
+    partial = rstd.new_empty(parts, sums, N)
     if not sum.numel():
         partial.zero_()
     else:
         s = None if grad_sum is None else as_rows(grad_sum)
         kernel = (
-            norm_backward_kernel if config.blocks["BLOCK_N"] >= cols else norm_backward_long_kernel
+            norm_backward_kernel if config.blocks["BLOCK_N"] >= N else norm_backward_long_kernel
         )
         with on_device([h]):
             kernel[(parts,)](
@@ -373,8 +371,8 @@ def norm_backward(
                 rstd,
                 out,
                 partial,
-                rows,
-                cols,
+                M,
+                N,
                 parts,
                 g.stride(0),
                 0 if s is None else s.stride(0),
