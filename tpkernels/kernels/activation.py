@@ -51,11 +51,11 @@ def act_and_grad(x, ACT: tl.constexpr):
 
 @triton.jit
 def bias_act_kernel(
-    gate,
-    up,
-    gate_bias,
-    up_bias,
-    out,
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    out_ptr,
     M,
     N,
     gate_stride,
@@ -72,28 +72,28 @@ def bias_act_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (row < M) & (col < N)
-    x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
+    x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(WIDE)
     if BIAS:
-        x += tl.load(gate_bias + col, col < N, other=0.0).to(WIDE)
+        x += tl.load(gate_bias_ptr + col, col < N, other=0.0).to(WIDE)
     y = act(x, ACT)
     if GATED:
-        u = tl.load(up + row * up_stride + col, mask, other=0.0).to(WIDE)
+        u = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(WIDE)
         if BIAS:
-            u += tl.load(up_bias + col, col < N, other=0.0).to(WIDE)
+            u += tl.load(up_bias_ptr + col, col < N, other=0.0).to(WIDE)
         y *= u
-    tl.store(out + row * out_stride + col, y.to(out.dtype.element_ty), mask)
+    tl.store(out_ptr + row * out_stride + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def bias_act_backward_kernel(
-    grad,
-    gate,
-    up,
-    gate_bias,
-    up_bias,
-    d_gate,
-    d_up,
-    partial,
+    grad_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    d_gate_ptr,
+    d_up_ptr,
+    partial_ptr,
     M,
     N,
     parts,
@@ -112,45 +112,45 @@ def bias_act_backward_kernel(
 ):
     """One strip of columns and every parts-th tile of rows: the strip's share of the bias gradient stays in registers.
 
-    partial [parts, 1, N], or [parts, 2, N] for gated ones: what `sum_partials` adds up. No atomics: their order would vary.
+    partial_ptr [parts, 1, N], or [parts, 2, N] for gated ones: what `sum_partials` adds up_ptr. No atomics: their order would vary.
     """
     tiles = tl.cdiv(N, BLOCK_N)
     part = tl.program_id(0) // tiles
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = col < N
     if BIAS:
-        b = tl.load(gate_bias + col, inside, other=0.0).to(WIDE)
+        b = tl.load(gate_bias_ptr + col, inside, other=0.0).to(WIDE)
         if GATED:
-            c = tl.load(up_bias + col, inside, other=0.0).to(WIDE)
+            c = tl.load(up_bias_ptr + col, inside, other=0.0).to(WIDE)
     gate_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     up_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     for tile in range(part, tl.cdiv(M, BLOCK_M), parts):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         mask = (row < M) & inside
-        dy = tl.load(grad + row * grad_stride + col, mask, other=0.0).to(WIDE)
-        x = tl.load(gate + row * gate_stride + col, mask, other=0.0).to(WIDE)
+        dy = tl.load(grad_ptr + row * grad_stride + col, mask, other=0.0).to(WIDE)
+        x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(WIDE)
         if BIAS:
             x += b
         y, slope = act_and_grad(x, ACT)
         if GATED:
-            u = tl.load(up + row * up_stride + col, mask, other=0.0).to(WIDE)
+            u = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(WIDE)
             if BIAS:
                 u += c
             du = dy * y
             dy *= u
-            tl.store(d_up + row * d_up_stride + col, du.to(d_up.dtype.element_ty), mask)
+            tl.store(d_up_ptr + row * d_up_stride + col, du.to(d_up_ptr.dtype.element_ty), mask)
             if BIAS_GRAD:
                 up_sum += du
         dx = dy * slope
-        tl.store(d_gate + row * d_gate_stride + col, dx.to(d_gate.dtype.element_ty), mask)
+        tl.store(d_gate_ptr + row * d_gate_stride + col, dx.to(d_gate_ptr.dtype.element_ty), mask)
         if BIAS_GRAD:
             gate_sum += dx
     if BIAS_GRAD:
         column = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         width = N * 2 if GATED else N
-        tl.store(partial + part * width + column, tl.sum(gate_sum, 0), column < N)
+        tl.store(partial_ptr + part * width + column, tl.sum(gate_sum, 0), column < N)
         if GATED:
-            tl.store(partial + part * width + N + column, tl.sum(up_sum, 0), column < N)
+            tl.store(partial_ptr + part * width + N + column, tl.sum(up_sum, 0), column < N)
 
 
 def _sample(features, dtype, device):

@@ -15,8 +15,8 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def _half(
-    a,
-    w,
+    a_ptr,
+    w_ptr,
     row,
     col,
     M,
@@ -29,10 +29,10 @@ def _half(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a[row] @ w[col]^T in float32."""
+    """a_ptr[row] @ w_ptr[col]^T in float32."""
     k = tl.arange(0, BLOCK_K)
-    a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
-    w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
+    a_tile = a_ptr + row[:, None].to(tl.int64) * a_stride + k[None, :]
+    w_tile = w_ptr + col[None, :].to(tl.int64) * w_stride + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = k < K - start
@@ -46,8 +46,8 @@ def _half(
 
 @triton.jit
 def _halves(
-    a,
-    w,
+    a_ptr,
+    w_ptr,
     row,
     col,
     M,
@@ -60,10 +60,10 @@ def _halves(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a[row] @ w[col]^T and a[row] @ w[N + col]^T in float32, a read once."""
+    """a_ptr[row] @ w_ptr[col]^T and a_ptr[row] @ w_ptr[N + col]^T in float32, a_ptr read once."""
     k = tl.arange(0, BLOCK_K)
-    a_tile = a + row[:, None].to(tl.int64) * a_stride + k[None, :]
-    w_tile = w + col[None, :].to(tl.int64) * w_stride + k[:, None]
+    a_tile = a_ptr + row[:, None].to(tl.int64) * a_stride + k[None, :]
+    w_tile = w_ptr + col[None, :].to(tl.int64) * w_stride + k[:, None]
     up_tile = w_tile + tl.cast(N, tl.int64) * w_stride
     gate = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -81,11 +81,11 @@ def _halves(
 
 @triton.jit
 def column_linear_act_kernel(
-    a,
-    w,
-    bias,
-    out,
-    pre,
+    a_ptr,
+    w_ptr,
+    bias_ptr,
+    out_ptr,
+    pre_ptr,
     M,
     N,
     K,
@@ -101,9 +101,9 @@ def column_linear_act_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out [M, N] = act(a [M, K] @ w^T + bias), w [N, K], or [2 N, K] for [gate; up].
+    """out_ptr [M, N] = act(a_ptr [M, K] @ w_ptr^T + bias_ptr), w_ptr [N, K], or [2 N, K] for [gate; up].
 
-    pre: the product without bias, as wide as w is long. Tiles of GROUP_M M of tiles follow each other column by column, so that
+    pre_ptr: the product without bias_ptr, as wide as w_ptr is long. Tiles of GROUP_M M of tiles follow each other column by column, so that
     those in flight share their operands in L2.
     """
     down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -117,8 +117,8 @@ def column_linear_act_kernel(
     at = row[:, None].to(tl.int64) * N + col[None, :]
     if GATED:
         gate, up = _halves(
-            a,
-            w,
+            a_ptr,
+            w_ptr,
             row,
             col,
             M,
@@ -133,16 +133,16 @@ def column_linear_act_kernel(
         )
         if KEEP:
             packed = row[:, None].to(tl.int64) * (2 * N) + col[None, :]
-            tl.store(pre + packed, gate.to(pre.dtype.element_ty), mask)
-            tl.store(pre + packed + N, up.to(pre.dtype.element_ty), mask)
+            tl.store(pre_ptr + packed, gate.to(pre_ptr.dtype.element_ty), mask)
+            tl.store(pre_ptr + packed + N, up.to(pre_ptr.dtype.element_ty), mask)
         if BIAS:
-            gate += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
-            up += tl.load(bias + N + col, col < N, other=0.0).to(tl.float32)[None, :]
+            gate += tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)[None, :]
+            up += tl.load(bias_ptr + N + col, col < N, other=0.0).to(tl.float32)[None, :]
         y = act(gate, ACT) * up
     else:
         x = _half(
-            a,
-            w,
+            a_ptr,
+            w_ptr,
             row,
             col,
             M,
@@ -156,11 +156,11 @@ def column_linear_act_kernel(
             BLOCK_K,
         )
         if KEEP:
-            tl.store(pre + at, x.to(pre.dtype.element_ty), mask)
+            tl.store(pre_ptr + at, x.to(pre_ptr.dtype.element_ty), mask)
         if BIAS:
-            x += tl.load(bias + col, col < N, other=0.0).to(tl.float32)[None, :]
+            x += tl.load(bias_ptr + col, col < N, other=0.0).to(tl.float32)[None, :]
         y = act(x, ACT)
-    tl.store(out + at, y.to(out.dtype.element_ty), mask)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask)
 
 
 def _sample(features, dtype, device, activation="gelu_tanh"):

@@ -41,21 +41,21 @@ def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextMan
 
 @triton.jit
 def sum_partials_kernel(
-    partial, first, second, parts, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    partial_ptr, first_ptr, second_ptr, parts, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """first [N] (and second [N]) = partial [parts, 1 or 2, N] added up in one fixed order."""
-    width = N * 2 if second is not None else N
+    """first_ptr [N] (and second_ptr [N]) = partial_ptr [parts, 1 or 2, N] added up in one fixed order."""
+    width = N * 2 if second_ptr is not None else N
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), partial.dtype.element_ty)
+    total = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
     for start in range(0, parts, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)[:, None]
         total += tl.load(
-            partial + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0
+            partial_ptr + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0
         )
-    value = tl.sum(total, 0).to(first.dtype.element_ty)
-    tl.store(first + col, value, col < N)
-    if second is not None:
-        tl.store(second + col - N, value, (col >= N) & (col < width))
+    value = tl.sum(total, 0).to(first_ptr.dtype.element_ty)
+    tl.store(first_ptr + col, value, col < N)
+    if second_ptr is not None:
+        tl.store(second_ptr + col - N, value, (col >= N) & (col < width))
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:

@@ -14,9 +14,9 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def stats_kernel(
-    logits,
-    target,
-    out,
+    logits_ptr,
+    target_ptr,
+    out_ptr,
     M,
     N,
     logits_stride,
@@ -34,7 +34,9 @@ def stats_kernel(
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
-        z = tl.load(logits + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(WIDE)
+        z = tl.load(logits_ptr + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(
+            WIDE
+        )
         total += tl.where(mask, z, 0)
         e = tl.where(z == m, 1, tl.exp(-tl.abs(z - m)))  # -inf - -inf would be NaN
         s = tl.where(z > m, s * e + 1, s + e)
@@ -43,25 +45,25 @@ def stats_kernel(
     largest = tl.where(nan, float("nan"), tl.max(m, 1))
     # A lane, or a whole row, without any logit above -inf has counted exp(-inf - -inf) as 1.
     s = tl.where(m == float("-inf"), 0, s * tl.exp(m - largest[:, None]))
-    tl.store(out + row, largest, inside)
-    tl.store(out + M + row, tl.sum(s, 1), inside)
-    label = tl.load(target + row, inside, other=0).to(tl.int64) - first
+    tl.store(out_ptr + row, largest, inside)
+    tl.store(out_ptr + M + row, tl.sum(s, 1), inside)
+    label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - first
     here = inside & (label >= 0) & (label < N)
     tl.store(
-        out + 2 * M + row,
-        tl.load(logits + row * logits_stride + label, here, other=0.0).to(WIDE),
+        out_ptr + 2 * M + row,
+        tl.load(logits_ptr + row * logits_stride + label, here, other=0.0).to(WIDE),
         inside,
     )
-    tl.store(out + 3 * M + row, tl.sum(total, 1), inside)
+    tl.store(out_ptr + 3 * M + row, tl.sum(total, 1), inside)
 
 
 @triton.jit
 def grad_kernel(
-    logits,
-    target,
-    log_norm,
-    scale,
-    out,
+    logits_ptr,
+    target_ptr,
+    log_norm_ptr,
+    scale_ptr,
+    out_ptr,
     M,
     N,
     logits_stride,
@@ -73,19 +75,19 @@ def grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`out` may be `logits`."""
+    """`out_ptr` may be `logits_ptr`."""
     tiles = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = row < M
     mask = inside & (col < N)
-    factor = tl.load(scale + row, inside, other=0.0)
-    label = tl.load(target + row, inside, other=0).to(tl.int64) - first
+    factor = tl.load(scale_ptr + row, inside, other=0.0)
+    label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - first
     # Rows that do not count are not read.
-    z = tl.load(logits + row * logits_stride + col, mask & (factor != 0), other=0.0).to(WIDE)
-    p = tl.exp(z - tl.load(log_norm + row, inside, other=0.0)) - EVERYWHERE
+    z = tl.load(logits_ptr + row * logits_stride + col, mask & (factor != 0), other=0.0).to(WIDE)
+    p = tl.exp(z - tl.load(log_norm_ptr + row, inside, other=0.0)) - EVERYWHERE
     p = tl.where(factor == 0, 0, tl.where(col == label, p - ON_TARGET, p) * factor)
-    tl.store(out + row * out_stride + col, p.to(out.dtype.element_ty), mask)
+    tl.store(out_ptr + row * out_stride + col, p.to(out_ptr.dtype.element_ty), mask)
 
 
 def _sample_inputs(features, dtype, device):

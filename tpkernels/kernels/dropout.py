@@ -14,9 +14,9 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def dropout_kernel(
-    input,
-    seed,
-    out,
+    input_ptr,
+    seed_ptr,
+    out_ptr,
     M,
     N,
     input_stride,
@@ -41,12 +41,12 @@ def dropout_kernel(
     )
     where = row + first_row
     a, b, c, d = tl.philox(
-        tl.load(seed), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7
+        tl.load(seed_ptr), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7
     )
     random = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    x = tl.load(input + row * input_stride + col, mask, other=0.0).to(WIDE)
+    x = tl.load(input_ptr + row * input_stride + col, mask, other=0.0).to(WIDE)
     y = tl.where(random >= THRESHOLD, x * SCALE, 0)
-    tl.store(out + row * N + col, y.to(out.dtype.element_ty), mask)
+    tl.store(out_ptr + row * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
 def _sample(features, dtype, device):

@@ -14,14 +14,14 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def norm_kernel(
-    input,
-    residual,
-    weight,
-    bias,
-    out,
-    total,
-    mean,
-    rstd,
+    input_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
     M,
     N,
     input_stride,
@@ -32,47 +32,47 @@ def norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Whole rows in registers: BLOCK_N >= N. `out` and `total` (the sum, with a residual) are contiguous."""
+    """Whole rows in registers: BLOCK_N >= N. `out_ptr` and `sum_ptr` (the sum, with a residual_ptr) are contiguous."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
     r = row[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
     mask = inside[:, None] & (col < N)
-    h = tl.load(input + r * input_stride + col, mask, other=0.0)
-    if weight is not None:  # loads before the sums, which all threads wait for
-        w = tl.load(weight + col, col < N, other=0.0)
-    if bias is not None:
-        b = tl.load(bias + col, col < N, other=0.0)
-    if residual is not None:
+    h = tl.load(input_ptr + r * input_stride + col, mask, other=0.0)
+    if weight_ptr is not None:  # loads before the sums, which all threads wait for
+        w = tl.load(weight_ptr + col, col < N, other=0.0)
+    if bias_ptr is not None:
+        b = tl.load(bias_ptr + col, col < N, other=0.0)
+    if residual_ptr is not None:
         h = (
-            h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)
-        ).to(out.dtype.element_ty)
-        tl.store(total + r * N + col, h, mask)
+            h.to(WIDE) + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(WIDE)
+        ).to(out_ptr.dtype.element_ty)
+        tl.store(sum_ptr + r * N + col, h, mask)
     x = h.to(WIDE)
     if not RMS:
         mu = tl.sum(x, 1) / N
-        tl.store(mean + row, mu, inside)
+        tl.store(mean_ptr + row, mu, inside)
         x = tl.where(mask, x - mu[:, None], 0)
     scale = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
-    tl.store(rstd + row, scale, inside)
+    tl.store(rstd_ptr + row, scale, inside)
     y = x * scale[:, None]
-    if weight is not None:
+    if weight_ptr is not None:
         y *= w.to(WIDE)
-    if bias is not None:
+    if bias_ptr is not None:
         y += b.to(WIDE)
-    tl.store(out + r * N + col, y.to(out.dtype.element_ty), mask)
+    tl.store(out_ptr + r * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def norm_long_kernel(
-    input,
-    residual,
-    weight,
-    bias,
-    out,
-    total,
-    mean,
-    rstd,
+    input_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    out_ptr,
+    sum_ptr,
+    mean_ptr,
+    rstd_ptr,
     M,
     N,
     input_stride,
@@ -95,12 +95,13 @@ def norm_long_kernel(
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
-        h = tl.load(input + r * input_stride + col, mask, other=0.0)
-        if residual is not None:
+        h = tl.load(input_ptr + r * input_stride + col, mask, other=0.0)
+        if residual_ptr is not None:
             h = (
-                h.to(WIDE) + tl.load(residual + r * residual_stride + col, mask, other=0.0).to(WIDE)
-            ).to(out.dtype.element_ty)
-            tl.store(total + r * N + col, h, mask)
+                h.to(WIDE)
+                + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(WIDE)
+            ).to(out_ptr.dtype.element_ty)
+            tl.store(sum_ptr + r * N + col, h, mask)
         x = h.to(WIDE)
         if not RMS:
             count = tl.minimum(N - start, BLOCK_N)
@@ -112,36 +113,36 @@ def norm_long_kernel(
             squares += delta * delta * share * start
         squares += tl.sum(x * x, 1)
     scale = tl.rsqrt(squares / N + EPS)
-    tl.store(rstd + row, scale, inside)
+    tl.store(rstd_ptr + row, scale, inside)
     if not RMS:
-        tl.store(mean + row, mu, inside)
-    if residual is not None:
-        tl.debug_barrier()  # what this program's other threads wrote to `total`
+        tl.store(mean_ptr + row, mu, inside)
+    if residual_ptr is not None:
+        tl.debug_barrier()  # what this program's other threads wrote to `sum_ptr`
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
-        if residual is not None:
-            x = tl.load(total + r * N + col, mask, other=0.0).to(WIDE)
+        if residual_ptr is not None:
+            x = tl.load(sum_ptr + r * N + col, mask, other=0.0).to(WIDE)
         else:
-            x = tl.load(input + r * input_stride + col, mask, other=0.0).to(WIDE)
+            x = tl.load(input_ptr + r * input_stride + col, mask, other=0.0).to(WIDE)
         y = (x - mu[:, None]) * scale[:, None]
-        if weight is not None:
-            y *= tl.load(weight + col, col < N, other=0.0).to(WIDE)
-        if bias is not None:
-            y += tl.load(bias + col, col < N, other=0.0).to(WIDE)
-        tl.store(out + r * N + col, y.to(out.dtype.element_ty), mask)
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + col, col < N, other=0.0).to(WIDE)
+        tl.store(out_ptr + r * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def norm_backward_kernel(
-    grad,
-    grad_sum,
-    total,
-    weight,
-    mean,
-    rstd,
-    out,
-    partial,
+    grad_ptr,
+    grad_sum_ptr,
+    sum_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    out_ptr,
+    partial_ptr,
     M,
     N,
     parts,
@@ -155,13 +156,13 @@ def norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Every parts-th tile of whole rows, BLOCK_N >= N: the program's share of the weight's and bias's gradient stays in registers.
+    """Every parts-th tile of whole rows, BLOCK_N >= N: the program's share of the weight_ptr's and bias_ptr's gradient stays in registers.
 
-    partial [parts, WEIGHT_GRAD + BIAS_GRAD, N]: what `sum_partials` adds up. No atomics: their order would vary.
+    partial_ptr [parts, WEIGHT_GRAD + BIAS_GRAD, N]: what `sum_partials` adds up. No atomics: their order would vary.
     """
     col = tl.arange(0, BLOCK_N)[None, :]
-    if weight is not None:
-        w = tl.load(weight + col, col < N, other=0.0).to(WIDE)
+    if weight_ptr is not None:
+        w = tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
     weight_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), parts):
@@ -169,29 +170,29 @@ def norm_backward_kernel(
         inside = row < M
         r = row[:, None]
         mask = inside[:, None] & (col < N)
-        dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
-        x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
-        scale = tl.load(rstd + row, inside, other=0.0)[:, None]
-        if grad_sum is not None:  # before the sums, which all threads wait for
-            passed = tl.load(grad_sum + r * grad_sum_stride + col, mask, other=0.0)
+        dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(WIDE)
+        x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(WIDE)
+        scale = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
+        if grad_sum_ptr is not None:  # before the sums, which all threads wait for
+            passed = tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0)
         if not RMS:
-            x -= tl.load(mean + row, inside, other=0.0)[:, None]
+            x -= tl.load(mean_ptr + row, inside, other=0.0)[:, None]
         x *= scale
         if WEIGHT_GRAD:
             weight_sum += dy * x
         if BIAS_GRAD:
             bias_sum += dy
-        if weight is not None:
+        if weight_ptr is not None:
             dy *= w
         dx = dy - x * (tl.sum(dy * x, 1) / N)[:, None]
         if not RMS:
             dx -= (tl.sum(dy, 1) / N)[:, None]
         dx *= scale
-        if grad_sum is not None:
+        if grad_sum_ptr is not None:
             dx += passed.to(WIDE)
-        tl.store(out + r * N + col, dx.to(out.dtype.element_ty), mask)
+        tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
     column = tl.arange(0, BLOCK_N)
-    place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+    place = partial_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
     if WEIGHT_GRAD:
         tl.store(place, tl.sum(weight_sum, 0), column < N)
         place += N
@@ -201,14 +202,14 @@ def norm_backward_kernel(
 
 @triton.jit
 def norm_backward_long_kernel(
-    grad,
-    grad_sum,
-    total,
-    weight,
-    mean,
-    rstd,
-    out,
-    partial,
+    grad_ptr,
+    grad_sum_ptr,
+    sum_ptr,
+    weight_ptr,
+    mean_ptr,
+    rstd_ptr,
+    out_ptr,
+    partial_ptr,
     M,
     N,
     parts,
@@ -222,56 +223,56 @@ def norm_backward_long_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same for rows that do not fit in registers, a tile of rows block by block: `grad` and `total` are read a second time and
-    the partial sums are kept in memory, all of it mostly L2."""
+    """The same for rows that do not fit in registers, a tile of rows block by block: `grad_ptr` and `sum_ptr` are read a second time and
+    the partial_ptr sums are kept in memory, all of it mostly L2."""
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), parts):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < M
         r = row[:, None]
-        scale = tl.load(rstd + row, inside, other=0.0)[:, None]
+        scale = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
         if not RMS:
-            mu = tl.load(mean + row, inside, other=0.0)[:, None]
+            mu = tl.load(mean_ptr + row, inside, other=0.0)[:, None]
         along = tl.zeros((BLOCK_M,), WIDE)
         across = tl.zeros((BLOCK_M,), WIDE)
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]
             mask = inside[:, None] & (col < N)
-            dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
-            x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
+            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(WIDE)
+            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(WIDE)
             if not RMS:
                 x -= mu
-            if weight is not None:
-                dy *= tl.load(weight + col, col < N, other=0.0).to(WIDE)
+            if weight_ptr is not None:
+                dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
             along += tl.sum(dy * (x * scale), 1)
             across += tl.sum(dy, 1)
         along /= N
         across /= N
-        tl.debug_barrier()  # what this program's other threads wrote to `partial` for the tile before
+        tl.debug_barrier()  # what this program's other threads wrote to `partial_ptr` for the tile before
         for start in range(0, N, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             col = column[None, :]
             mask = inside[:, None] & (col < N)
-            dy = tl.load(grad + r * grad_stride + col, mask, other=0.0).to(WIDE)
-            x = tl.load(total + r * total_stride + col, mask, other=0.0).to(WIDE)
+            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(WIDE)
+            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(WIDE)
             if not RMS:
                 x -= mu
             x *= scale
-            place = partial + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+            place = partial_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
             started = (column < N) & (tile >= parts)
             if WEIGHT_GRAD:
                 tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < N)
                 place += N
             if BIAS_GRAD:
                 tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < N)
-            if weight is not None:
-                dy *= tl.load(weight + col, col < N, other=0.0).to(WIDE)
+            if weight_ptr is not None:
+                dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
             dx = dy - x * along[:, None]
             if not RMS:
                 dx -= across[:, None]
             dx *= scale
-            if grad_sum is not None:
-                dx += tl.load(grad_sum + r * grad_sum_stride + col, mask, other=0.0).to(WIDE)
-            tl.store(out + r * N + col, dx.to(out.dtype.element_ty), mask)
+            if grad_sum_ptr is not None:
+                dx += tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0).to(WIDE)
+            tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
 
 
 def _sample(features, dtype, device):

@@ -14,10 +14,10 @@ from .launch_config import Tunable, cdiv, power_of_two
 
 @triton.jit
 def rotary_kernel(
-    input,
-    cos,
-    sin,
-    out,
+    input_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
     heads,
     tokens,
     features,
@@ -57,12 +57,12 @@ def rotary_kernel(
         None, :, None
     ]
     inside = (token < tokens) & (head < heads)
-    x = input + batch * input_batch + head * input_head + token * input_token
-    y = out + batch * out_batch + head * out_head + token * out_token
+    x = input_ptr + batch * input_batch + head * input_head + token * input_token
+    y = out_ptr + batch * out_batch + head * out_head + token * out_token
     pair = tl.arange(0, BLOCK_HALF)[None, None, :]
     angles = (token < tokens) & (pair < half)
-    c = tl.load(cos + batch * cos_batch + token * cos_token + pair, angles, other=0.0).to(WIDE)
-    s = tl.load(sin + batch * sin_batch + token * sin_token + pair, angles, other=0.0).to(WIDE)
+    c = tl.load(cos_ptr + batch * cos_batch + token * cos_token + pair, angles, other=0.0).to(WIDE)
+    s = tl.load(sin_ptr + batch * sin_batch + token * sin_token + pair, angles, other=0.0).to(WIDE)
     if INVERSE:
         s = -s
     if INTERLEAVED:
@@ -71,13 +71,15 @@ def rotary_kernel(
         both = tl.load(x + col * input_feature, mask, other=0.0).to(WIDE)
         a, b = tl.split(tl.reshape(both, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, 2)))
         turned = tl.interleave(a * c - b * s, b * c + a * s)
-        tl.store(y + col * out_feature, turned.to(out.dtype.element_ty), mask)
+        tl.store(y + col * out_feature, turned.to(out_ptr.dtype.element_ty), mask)
     else:
         mask = inside & (pair < half)
         a = tl.load(x + pair * input_feature, mask, other=0.0).to(WIDE)
         b = tl.load(x + (half + pair) * input_feature, mask, other=0.0).to(WIDE)
-        tl.store(y + pair * out_feature, (a * c - b * s).to(out.dtype.element_ty), mask)
-        tl.store(y + (half + pair) * out_feature, (b * c + a * s).to(out.dtype.element_ty), mask)
+        tl.store(y + pair * out_feature, (a * c - b * s).to(out_ptr.dtype.element_ty), mask)
+        tl.store(
+            y + (half + pair) * out_feature, (b * c + a * s).to(out_ptr.dtype.element_ty), mask
+        )
     if BLOCK_REST > 0:
         col = 2 * half + tl.arange(0, BLOCK_REST)[None, None, :]
         mask = inside & (col < features)
