@@ -208,13 +208,13 @@ def _launch_backward(
 ) -> Tensor | None:
     """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial sums, [parts, 1 (2 for gated ones), N]."""
     M, N = gate.shape
-    halves = 2 if up is not None else 1
+    pairs = 2 if up is not None else 1
     if not gate.numel():
-        return gate.new_zeros(1, halves, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+        return gate.new_zeros(1, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
     config = (BACKWARD if up is None else GATED_BACKWARD)(N, gate.element_size())
     columns = cdiv(N, config.blocks["BLOCK_N"])
     parts = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], columns)
-    partial = gate.new_empty(parts, halves, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    partial = gate.new_empty(parts, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
     with on_device([gate]):
         bias_act_backward_kernel[(parts * columns,)](
             grad,
@@ -247,14 +247,14 @@ def _bias_dtype(input: Tensor, bias: Tensor | None) -> torch.dtype:
     return input.dtype if bias is None else bias.dtype
 
 
-def _halves(packed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+def _chunk_pair(packed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return packed.chunk(2, -1) if packed is not None else (None, None)
 
 
 def bias_act(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     x = as_rows(input)
     gate, up = x.chunk(2, -1) if activation in GATED else (x, None)
-    gate_bias, up_bias = _halves(bias) if up is not None else (bias, None)
+    gate_bias, up_bias = _chunk_pair(bias) if up is not None else (bias, None)
     out = input.new_empty(*input.shape[:-1], gate.shape[-1])
     _launch(gate, up, gate_bias, up_bias, as_rows(out), activation)
     return out
@@ -266,7 +266,11 @@ def bias_act_backward(
     x, dx = as_rows(input), input.new_empty(input.shape)
     flat = as_rows(dx)
     if activation in GATED:
-        (gate, up), (d_gate, d_up), (gate_bias, up_bias) = _halves(x), _halves(flat), _halves(bias)
+        (gate, up), (d_gate, d_up), (gate_bias, up_bias) = (
+            _chunk_pair(x),
+            _chunk_pair(flat),
+            _chunk_pair(bias),
+        )
     else:
         gate, up, d_gate, d_up, gate_bias, up_bias = x, None, flat, None, bias, None
     partial = _launch_backward(

@@ -14,7 +14,7 @@ from .launch_config import Tunable, cdiv
 
 
 @triton.jit
-def _half(
+def _gemm_tile(
     a_ptr,
     w_ptr,
     row,
@@ -45,7 +45,7 @@ def _half(
 
 
 @triton.jit
-def _halves(
+def _gated_gemm_tile(
     a_ptr,
     w_ptr,
     row,
@@ -116,7 +116,7 @@ def column_linear_act_kernel(
     mask = (row < M)[:, None] & (col < N)[None, :]
     at = row[:, None].to(tl.int64) * N + col[None, :]
     if GATED:
-        gate, up = _halves(
+        gate, up = _gated_gemm_tile(
             a_ptr,
             w_ptr,
             row,
@@ -140,7 +140,7 @@ def column_linear_act_kernel(
             up += tl.load(bias_ptr + N + col, col < N, other=0.0).to(tl.float32)[None, :]
         y = act(gate, ACT) * up
     else:
-        x = _half(
+        x = _gemm_tile(
             a_ptr,
             w_ptr,
             row,
