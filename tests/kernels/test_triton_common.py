@@ -5,13 +5,13 @@ from tpkernels.kernels.common import as_rows, sum_partials
 from tpkernels.kernels.launch_config import Config, Tunable
 
 
-@pytest.mark.parametrize("parts", [1, 64, 130])
+@pytest.mark.parametrize("num_splits", [1, 64, 130])
 @pytest.mark.parametrize("count, cols", [(0, 5), (1, 1), (1, 70), (2, 33), (2, 0)])
-def test_sum_partials(parts, count, cols, device):
-    partial = torch.randint(-8, 9, (parts, count, cols), device=device).float()
-    out = sum_partials(partial, torch.bfloat16)
+def test_sum_partials(num_splits, count, cols, device):
+    partial_sums = torch.randint(-8, 9, (num_splits, count, cols), device=device).float()
+    out = sum_partials(partial_sums, torch.bfloat16)
     assert len(out) == count
-    for mine, want in zip(out, partial.sum(0).bfloat16(), strict=True):
+    for mine, want in zip(out, partial_sums.sum(0).bfloat16(), strict=True):
         torch.testing.assert_close(mine, want, atol=0, rtol=0)
 
 

@@ -96,7 +96,7 @@ def test_without_residual_weight_or_bias(present, rms, device):
 
 
 def test_more_rows_than_programs_take_at_once(monkeypatch, blocks, device):
-    monkeypatch.setattr(heuristics, "NORM_MAX_PARTS", 2)
+    monkeypatch.setattr(heuristics, "NORM_MAX_SPLITS", 2)
     check(*make((41, 70), torch.float32, device), False)
 
 

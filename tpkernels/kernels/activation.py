@@ -93,10 +93,10 @@ def bias_act_backward_kernel(
     up_bias_ptr,
     d_gate_ptr,
     d_up_ptr,
-    partial_ptr,
+    partial_sums_ptr,
     M,
     N,
-    parts,
+    num_splits,
     grad_stride,
     gate_stride,
     up_stride,
@@ -110,12 +110,12 @@ def bias_act_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One strip of columns and every parts-th tile of rows: the strip's share of the bias gradient stays in registers.
+    """One strip of columns and every num_splits-th tile of rows: the strip's share of the bias gradient stays in registers.
 
-    partial_ptr [parts, 1, N], or [parts, 2, N] for gated ones: what `sum_partials` adds up_ptr. No atomics: their order would vary.
+    partial_sums_ptr [num_splits, 1, N], or [num_splits, 2, N] for gated ones: what `sum_partials` adds up_ptr. No atomics: their order would vary.
     """
     tiles = tl.cdiv(N, BLOCK_N)
-    part = tl.program_id(0) // tiles
+    split = tl.program_id(0) // tiles
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = col < N
     if BIAS:
@@ -124,7 +124,7 @@ def bias_act_backward_kernel(
             c = tl.load(up_bias_ptr + col, inside, other=0.0).to(WIDE)
     gate_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     up_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    for tile in range(part, tl.cdiv(M, BLOCK_M), parts):
+    for tile in range(split, tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         mask = (row < M) & inside
         dy = tl.load(grad_ptr + row * grad_stride + col, mask, other=0.0).to(WIDE)
@@ -148,9 +148,9 @@ def bias_act_backward_kernel(
     if BIAS_GRAD:
         column = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
         width = N * 2 if GATED else N
-        tl.store(partial_ptr + part * width + column, tl.sum(gate_sum, 0), column < N)
+        tl.store(partial_sums_ptr + split * width + column, tl.sum(gate_sum, 0), column < N)
         if GATED:
-            tl.store(partial_ptr + part * width + N + column, tl.sum(up_sum, 0), column < N)
+            tl.store(partial_sums_ptr + split * width + N + column, tl.sum(up_sum, 0), column < N)
 
 
 def _sample(features, dtype, device):
@@ -206,17 +206,19 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
 def _launch_backward(
     grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
 ) -> Tensor | None:
-    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial sums, [parts, 1 (2 for gated ones), N]."""
+    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial_sums sums, [num_splits, 1 (2 for gated ones), N]."""
     M, N = gate.shape
     pairs = 2 if up is not None else 1
     if not gate.numel():
         return gate.new_zeros(1, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
     config = (BACKWARD if up is None else GATED_BACKWARD)(N, gate.element_size())
     columns = cdiv(N, config.blocks["BLOCK_N"])
-    parts = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], columns)
-    partial = gate.new_empty(parts, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    num_splits = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], columns)
+    partial_sums = (
+        gate.new_empty(num_splits, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+    )
     with on_device([gate]):
-        bias_act_backward_kernel[(parts * columns,)](
+        bias_act_backward_kernel[(num_splits * columns,)](
             grad,
             gate,
             up,
@@ -224,10 +226,10 @@ def _launch_backward(
             up_bias,
             d_gate,
             d_up,
-            partial,
+            partial_sums,
             M,
             N,
-            parts,
+            num_splits,
             grad.stride(0),
             gate.stride(0),
             up.stride(0) if up is not None else 0,
@@ -240,7 +242,7 @@ def _launch_backward(
             WIDE=wide(gate.dtype),
             **config.options(),
         )
-    return partial
+    return partial_sums
 
 
 def _bias_dtype(input: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -273,13 +275,13 @@ def bias_act_backward(
         )
     else:
         gate, up, d_gate, d_up, gate_bias, up_bias = x, None, flat, None, bias, None
-    partial = _launch_backward(
+    partial_sums = _launch_backward(
         as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
     )
     return (
         [dx]
-        if partial is None
-        else [dx, *sum_partials(partial.flatten(1).unsqueeze(1), _bias_dtype(input, bias))]
+        if partial_sums is None
+        else [dx, *sum_partials(partial_sums.flatten(1).unsqueeze(1), _bias_dtype(input, bias))]
     )
 
 
@@ -301,7 +303,7 @@ def gated_act_backward(
     bias_grad: bool,
 ) -> list[Tensor]:
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
-    partial = _launch_backward(
+    partial_sums = _launch_backward(
         as_rows(grad),
         as_rows(gate),
         as_rows(up),
@@ -314,8 +316,8 @@ def gated_act_backward(
     )
     return (
         [d_gate, d_up]
-        if partial is None
-        else [d_gate, d_up, *sum_partials(partial, _bias_dtype(gate, gate_bias))]
+        if partial_sums is None
+        else [d_gate, d_up, *sum_partials(partial_sums, _bias_dtype(gate, gate_bias))]
     )
 
 

@@ -1,4 +1,4 @@
-"""What the launchers share: row views, accumulation types and the sum of partial sums."""
+"""What the launchers share: row views, accumulation types and the sum of partial_sums sums."""
 
 from __future__ import annotations
 
@@ -41,31 +41,45 @@ def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextMan
 
 @triton.jit
 def sum_partials_kernel(
-    partial_ptr, first_ptr, second_ptr, parts, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    partial_sums_ptr,
+    first_out_ptr,
+    second_out_ptr,
+    num_splits,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """first_ptr [N] (and second_ptr [N]) = partial_ptr [parts, 1 or 2, N] added up in one fixed order."""
-    width = N * 2 if second_ptr is not None else N
+    """first_out_ptr [N] (and second_out_ptr [N]) = partial_sums_ptr [num_splits, 1 or 2, N] added up in one fixed order."""
+    width = N * 2 if second_out_ptr is not None else N
     col = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_M, BLOCK_N), partial_ptr.dtype.element_ty)
-    for start in range(0, parts, BLOCK_M):
+    total = tl.zeros((BLOCK_M, BLOCK_N), partial_sums_ptr.dtype.element_ty)
+    for start in range(0, num_splits, BLOCK_M):
         row = start + tl.arange(0, BLOCK_M)[:, None]
         total += tl.load(
-            partial_ptr + row.to(tl.int64) * width + col, (row < parts) & (col < width), other=0.0
+            partial_sums_ptr + row.to(tl.int64) * width + col,
+            (row < num_splits) & (col < width),
+            other=0.0,
         )
-    value = tl.sum(total, 0).to(first_ptr.dtype.element_ty)
-    tl.store(first_ptr + col, value, col < N)
-    if second_ptr is not None:
-        tl.store(second_ptr + col - N, value, (col >= N) & (col < width))
+    value = tl.sum(total, 0).to(first_out_ptr.dtype.element_ty)
+    tl.store(first_out_ptr + col, value, col < N)
+    if second_out_ptr is not None:
+        tl.store(second_out_ptr + col - N, value, (col >= N) & (col < width))
 
 
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """partial [P, K, N] with K of at most 2 -> K tensors [N], which share no storage."""
-    parts, count, N = partial.shape
-    out = [partial.new_empty(N, dtype=dtype) for _ in range(count)]
+def sum_partials(partial_sums: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """partial_sums [P, K, N] with K of at most 2 -> K tensors [N], which share no storage."""
+    num_splits, count, N = partial_sums.shape
+    out = [partial_sums.new_empty(N, dtype=dtype) for _ in range(count)]
     if count and N:
-        with on_device([partial]):
+        with on_device([partial_sums]):
             grid = (cdiv(count * N, 32),)
             sum_partials_kernel[grid](
-                partial, out[0], out[1] if count == 2 else None, parts, N, BLOCK_M=64, BLOCK_N=32
+                partial_sums,
+                out[0],
+                out[1] if count == 2 else None,
+                num_splits,
+                N,
+                BLOCK_M=64,
+                BLOCK_N=32,
             )
     return out

@@ -22,9 +22,9 @@ PEAKS = {8: (312e12, 2.0e12), 9: (989e12, 3.35e12), 10: (2250e12, 8.0e12)}
 TRITON_OF_CUBLAS = 0.85
 
 # Programs of the norm's backward, at most: two on each of a GPU's processors.
-NORM_MAX_PARTS = 256
+NORM_MAX_SPLITS = 256
 # Small inputs get at least this many, because filling the GPU comes first there.
-NORM_MIN_PARTS = 64
+NORM_MIN_SPLITS = 64
 
 
 def fuses_activation(
@@ -133,7 +133,7 @@ def norm_backward_splits(M: int, rows_per_tile: int, sums: int) -> int:
 
     Their partial sums are at most 4% of the bytes that half precision moves, but for small inputs.
     """
-    most = min(max(NORM_MIN_PARTS, M // (25 * max(sums, 1))), NORM_MAX_PARTS)
+    most = min(max(NORM_MIN_SPLITS, M // (25 * max(sums, 1))), NORM_MAX_SPLITS)
     return max(1, min(cdiv(M, max(rows_per_tile, 4)), most))
 
 

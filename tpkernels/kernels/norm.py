@@ -142,10 +142,10 @@ def norm_backward_kernel(
     mean_ptr,
     rstd_ptr,
     out_ptr,
-    partial_ptr,
+    partial_sums_ptr,
     M,
     N,
-    parts,
+    num_splits,
     grad_stride,
     grad_sum_stride,
     total_stride,
@@ -156,16 +156,16 @@ def norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Every parts-th tile of whole rows, BLOCK_N >= N: the program's share of the weight_ptr's and bias_ptr's gradient stays in registers.
+    """Every num_splits-th tile of whole rows, BLOCK_N >= N: the program's share of the weight_ptr's and bias_ptr's gradient stays in registers.
 
-    partial_ptr [parts, WEIGHT_GRAD + BIAS_GRAD, N]: what `sum_partials` adds up. No atomics: their order would vary.
+    partial_sums_ptr [num_splits, WEIGHT_GRAD + BIAS_GRAD, N]: what `sum_partials` adds up. No atomics: their order would vary.
     """
     col = tl.arange(0, BLOCK_N)[None, :]
     if weight_ptr is not None:
         w = tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
     weight_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
     bias_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), parts):
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < M
         r = row[:, None]
@@ -192,7 +192,7 @@ def norm_backward_kernel(
             dx += passed.to(WIDE)
         tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
     column = tl.arange(0, BLOCK_N)
-    place = partial_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+    place = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
     if WEIGHT_GRAD:
         tl.store(place, tl.sum(weight_sum, 0), column < N)
         place += N
@@ -209,10 +209,10 @@ def norm_backward_long_kernel(
     mean_ptr,
     rstd_ptr,
     out_ptr,
-    partial_ptr,
+    partial_sums_ptr,
     M,
     N,
-    parts,
+    num_splits,
     grad_stride,
     grad_sum_stride,
     total_stride,
@@ -224,8 +224,8 @@ def norm_backward_long_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """The same for rows that do not fit in registers, a tile of rows block by block: `grad_ptr` and `sum_ptr` are read a second time and
-    the partial_ptr sums are kept in memory, all of it mostly L2."""
-    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), parts):
+    the partial_sums_ptr sums are kept in memory, all of it mostly L2."""
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < M
         r = row[:, None]
@@ -247,7 +247,7 @@ def norm_backward_long_kernel(
             across += tl.sum(dy, 1)
         along /= N
         across /= N
-        tl.debug_barrier()  # what this program's other threads wrote to `partial_ptr` for the tile before
+        tl.debug_barrier()  # what this program's other threads wrote to `partial_sums_ptr` for the tile before
         for start in range(0, N, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             col = column[None, :]
@@ -257,8 +257,8 @@ def norm_backward_long_kernel(
             if not RMS:
                 x -= mu
             x *= scale
-            place = partial_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
-            started = (column < N) & (tile >= parts)
+            place = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+            started = (column < N) & (tile >= num_splits)
             if WEIGHT_GRAD:
                 tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < N)
                 place += N
@@ -353,17 +353,17 @@ def norm_backward(
     out = sum.new_empty(sum.shape)
     config = BACKWARD(N, sum.element_size())
     sums = weight_grad + bias_grad
-    parts = heuristics.norm_backward_splits(M, config.blocks["BLOCK_M"], sums)
-    partial = rstd.new_empty(parts, sums, N)
+    num_splits = heuristics.norm_backward_splits(M, config.blocks["BLOCK_M"], sums)
+    partial_sums = rstd.new_empty(num_splits, sums, N)
     if not sum.numel():
-        partial.zero_()
+        partial_sums.zero_()
     else:
         s = None if grad_sum is None else as_rows(grad_sum)
         kernel = (
             norm_backward_kernel if config.blocks["BLOCK_N"] >= N else norm_backward_long_kernel
         )
         with on_device([h]):
-            kernel[(parts,)](
+            kernel[(num_splits,)](
                 g,
                 s,
                 h,
@@ -371,10 +371,10 @@ def norm_backward(
                 mean,
                 rstd,
                 out,
-                partial,
+                partial_sums,
                 M,
                 N,
-                parts,
+                num_splits,
                 g.stride(0),
                 0 if s is None else s.stride(0),
                 h.stride(0),
@@ -384,7 +384,7 @@ def norm_backward(
                 WIDE=wide(sum.dtype),
                 **config.options(),
             )
-    return [out, *sum_partials(partial, sum.dtype if weight is None else weight.dtype)]
+    return [out, *sum_partials(partial_sums, sum.dtype if weight is None else weight.dtype)]
 
 
 OPS = {f.__name__: f for f in (norm, norm_backward)}
