@@ -25,13 +25,13 @@ def gradients(grad, x, bias, act):
 
 
 def check(act, grad, x, bias):
-    wide = [None if t is None else t.double() for t in (grad, x, bias)]
+    doubles = [None if t is None else t.double() for t in (grad, x, bias)]
     out = bias_act(x, bias, act)
     assert_as_good_as_torch(
-        out, reference.bias_act(x, bias, act), reference.bias_act(*wide[1:], act)
+        out, reference.bias_act(x, bias, act), reference.bias_act(*doubles[1:], act)
     )
     grads = bias_act_backward(grad, x, bias, act, bias is not None)
-    same, exact = gradients(grad, x, bias, act), gradients(*wide, act)
+    same, exact = gradients(grad, x, bias, act), gradients(*doubles, act)
     for mine, ours, true in zip(grads, same, exact, strict=True):
         assert_as_good_as_torch(mine, ours, true)
     if act in GATED:  # the same from separate halves, exactly

@@ -22,8 +22,8 @@ def twin(x, w, bias, act):
 
 
 def check(act, x, w, bias):
-    wide = [None if t is None else t.double() for t in (x, w, bias)]
-    same, exact = twin(x, w, bias, act), twin(*wide, act)
+    doubles = [None if t is None else t.double() for t in (x, w, bias)]
+    same, exact = twin(x, w, bias, act), twin(*doubles, act)
     out, pre = column_linear_act(x, w, bias, act, True)
     assert_as_good_as_torch(out, same[0], exact[0])
     assert_as_good_as_torch(pre, same[1], exact[1])

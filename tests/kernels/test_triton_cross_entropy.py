@@ -42,9 +42,9 @@ def check_stats(logits, target, first):
 
 
 def check_grad(logits, target, first, on_target=0.9, everywhere=0.1 / 64):
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    log_norm = logits.to(wide).logsumexp(-1) + 0.5
-    scale = torch.randn(logits.shape[0], dtype=wide, device=logits.device)
+    opmath = torch.promote_types(logits.dtype, torch.float32)
+    log_norm = logits.to(opmath).logsumexp(-1) + 0.5
+    scale = torch.randn(logits.shape[0], dtype=opmath, device=logits.device)
     scale[::3], log_norm[:1] = 0, torch.inf
     out = cross_entropy.vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere)
     exact = reference.vocab_ce_grad(

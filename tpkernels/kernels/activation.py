@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import as_rows, on_device, sum_partials, torch_wide, wide
+from .common import as_rows, on_device, opmath_dtype, sum_partials, tl_opmath_dtype
 from .launch_config import Tunable, cdiv
 
 
@@ -64,7 +64,7 @@ def bias_act_kernel(
     ACT: tl.constexpr,
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -72,14 +72,14 @@ def bias_act_kernel(
     row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (row < M) & (col < N)
-    x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(WIDE)
+    x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(OPMATH)
     if BIAS:
-        x += tl.load(gate_bias_ptr + col, col < N, other=0.0).to(WIDE)
+        x += tl.load(gate_bias_ptr + col, col < N, other=0.0).to(OPMATH)
     y = act(x, ACT)
     if GATED:
-        u = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(WIDE)
+        u = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(OPMATH)
         if BIAS:
-            u += tl.load(up_bias_ptr + col, col < N, other=0.0).to(WIDE)
+            u += tl.load(up_bias_ptr + col, col < N, other=0.0).to(OPMATH)
         y *= u
     tl.store(out_ptr + row * out_stride + col, y.to(out_ptr.dtype.element_ty), mask)
 
@@ -106,7 +106,7 @@ def bias_act_backward_kernel(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -119,21 +119,21 @@ def bias_act_backward_kernel(
     col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = col < N
     if BIAS:
-        b = tl.load(gate_bias_ptr + col, inside, other=0.0).to(WIDE)
+        b = tl.load(gate_bias_ptr + col, inside, other=0.0).to(OPMATH)
         if GATED:
-            c = tl.load(up_bias_ptr + col, inside, other=0.0).to(WIDE)
-    gate_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    up_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+            c = tl.load(up_bias_ptr + col, inside, other=0.0).to(OPMATH)
+    gate_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
+    up_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
     for tile in range(split, tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
         mask = (row < M) & inside
-        dy = tl.load(grad_ptr + row * grad_stride + col, mask, other=0.0).to(WIDE)
-        x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(WIDE)
+        dy = tl.load(grad_ptr + row * grad_stride + col, mask, other=0.0).to(OPMATH)
+        x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(OPMATH)
         if BIAS:
             x += b
         y, slope = act_and_grad(x, ACT)
         if GATED:
-            u = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(WIDE)
+            u = tl.load(up_ptr + row * up_stride + col, mask, other=0.0).to(OPMATH)
             if BIAS:
                 u += c
             du = dy * y
@@ -198,7 +198,7 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
             ACT=GATED.get(activation, activation),
             GATED=up is not None,
             BIAS=gate_bias is not None,
-            WIDE=wide(gate.dtype),
+            OPMATH=tl_opmath_dtype(gate.dtype),
             **config.options(),
         )
 
@@ -210,12 +210,12 @@ def _launch_backward(
     M, N = gate.shape
     pairs = 2 if up is not None else 1
     if not gate.numel():
-        return gate.new_zeros(1, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+        return gate.new_zeros(1, pairs, N, dtype=opmath_dtype(gate.dtype)) if bias_grad else None
     config = (BACKWARD if up is None else GATED_BACKWARD)(N, gate.element_size())
     columns = cdiv(N, config.blocks["BLOCK_N"])
     num_splits = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], columns)
     partial_sums = (
-        gate.new_empty(num_splits, pairs, N, dtype=torch_wide(gate.dtype)) if bias_grad else None
+        gate.new_empty(num_splits, pairs, N, dtype=opmath_dtype(gate.dtype)) if bias_grad else None
     )
     with on_device([gate]):
         bias_act_backward_kernel[(num_splits * columns,)](
@@ -239,7 +239,7 @@ def _launch_backward(
             GATED=up is not None,
             BIAS=gate_bias is not None,
             BIAS_GRAD=bias_grad,
-            WIDE=wide(gate.dtype),
+            OPMATH=tl_opmath_dtype(gate.dtype),
             **config.options(),
         )
     return partial_sums

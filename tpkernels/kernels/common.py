@@ -13,12 +13,12 @@ from torch import Tensor
 from .launch_config import cdiv
 
 
-def wide(dtype: torch.dtype) -> tl.dtype:
+def tl_opmath_dtype(dtype: torch.dtype) -> tl.dtype:
     """What the kernels calculate in."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def torch_wide(dtype: torch.dtype) -> torch.dtype:
+def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 

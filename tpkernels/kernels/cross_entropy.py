@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import as_rows, on_device, torch_wide, wide
+from .common import as_rows, on_device, opmath_dtype, tl_opmath_dtype
 from .launch_config import Tunable, cdiv
 
 
@@ -21,21 +21,21 @@ def stats_kernel(
     N,
     logits_stride,
     first,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
-    m = tl.full((BLOCK_M, BLOCK_N), float("-inf"), WIDE)
-    s = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    total = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    m = tl.full((BLOCK_M, BLOCK_N), float("-inf"), OPMATH)
+    s = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
+    total = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
         z = tl.load(logits_ptr + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(
-            WIDE
+            OPMATH
         )
         total += tl.where(mask, z, 0)
         e = tl.where(z == m, 1, tl.exp(-tl.abs(z - m)))  # -inf - -inf would be NaN
@@ -51,7 +51,7 @@ def stats_kernel(
     here = inside & (label >= 0) & (label < N)
     tl.store(
         out_ptr + 2 * M + row,
-        tl.load(logits_ptr + row * logits_stride + label, here, other=0.0).to(WIDE),
+        tl.load(logits_ptr + row * logits_stride + label, here, other=0.0).to(OPMATH),
         inside,
     )
     tl.store(out_ptr + 3 * M + row, tl.sum(total, 1), inside)
@@ -71,7 +71,7 @@ def grad_kernel(
     first,
     ON_TARGET: tl.constexpr,
     EVERYWHERE: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -84,7 +84,7 @@ def grad_kernel(
     factor = tl.load(scale_ptr + row, inside, other=0.0)
     label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - first
     # Rows that do not count are not read.
-    z = tl.load(logits_ptr + row * logits_stride + col, mask & (factor != 0), other=0.0).to(WIDE)
+    z = tl.load(logits_ptr + row * logits_stride + col, mask & (factor != 0), other=0.0).to(OPMATH)
     p = tl.exp(z - tl.load(log_norm_ptr + row, inside, other=0.0)) - EVERYWHERE
     p = tl.where(factor == 0, 0, tl.where(col == label, p - ON_TARGET, p) * factor)
     tl.store(out_ptr + row * out_stride + col, p.to(out_ptr.dtype.element_ty), mask)
@@ -95,7 +95,7 @@ def _sample_inputs(features, dtype, device):
     return (
         logits,
         torch.zeros(2048, dtype=torch.int64, device=device),
-        torch.ones(2048, dtype=torch_wide(dtype), device=device),
+        torch.ones(2048, dtype=opmath_dtype(dtype), device=device),
     )
 
 
@@ -133,7 +133,7 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
             first,
             ON_TARGET=on_target,
             EVERYWHERE=everywhere,
-            WIDE=wide(logits.dtype),
+            OPMATH=tl_opmath_dtype(logits.dtype),
             **config.options(),
         )
 
@@ -142,9 +142,9 @@ def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
     z = as_rows(logits)
     M, N = z.shape
     out = (
-        z.new_zeros(4, M, dtype=torch_wide(z.dtype))
+        z.new_zeros(4, M, dtype=opmath_dtype(z.dtype))
         if not N
-        else z.new_empty(4, M, dtype=torch_wide(z.dtype))
+        else z.new_empty(4, M, dtype=opmath_dtype(z.dtype))
     )
     if not z.numel():
         out[0] = -torch.inf
@@ -159,7 +159,7 @@ def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
             N,
             z.stride(0),
             first,
-            WIDE=wide(z.dtype),
+            OPMATH=tl_opmath_dtype(z.dtype),
             **config.options(),
         )
     return out

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import as_rows, on_device, wide
+from .common import as_rows, on_device, tl_opmath_dtype
 from .launch_config import Tunable, cdiv
 
 
@@ -25,7 +25,7 @@ def dropout_kernel(
     SHIFT: tl.constexpr,
     THRESHOLD: tl.constexpr,
     SCALE: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -44,7 +44,7 @@ def dropout_kernel(
         tl.load(seed_ptr), group, where.to(tl.uint32), (where >> 32).to(tl.uint32), group * 0, 7
     )
     random = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
-    x = tl.load(input_ptr + row * input_stride + col, mask, other=0.0).to(WIDE)
+    x = tl.load(input_ptr + row * input_stride + col, mask, other=0.0).to(OPMATH)
     y = tl.where(random >= THRESHOLD, x * SCALE, 0)
     tl.store(out_ptr + row * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
@@ -85,7 +85,7 @@ def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Ten
             SHIFT=shift,
             THRESHOLD=threshold,
             SCALE=1 / (1 - p),
-            WIDE=wide(input.dtype),
+            OPMATH=tl_opmath_dtype(input.dtype),
             **config.options(),
         )
     return out

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import as_rows, on_device, sum_partials, torch_wide, wide
+from .common import as_rows, on_device, opmath_dtype, sum_partials, tl_opmath_dtype
 from .launch_config import Tunable, cdiv
 
 
@@ -28,7 +28,7 @@ def norm_kernel(
     residual_stride,
     EPS: tl.constexpr,
     RMS: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -45,10 +45,11 @@ def norm_kernel(
         b = tl.load(bias_ptr + col, col < N, other=0.0)
     if residual_ptr is not None:
         h = (
-            h.to(WIDE) + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(WIDE)
+            h.to(OPMATH)
+            + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(OPMATH)
         ).to(out_ptr.dtype.element_ty)
         tl.store(sum_ptr + r * N + col, h, mask)
-    x = h.to(WIDE)
+    x = h.to(OPMATH)
     if not RMS:
         mu = tl.sum(x, 1) / N
         tl.store(mean_ptr + row, mu, inside)
@@ -57,9 +58,9 @@ def norm_kernel(
     tl.store(rstd_ptr + row, scale, inside)
     y = x * scale[:, None]
     if weight_ptr is not None:
-        y *= w.to(WIDE)
+        y *= w.to(OPMATH)
     if bias_ptr is not None:
-        y += b.to(WIDE)
+        y += b.to(OPMATH)
     tl.store(out_ptr + r * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -79,7 +80,7 @@ def norm_long_kernel(
     residual_stride,
     EPS: tl.constexpr,
     RMS: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -90,25 +91,25 @@ def norm_long_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
     r = row[:, None]
-    mu = tl.zeros((BLOCK_M,), WIDE)
-    squares = tl.zeros((BLOCK_M,), WIDE)
+    mu = tl.zeros((BLOCK_M,), OPMATH)
+    squares = tl.zeros((BLOCK_M,), OPMATH)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
         h = tl.load(input_ptr + r * input_stride + col, mask, other=0.0)
         if residual_ptr is not None:
             h = (
-                h.to(WIDE)
-                + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(WIDE)
+                h.to(OPMATH)
+                + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(OPMATH)
             ).to(out_ptr.dtype.element_ty)
             tl.store(sum_ptr + r * N + col, h, mask)
-        x = h.to(WIDE)
+        x = h.to(OPMATH)
         if not RMS:
             count = tl.minimum(N - start, BLOCK_N)
             block = tl.sum(x, 1) / count
             x = tl.where(mask, x - block[:, None], 0)
             delta = block - mu
-            share = count.to(WIDE) / (start + count)
+            share = count.to(OPMATH) / (start + count)
             mu += delta * share
             squares += delta * delta * share * start
         squares += tl.sum(x * x, 1)
@@ -122,14 +123,14 @@ def norm_long_kernel(
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
         if residual_ptr is not None:
-            x = tl.load(sum_ptr + r * N + col, mask, other=0.0).to(WIDE)
+            x = tl.load(sum_ptr + r * N + col, mask, other=0.0).to(OPMATH)
         else:
-            x = tl.load(input_ptr + r * input_stride + col, mask, other=0.0).to(WIDE)
+            x = tl.load(input_ptr + r * input_stride + col, mask, other=0.0).to(OPMATH)
         y = (x - mu[:, None]) * scale[:, None]
         if weight_ptr is not None:
-            y *= tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
+            y *= tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
         if bias_ptr is not None:
-            y += tl.load(bias_ptr + col, col < N, other=0.0).to(WIDE)
+            y += tl.load(bias_ptr + col, col < N, other=0.0).to(OPMATH)
         tl.store(out_ptr + r * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -152,7 +153,7 @@ def norm_backward_kernel(
     RMS: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -162,16 +163,16 @@ def norm_backward_kernel(
     """
     col = tl.arange(0, BLOCK_N)[None, :]
     if weight_ptr is not None:
-        w = tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
-    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
-    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+        w = tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
+    weight_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
+    bias_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < M
         r = row[:, None]
         mask = inside[:, None] & (col < N)
-        dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(WIDE)
-        x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(WIDE)
+        dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(OPMATH)
+        x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(OPMATH)
         scale = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
         if grad_sum_ptr is not None:  # before the sums, which all threads wait for
             passed = tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0)
@@ -189,7 +190,7 @@ def norm_backward_kernel(
             dx -= (tl.sum(dy, 1) / N)[:, None]
         dx *= scale
         if grad_sum_ptr is not None:
-            dx += passed.to(WIDE)
+            dx += passed.to(OPMATH)
         tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
     column = tl.arange(0, BLOCK_N)
     place = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
@@ -219,7 +220,7 @@ def norm_backward_long_kernel(
     RMS: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -232,17 +233,17 @@ def norm_backward_long_kernel(
         scale = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
         if not RMS:
             mu = tl.load(mean_ptr + row, inside, other=0.0)[:, None]
-        along = tl.zeros((BLOCK_M,), WIDE)
-        across = tl.zeros((BLOCK_M,), WIDE)
+        along = tl.zeros((BLOCK_M,), OPMATH)
+        across = tl.zeros((BLOCK_M,), OPMATH)
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]
             mask = inside[:, None] & (col < N)
-            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(WIDE)
-            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(WIDE)
+            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(OPMATH)
+            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(OPMATH)
             if not RMS:
                 x -= mu
             if weight_ptr is not None:
-                dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
+                dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
             along += tl.sum(dy * (x * scale), 1)
             across += tl.sum(dy, 1)
         along /= N
@@ -252,8 +253,8 @@ def norm_backward_long_kernel(
             column = start + tl.arange(0, BLOCK_N)
             col = column[None, :]
             mask = inside[:, None] & (col < N)
-            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(WIDE)
-            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(WIDE)
+            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(OPMATH)
+            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(OPMATH)
             if not RMS:
                 x -= mu
             x *= scale
@@ -265,13 +266,13 @@ def norm_backward_long_kernel(
             if BIAS_GRAD:
                 tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < N)
             if weight_ptr is not None:
-                dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(WIDE)
+                dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
             dx = dy - x * along[:, None]
             if not RMS:
                 dx -= across[:, None]
             dx *= scale
             if grad_sum_ptr is not None:
-                dx += tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0).to(WIDE)
+                dx += tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0).to(OPMATH)
             tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -288,7 +289,7 @@ def _sample_backward(features, dtype, device):
         torch.randn(4096, features, dtype=dtype, device=device),
         torch.ones(features, dtype=dtype, device=device),
     )
-    rstd = torch.ones(4096, dtype=torch_wide(dtype), device=device)
+    rstd = torch.ones(4096, dtype=opmath_dtype(dtype), device=device)
     return lambda: norm_backward(x, x, x, w, rstd[:0], rstd, True, True, False)
 
 
@@ -308,7 +309,7 @@ def norm(
     M, N = x.shape
     out, none = input.new_empty(input.shape), input.new_empty(0)
     total = none if residual is None else input.new_empty(input.shape)
-    rstd = input.new_empty(M, dtype=torch_wide(input.dtype))
+    rstd = input.new_empty(M, dtype=opmath_dtype(input.dtype))
     mean = rstd.new_empty(0 if rms else M)
     if not input.numel():
         return out, total, mean.fill_(torch.nan), rstd.fill_(torch.nan)
@@ -331,7 +332,7 @@ def norm(
             0 if r is None else r.stride(0),
             EPS=eps,
             RMS=rms,
-            WIDE=wide(input.dtype),
+            OPMATH=tl_opmath_dtype(input.dtype),
             **config.options(),
         )
     return out, total, mean, rstd
@@ -381,7 +382,7 @@ def norm_backward(
                 RMS=rms,
                 WEIGHT_GRAD=weight_grad,
                 BIAS_GRAD=bias_grad,
-                WIDE=wide(sum.dtype),
+                OPMATH=tl_opmath_dtype(sum.dtype),
                 **config.options(),
             )
     return [out, *sum_partials(partial_sums, sum.dtype if weight is None else weight.dtype)]

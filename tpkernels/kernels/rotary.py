@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import on_device, wide
+from .common import on_device, tl_opmath_dtype
 from .launch_config import Tunable, cdiv, power_of_two
 
 
@@ -36,7 +36,7 @@ def rotary_kernel(
     sin_token,
     INTERLEAVED: tl.constexpr,
     INVERSE: tl.constexpr,
-    WIDE: tl.constexpr,
+    OPMATH: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -61,21 +61,25 @@ def rotary_kernel(
     y = out_ptr + batch * out_batch + head * out_head + token * out_token
     pair = tl.arange(0, BLOCK_HALF)[None, None, :]
     angles = (token < tokens) & (pair < half)
-    c = tl.load(cos_ptr + batch * cos_batch + token * cos_token + pair, angles, other=0.0).to(WIDE)
-    s = tl.load(sin_ptr + batch * sin_batch + token * sin_token + pair, angles, other=0.0).to(WIDE)
+    c = tl.load(cos_ptr + batch * cos_batch + token * cos_token + pair, angles, other=0.0).to(
+        OPMATH
+    )
+    s = tl.load(sin_ptr + batch * sin_batch + token * sin_token + pair, angles, other=0.0).to(
+        OPMATH
+    )
     if INVERSE:
         s = -s
     if INTERLEAVED:
         col = tl.arange(0, 2 * BLOCK_HALF)[None, None, :]
         mask = inside & (col < 2 * half)
-        both = tl.load(x + col * input_feature, mask, other=0.0).to(WIDE)
+        both = tl.load(x + col * input_feature, mask, other=0.0).to(OPMATH)
         a, b = tl.split(tl.reshape(both, (BLOCK_TOKENS, BLOCK_HEADS, BLOCK_HALF, 2)))
         turned = tl.interleave(a * c - b * s, b * c + a * s)
         tl.store(y + col * out_feature, turned.to(out_ptr.dtype.element_ty), mask)
     else:
         mask = inside & (pair < half)
-        a = tl.load(x + pair * input_feature, mask, other=0.0).to(WIDE)
-        b = tl.load(x + (half + pair) * input_feature, mask, other=0.0).to(WIDE)
+        a = tl.load(x + pair * input_feature, mask, other=0.0).to(OPMATH)
+        b = tl.load(x + (half + pair) * input_feature, mask, other=0.0).to(OPMATH)
         tl.store(y + pair * out_feature, (a * c - b * s).to(out_ptr.dtype.element_ty), mask)
         tl.store(
             y + (half + pair) * out_feature, (b * c + a * s).to(out_ptr.dtype.element_ty), mask
@@ -130,7 +134,7 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
             ),
             INTERLEAVED=interleaved,
             INVERSE=inverse,
-            WIDE=wide(input.dtype),
+            OPMATH=tl_opmath_dtype(input.dtype),
             BLOCK_HALF=power_of_two(half),
             BLOCK_REST=power_of_two(rest) if rest else 0,
             num_warps=config.num_warps,
