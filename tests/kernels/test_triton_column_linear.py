@@ -16,14 +16,14 @@ def make(shape, dtype, device, gated=False):
     )
 
 
-def twin(x, w, bias, act):
+def expected(x, w, bias, act):
     product = x @ w.t()
     return reference.bias_act(product, bias, act), product
 
 
 def check(act, x, w, bias):
     doubles = [None if t is None else t.double() for t in (x, w, bias)]
-    same, exact = twin(x, w, bias, act), twin(*doubles, act)
+    same, exact = expected(x, w, bias, act), expected(*doubles, act)
     out, pre = column_linear_act(x, w, bias, act, True)
     assert_as_good_as_torch(out, same[0], exact[0])
     assert_as_good_as_torch(pre, same[1], exact[1])
@@ -73,6 +73,6 @@ def test_integers_are_exact(act, device):
         for t in make((70, 130, 60), torch.float32, device)
     )
     out, pre = column_linear_act(x, w, bias, act, True)
-    same, product = twin(x, w, bias, act)
+    same, product = expected(x, w, bias, act)
     torch.testing.assert_close(out, same, atol=0, rtol=0)
     torch.testing.assert_close(pre, product, atol=0, rtol=0)

@@ -18,7 +18,7 @@ def seed_of(value, device):
         (0xFFFFFFFF, (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662)),
     ],
 )
-def test_twin_is_philox(word, random):
+def test_reference_is_philox(word, random):
     """Random123's known answers for philox4x32 with 7 rounds."""
     out = reference.philox4x32([torch.tensor([word])] * 4, (word, word), 7)
     assert [int(x) for x in out] == list(random)
