@@ -17,22 +17,24 @@ def blocks(request, monkeypatch):
             monkeypatch.setattr(tunable, "candidates", lambda features, itemsize: [config])
 
 
-def make(shape, dtype, device, first=10, target_dtype=torch.int64):
+def make(shape, dtype, device, vocab_start_index=10, target_dtype=torch.int64):
     """Targets before, in and after this rank's columns."""
     logits = 3 * torch.randn(shape, dtype=dtype, device=device)
     return (
         logits,
-        torch.randint(0, first + 2 * shape[1], shape[:1], dtype=target_dtype, device=device),
-        first,
+        torch.randint(
+            0, vocab_start_index + 2 * shape[1], shape[:1], dtype=target_dtype, device=device
+        ),
+        vocab_start_index,
     )
 
 
-def check_stats(logits, target, first):
+def check_stats(logits, target, vocab_start_index):
     out, same = (
-        cross_entropy.vocab_ce_stats(logits, target, first),
-        reference.vocab_ce_stats(logits, target, first),
+        cross_entropy.vocab_ce_stats(logits, target, vocab_start_index),
+        reference.vocab_ce_stats(logits, target, vocab_start_index),
     )
-    exact = reference.vocab_ce_stats(logits.double(), target, first)
+    exact = reference.vocab_ce_stats(logits.double(), target, vocab_start_index)
     for row in (0, 2):  # single logits
         torch.testing.assert_close(out[row], same[row], atol=0, rtol=0)
     for row in (1, 3):
@@ -41,25 +43,35 @@ def check_stats(logits, target, first):
         )
 
 
-def check_grad(logits, target, first, on_target=0.9, everywhere=0.1 / 64):
+def check_grad(logits, target, vocab_start_index, on_target=0.9, everywhere=0.1 / 64):
     opmath = torch.promote_types(logits.dtype, torch.float32)
     log_norm = logits.to(opmath).logsumexp(-1) + 0.5
     scale = torch.randn(logits.shape[0], dtype=opmath, device=logits.device)
     scale[::3], log_norm[:1] = 0, torch.inf
-    out = cross_entropy.vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere)
+    out = cross_entropy.vocab_ce_grad(
+        logits, target, log_norm, scale, vocab_start_index, on_target, everywhere
+    )
     exact = reference.vocab_ce_grad(
-        logits.double(), target, log_norm.double(), scale.double(), first, on_target, everywhere
+        logits.double(),
+        target,
+        log_norm.double(),
+        scale.double(),
+        vocab_start_index,
+        on_target,
+        everywhere,
     )
     assert_as_good_as_torch(
         out,
-        reference.vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere),
+        reference.vocab_ce_grad(
+            logits, target, log_norm, scale, vocab_start_index, on_target, everywhere
+        ),
         exact,
     )
     assert not out[::3].any() and out.is_contiguous()
     in_place = logits.clone()
     assert (
         cross_entropy.vocab_ce_grad_(
-            in_place, target, log_norm, scale, first, on_target, everywhere
+            in_place, target, log_norm, scale, vocab_start_index, on_target, everywhere
         )
         is None
     )
@@ -80,23 +92,23 @@ def test_dtypes(check, dtype, target_dtype, device):
 
 @pytest.mark.parametrize("lay", [strided, transposed])
 def test_any_strides(lay, device):
-    logits, target, first = make((6, 40), torch.float32, device)
+    logits, target, vocab_start_index = make((6, 40), torch.float32, device)
     both = torch.stack([target, target], 1)[:, 0]
     ones = torch.stack([torch.ones(6, device=device)] * 2, 1)[:, 0]
     a, b = (
-        cross_entropy.vocab_ce_stats(lay(logits), both, first),
-        cross_entropy.vocab_ce_stats(logits, target, first),
+        cross_entropy.vocab_ce_stats(lay(logits), both, vocab_start_index),
+        cross_entropy.vocab_ce_stats(logits, target, vocab_start_index),
     )
     torch.testing.assert_close(a, b, atol=0, rtol=0)
-    want = cross_entropy.vocab_ce_grad(logits, target, ones, ones, first, 1.0, 0.0)
+    want = cross_entropy.vocab_ce_grad(logits, target, ones, ones, vocab_start_index, 1.0, 0.0)
     torch.testing.assert_close(
-        cross_entropy.vocab_ce_grad(lay(logits), both, ones, ones, first, 1.0, 0.0),
+        cross_entropy.vocab_ce_grad(lay(logits), both, ones, ones, vocab_start_index, 1.0, 0.0),
         want,
         atol=0,
         rtol=0,
     )
     in_place = lay(logits.clone())
-    cross_entropy.vocab_ce_grad_(in_place, target, ones, ones, first, 1.0, 0.0)
+    cross_entropy.vocab_ce_grad_(in_place, target, ones, ones, vocab_start_index, 1.0, 0.0)
     torch.testing.assert_close(in_place, want, atol=0, rtol=0)
 
 

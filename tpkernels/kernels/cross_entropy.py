@@ -20,7 +20,7 @@ def stats_kernel(
     M,
     N,
     logits_stride,
-    first,
+    vocab_start_index,
     OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -28,33 +28,37 @@ def stats_kernel(
     """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
-    m = tl.full((BLOCK_M, BLOCK_N), float("-inf"), OPMATH)
-    s = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
-    total = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
+    lane_max = tl.full((BLOCK_M, BLOCK_N), float("-inf"), OPMATH)
+    lane_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
+    lane_total = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
         z = tl.load(logits_ptr + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(
             OPMATH
         )
-        total += tl.where(mask, z, 0)
-        e = tl.where(z == m, 1, tl.exp(-tl.abs(z - m)))  # -inf - -inf would be NaN
-        s = tl.where(z > m, s * e + 1, s + e)
-        m = tl.maximum(m, z, propagate_nan=tl.PropagateNan.ALL)
-    nan = tl.sum((m != m).to(tl.int32), 1) > 0  # which tl.max does not tell
-    largest = tl.where(nan, float("nan"), tl.max(m, 1))
+        lane_total += tl.where(mask, z, 0)
+        scale = tl.where(
+            z == lane_max, 1, tl.exp(-tl.abs(z - lane_max))
+        )  # -inf - -inf would be NaN
+        lane_sum = tl.where(z > lane_max, lane_sum * scale + 1, lane_sum + scale)
+        lane_max = tl.maximum(lane_max, z, propagate_nan=tl.PropagateNan.ALL)
+    nan = tl.sum((lane_max != lane_max).to(tl.int32), 1) > 0  # which tl.max does not tell
+    row_max = tl.where(nan, float("nan"), tl.max(lane_max, 1))
     # A lane, or a whole row, without any logit above -inf has counted exp(-inf - -inf) as 1.
-    s = tl.where(m == float("-inf"), 0, s * tl.exp(m - largest[:, None]))
-    tl.store(out_ptr + row, largest, inside)
-    tl.store(out_ptr + M + row, tl.sum(s, 1), inside)
-    label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - first
+    lane_sum = tl.where(
+        lane_max == float("-inf"), 0, lane_sum * tl.exp(lane_max - row_max[:, None])
+    )
+    tl.store(out_ptr + row, row_max, inside)
+    tl.store(out_ptr + M + row, tl.sum(lane_sum, 1), inside)
+    label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - vocab_start_index
     here = inside & (label >= 0) & (label < N)
     tl.store(
         out_ptr + 2 * M + row,
         tl.load(logits_ptr + row * logits_stride + label, here, other=0.0).to(OPMATH),
         inside,
     )
-    tl.store(out_ptr + 3 * M + row, tl.sum(total, 1), inside)
+    tl.store(out_ptr + 3 * M + row, tl.sum(lane_total, 1), inside)
 
 
 @triton.jit
@@ -68,7 +72,7 @@ def grad_kernel(
     N,
     logits_stride,
     out_stride,
-    first,
+    vocab_start_index,
     ON_TARGET: tl.constexpr,
     EVERYWHERE: tl.constexpr,
     OPMATH: tl.constexpr,
@@ -82,7 +86,7 @@ def grad_kernel(
     inside = row < M
     mask = inside & (col < N)
     factor = tl.load(scale_ptr + row, inside, other=0.0)
-    label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - first
+    label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - vocab_start_index
     # Rows that do not count are not read.
     z = tl.load(logits_ptr + row * logits_stride + col, mask & (factor != 0), other=0.0).to(OPMATH)
     p = tl.exp(z - tl.load(log_norm_ptr + row, inside, other=0.0)) - EVERYWHERE
@@ -113,7 +117,9 @@ STATS = Tunable("vocab_ce_stats", heuristics.cross_entropy_stats_tiles, _sample_
 GRAD = Tunable("vocab_ce_grad", heuristics.cross_entropy_grad_tiles, _sample_grad)
 
 
-def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywhere) -> None:
+def _launch_grad(
+    logits, target, log_norm, scale, out, vocab_start_index, on_target, everywhere
+) -> None:
     M, N = logits.shape
     if not logits.numel():
         return
@@ -130,7 +136,7 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
             N,
             logits.stride(0),
             out.stride(0),
-            first,
+            vocab_start_index,
             ON_TARGET=on_target,
             EVERYWHERE=everywhere,
             OPMATH=tl_opmath_dtype(logits.dtype),
@@ -138,7 +144,7 @@ def _launch_grad(logits, target, log_norm, scale, out, first, on_target, everywh
         )
 
 
-def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
+def vocab_ce_stats(logits: Tensor, target: Tensor, vocab_start_index: int) -> Tensor:
     z = as_rows(logits)
     M, N = z.shape
     out = (
@@ -158,7 +164,7 @@ def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
             M,
             N,
             z.stride(0),
-            first,
+            vocab_start_index,
             OPMATH=tl_opmath_dtype(z.dtype),
             **config.options(),
         )
@@ -170,12 +176,14 @@ def vocab_ce_grad(
     target: Tensor,
     log_norm: Tensor,
     scale: Tensor,
-    first: int,
+    vocab_start_index: int,
     on_target: float,
     everywhere: float,
 ) -> Tensor:
     out = logits.new_empty(logits.shape)
-    _launch_grad(as_rows(logits), target, log_norm, scale, out, first, on_target, everywhere)
+    _launch_grad(
+        as_rows(logits), target, log_norm, scale, out, vocab_start_index, on_target, everywhere
+    )
     return out
 
 
@@ -184,12 +192,12 @@ def vocab_ce_grad_(
     target: Tensor,
     log_norm: Tensor,
     scale: Tensor,
-    first: int,
+    vocab_start_index: int,
     on_target: float,
     everywhere: float,
 ) -> None:
     z = as_rows(logits)
-    _launch_grad(z, target, log_norm, scale, z, first, on_target, everywhere)
+    _launch_grad(z, target, log_norm, scale, z, vocab_start_index, on_target, everywhere)
     if z is not logits:  # no unit stride along the vocabulary: the gradient is in a copy
         logits.copy_(z)
 
