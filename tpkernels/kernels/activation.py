@@ -1,6 +1,12 @@
-"""Bias and activation in one pass, forward and backward; gated ones from two halves, wherever these lie."""
+"""Triton kernels of bias and activation in one pass, forward and backward.
+
+Gated activations (SwiGLU, GEGLU) read gate and up from one packed tensor or from two tensors.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,7 +20,7 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def act(x, ACT: tl.constexpr):
-    """act(x) for float32 or float64 x."""
+    """Return act(x) for float32 or float64 x."""
     if ACT == "relu":
         return tl.where(x <= 0, 0, x)  # NaN stays NaN, as torch's
     elif ACT == "relu2":
@@ -31,7 +37,7 @@ def act(x, ACT: tl.constexpr):
 
 @triton.jit
 def act_and_grad(x, ACT: tl.constexpr):
-    """act(x) and its derivative; what is not used is not computed."""
+    """Return act(x) and its derivative; the compiler drops a result that is not used."""
     if ACT == "relu":
         return tl.where(x <= 0, 0, x), tl.where(x <= 0, 0, 1).to(x.dtype)
     elif ACT == "relu2":
@@ -51,11 +57,11 @@ def act_and_grad(x, ACT: tl.constexpr):
 
 @triton.jit
 def bias_act_kernel(
-    gate_ptr,
-    up_ptr,
-    gate_bias_ptr,
-    up_bias_ptr,
-    out_ptr,
+    gate_ptr,  # [M, N]
+    up_ptr,  # [M, N], or None unless GATED
+    gate_bias_ptr,  # [N]
+    up_bias_ptr,  # [N]
+    out_ptr,  # [M, N]
     M,
     N,
     gate_stride,
@@ -68,9 +74,10 @@ def bias_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    tiles = tl.cdiv(N, BLOCK_N)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    """Compute out = act(gate + gate_bias), times (up + up_bias) if GATED; a tile a program."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     mask = (row < M) & (col < N)
     x = tl.load(gate_ptr + row * gate_stride + col, mask, other=0.0).to(OPMATH)
     if BIAS:
@@ -86,14 +93,14 @@ def bias_act_kernel(
 
 @triton.jit
 def bias_act_backward_kernel(
-    grad_ptr,
-    gate_ptr,
-    up_ptr,
-    gate_bias_ptr,
-    up_bias_ptr,
-    d_gate_ptr,
-    d_up_ptr,
-    partial_sums_ptr,
+    grad_ptr,  # [M, N]
+    gate_ptr,  # [M, N]
+    up_ptr,  # [M, N], or None unless GATED
+    gate_bias_ptr,  # [N]
+    up_bias_ptr,  # [N]
+    d_gate_ptr,  # [M, N]
+    d_up_ptr,  # [M, N], or None unless GATED
+    partial_sums_ptr,  # [num_splits, 1 (2 if GATED), N], for `sum_partials`
     M,
     N,
     num_splits,
@@ -110,13 +117,14 @@ def bias_act_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One strip of columns and every num_splits-th tile of rows: the strip's share of the bias gradient stays in registers.
+    """Compute d_gate = grad * up * act'(gate) and d_up = grad * act(gate), biases added.
 
-    partial_sums_ptr [num_splits, 1, N], or [num_splits, 2, N] for gated ones: what `sum_partials` adds up_ptr. No atomics: their order would vary.
+    A program takes one strip of columns and every num_splits-th tile of rows. Its share of the
+    bias gradient stays in registers. There are no atomics, because their order would vary.
     """
-    tiles = tl.cdiv(N, BLOCK_N)
-    split = tl.program_id(0) // tiles
-    col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    split = tl.program_id(0) // tiles_n
+    col = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = col < N
     if BIAS:
         b = tl.load(gate_bias_ptr + col, inside, other=0.0).to(OPMATH)
@@ -146,24 +154,25 @@ def bias_act_backward_kernel(
         if BIAS_GRAD:
             gate_sum += dx
     if BIAS_GRAD:
-        column = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+        column = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
         width = N * 2 if GATED else N
         tl.store(partial_sums_ptr + split * width + column, tl.sum(gate_sum, 0), column < N)
         if GATED:
             tl.store(partial_sums_ptr + split * width + N + column, tl.sum(up_sum, 0), column < N)
 
 
-def _sample(features, dtype, device):
-    x, b = (
-        torch.randn(4096, features, dtype=dtype, device=device),
-        torch.randn(features, dtype=dtype, device=device),
-    )
-    return lambda: bias_act(x, b, "gelu_tanh")
+def _sample(features: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    x = torch.randn(4096, features, dtype=dtype, device=device)
+    bias = torch.randn(features, dtype=dtype, device=device)
+    return lambda: bias_act(x, bias, "gelu_tanh")
 
 
-def _sample_backward(features, dtype, device, activation="gelu_tanh"):
+def _sample_backward(
+    features: int, dtype: torch.dtype, device: torch.device, activation: str = "gelu_tanh"
+) -> Callable[[], object]:
     x = torch.randn(4096, features * (2 if activation in GATED else 1), dtype=dtype, device=device)
-    grad, bias = torch.randn(4096, features, dtype=dtype, device=device), x[0].clone()
+    grad = torch.randn(4096, features, dtype=dtype, device=device)
+    bias = x[0].clone()
     return lambda: bias_act_backward(grad, x, bias, activation, True)
 
 
@@ -174,10 +183,29 @@ GATED_BACKWARD = Tunable(
     heuristics.gated_act_backward_tiles,
     lambda *args: _sample_backward(*args, activation="swiglu"),
 )
-GATED = {"swiglu": "silu", "geglu": "gelu"}
+GATED = {"swiglu": "silu", "geglu": "gelu"}  # gated activation -> the gate's
 
 
-def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
+class _Input(NamedTuple):
+    """The activation's input; `up` and `up_bias` are None unless it is gated."""
+
+    gate: Tensor  # [M, N]
+    up: Tensor | None  # [M, N]
+    gate_bias: Tensor | None  # [N]
+    up_bias: Tensor | None  # [N]
+
+
+def _unpack(input: Tensor, bias: Tensor | None, activation: str) -> _Input:
+    """Cut [..., 2 N] of a gated activation, and its bias [2 N], into gate and up."""
+    x = as_rows(input)
+    if activation not in GATED:
+        return _Input(x, None, bias, None)
+    return _Input(*x.chunk(2, -1), *((None, None) if bias is None else bias.chunk(2, -1)))
+
+
+def _launch(input: _Input, out: Tensor, activation: str) -> None:
+    """Fill `out` [M, N]."""
+    gate, up, gate_bias, up_bias = input
     M, N = gate.shape
     if not gate.numel():
         return
@@ -193,32 +221,41 @@ def _launch(gate, up, gate_bias, up_bias, out, activation) -> None:
             M,
             N,
             gate.stride(0),
-            up.stride(0) if up is not None else 0,
+            0 if up is None else up.stride(0),
             out.stride(0),
-            ACT=GATED.get(activation, activation),
-            GATED=up is not None,
-            BIAS=gate_bias is not None,
-            OPMATH=tl_opmath_dtype(gate.dtype),
-            **config.options(),
+            **config.options(
+                ACT=GATED.get(activation, activation),
+                GATED=up is not None,
+                BIAS=gate_bias is not None,
+                OPMATH=tl_opmath_dtype(gate.dtype),
+            ),
         )
 
 
 def _launch_backward(
-    grad, gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
+    grad: Tensor,  # [M, N]
+    input: _Input,
+    d_gate: Tensor,  # [M, N]
+    d_up: Tensor | None,  # [M, N]
+    activation: str,
+    bias_grad: bool,
 ) -> Tensor | None:
-    """Fills d_gate and d_up; with `bias_grad` returns the bias gradient's partial_sums sums, [num_splits, 1 (2 for gated ones), N]."""
+    """Fill d_gate and d_up.
+
+    Returns:
+        With `bias_grad` the bias gradient's partial sums, [num_splits, 1 (2 if gated), N].
+    """
+    gate, up, gate_bias, up_bias = input
     M, N = gate.shape
-    pairs = 2 if up is not None else 1
+    biases, opmath = 1 if up is None else 2, opmath_dtype(gate.dtype)
     if not gate.numel():
-        return gate.new_zeros(1, pairs, N, dtype=opmath_dtype(gate.dtype)) if bias_grad else None
+        return gate.new_zeros(1, biases, N, dtype=opmath) if bias_grad else None
     config = (BACKWARD if up is None else GATED_BACKWARD)(N, gate.element_size())
-    columns = cdiv(N, config.blocks["BLOCK_N"])
-    num_splits = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], columns)
-    partial_sums = (
-        gate.new_empty(num_splits, pairs, N, dtype=opmath_dtype(gate.dtype)) if bias_grad else None
-    )
+    tiles_n = cdiv(N, config.blocks["BLOCK_N"])
+    num_splits = heuristics.bias_grad_splits(M, config.blocks["BLOCK_M"], tiles_n)
+    partial_sums = gate.new_empty(num_splits, biases, N, dtype=opmath) if bias_grad else None
     with on_device([gate]):
-        bias_act_backward_kernel[(num_splits * columns,)](
+        bias_act_backward_kernel[(num_splits * tiles_n,)](
             grad,
             gate,
             up,
@@ -232,93 +269,85 @@ def _launch_backward(
             num_splits,
             grad.stride(0),
             gate.stride(0),
-            up.stride(0) if up is not None else 0,
+            0 if up is None else up.stride(0),
             d_gate.stride(0),
-            d_up.stride(0) if up is not None else 0,
-            ACT=GATED.get(activation, activation),
-            GATED=up is not None,
-            BIAS=gate_bias is not None,
-            BIAS_GRAD=bias_grad,
-            OPMATH=tl_opmath_dtype(gate.dtype),
-            **config.options(),
+            0 if d_up is None else d_up.stride(0),
+            **config.options(
+                ACT=GATED.get(activation, activation),
+                GATED=up is not None,
+                BIAS=gate_bias is not None,
+                BIAS_GRAD=bias_grad,
+                OPMATH=tl_opmath_dtype(gate.dtype),
+            ),
         )
     return partial_sums
 
 
-def _bias_dtype(input: Tensor, bias: Tensor | None) -> torch.dtype:
-    return input.dtype if bias is None else bias.dtype
-
-
-def _chunk_pair(packed: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return packed.chunk(2, -1) if packed is not None else (None, None)
-
-
-def bias_act(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    x = as_rows(input)
-    gate, up = x.chunk(2, -1) if activation in GATED else (x, None)
-    gate_bias, up_bias = _chunk_pair(bias) if up is not None else (bias, None)
-    out = input.new_empty(*input.shape[:-1], gate.shape[-1])
-    _launch(gate, up, gate_bias, up_bias, as_rows(out), activation)
+def bias_act(
+    input: Tensor,  # [..., N], or [..., 2 N] for [gate, up]
+    bias: Tensor | None,  # [N] or [2 N]
+    activation: str,
+) -> Tensor:
+    """Return act(input + bias), or act(gate) * up, [..., N]."""
+    unpacked = _unpack(input, bias, activation)
+    out = input.new_empty(*input.shape[:-1], unpacked.gate.shape[-1])
+    _launch(unpacked, as_rows(out), activation)
     return out
 
 
 def bias_act_backward(
-    grad: Tensor, input: Tensor, bias: Tensor | None, activation: str, bias_grad: bool
+    grad: Tensor,  # [..., N]
+    input: Tensor,  # [..., N], or [..., 2 N] for [gate, up]
+    bias: Tensor | None,  # [N] or [2 N]
+    activation: str,
+    bias_grad: bool,
 ) -> list[Tensor]:
-    x, dx = as_rows(input), input.new_empty(input.shape)
-    flat = as_rows(dx)
-    if activation in GATED:
-        (gate, up), (d_gate, d_up), (gate_bias, up_bias) = (
-            _chunk_pair(x),
-            _chunk_pair(flat),
-            _chunk_pair(bias),
-        )
-    else:
-        gate, up, d_gate, d_up, gate_bias, up_bias = x, None, flat, None, bias, None
-    partial_sums = _launch_backward(
-        as_rows(grad), gate, up, gate_bias, up_bias, d_gate, d_up, activation, bias_grad
-    )
-    return (
-        [dx]
-        if partial_sums is None
-        else [dx, *sum_partials(partial_sums.flatten(1).unsqueeze(1), _bias_dtype(input, bias))]
-    )
+    """Return the gradients of `input` and, with `bias_grad`, of `bias`."""
+    dx = input.new_empty(input.shape)
+    d_gate, d_up, _, _ = _unpack(dx, None, activation)
+    unpacked = _unpack(input, bias, activation)
+    partial_sums = _launch_backward(as_rows(grad), unpacked, d_gate, d_up, activation, bias_grad)
+    if partial_sums is None:
+        return [dx]
+    # One bias [2 N]: its halves are one sum.
+    return [dx, *sum_partials(partial_sums.flatten(1).unsqueeze(1), _dtype(bias, input))]
 
 
 def gated_act(
-    gate: Tensor, up: Tensor, gate_bias: Tensor | None, up_bias: Tensor | None, activation: str
+    gate: Tensor,  # [..., N]
+    up: Tensor,  # [..., N]
+    gate_bias: Tensor | None,  # [N]
+    up_bias: Tensor | None,  # [N]
+    activation: str,
 ) -> Tensor:
+    """Return act(gate + gate_bias) * (up + up_bias), [..., N]."""
     out = gate.new_empty(gate.shape)
-    _launch(as_rows(gate), as_rows(up), gate_bias, up_bias, as_rows(out), activation)
+    _launch(_Input(as_rows(gate), as_rows(up), gate_bias, up_bias), as_rows(out), activation)
     return out
 
 
 def gated_act_backward(
-    grad: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    gate_bias: Tensor | None,
-    up_bias: Tensor | None,
+    grad: Tensor,  # [..., N]
+    gate: Tensor,  # [..., N]
+    up: Tensor,  # [..., N]
+    gate_bias: Tensor | None,  # [N]
+    up_bias: Tensor | None,  # [N]
     activation: str,
     bias_grad: bool,
 ) -> list[Tensor]:
+    """Return the gradients of gate and up and, with `bias_grad`, of their biases."""
     d_gate, d_up = gate.new_empty(gate.shape), up.new_empty(up.shape)
+    input = _Input(as_rows(gate), as_rows(up), gate_bias, up_bias)
     partial_sums = _launch_backward(
-        as_rows(grad),
-        as_rows(gate),
-        as_rows(up),
-        gate_bias,
-        up_bias,
-        as_rows(d_gate),
-        as_rows(d_up),
-        activation,
-        bias_grad,
+        as_rows(grad), input, as_rows(d_gate), as_rows(d_up), activation, bias_grad
     )
-    return (
-        [d_gate, d_up]
-        if partial_sums is None
-        else [d_gate, d_up, *sum_partials(partial_sums, _bias_dtype(gate, gate_bias))]
-    )
+    if partial_sums is None:
+        return [d_gate, d_up]
+    return [d_gate, d_up, *sum_partials(partial_sums, _dtype(gate_bias, gate))]
+
+
+def _dtype(bias: Tensor | None, input: Tensor) -> torch.dtype:
+    return input.dtype if bias is None else bias.dtype
 
 
 OPS = {f.__name__: f for f in (bias_act, bias_act_backward, gated_act, gated_act_backward)}

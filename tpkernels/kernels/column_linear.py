@@ -1,6 +1,8 @@
-"""The column-parallel GEMM with bias and activation in its epilogue."""
+"""Triton kernel of `column_linear_act`: a GEMM with bias and activation in its epilogue."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -15,30 +17,30 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def _gemm_tile(
-    a_ptr,
-    w_ptr,
-    row,
-    col,
+    a_ptr,  # [M, K]
+    w_ptr,  # [N, K]
+    row,  # [BLOCK_M]
+    col,  # [BLOCK_N]
     M,
     N,
     K,
     a_stride,
     w_stride,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,  # of the products: "ieee" or "tf32"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a_ptr[row] @ w_ptr[col]^T in float32."""
+    """Return a[row] @ w[col]^T in float32, [BLOCK_M, BLOCK_N]."""
     k = tl.arange(0, BLOCK_K)
     a_tile = a_ptr + row[:, None].to(tl.int64) * a_stride + k[None, :]
     w_tile = w_ptr + col[None, :].to(tl.int64) * w_stride + k[:, None]
     total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         inside = k < K - start
-        left = tl.load(a_tile, (row < M)[:, None] & inside[None, :], other=0.0)
-        right = tl.load(w_tile, inside[:, None] & (col < N)[None, :], other=0.0)
-        total = tl.dot(left, right, total, input_precision=PRECISION)
+        a = tl.load(a_tile, (row < M)[:, None] & inside[None, :], other=0.0)
+        w = tl.load(w_tile, inside[:, None] & (col < N)[None, :], other=0.0)
+        total = tl.dot(a, w, total, input_precision=PRECISION)
         a_tile += BLOCK_K
         w_tile += BLOCK_K
     return total
@@ -46,21 +48,21 @@ def _gemm_tile(
 
 @triton.jit
 def _gated_gemm_tile(
-    a_ptr,
-    w_ptr,
-    row,
-    col,
+    a_ptr,  # [M, K]
+    w_ptr,  # [2 N, K], [gate; up]
+    row,  # [BLOCK_M]
+    col,  # [BLOCK_N]
     M,
     N,
     K,
     a_stride,
     w_stride,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,  # of the products: "ieee" or "tf32"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """a_ptr[row] @ w_ptr[col]^T and a_ptr[row] @ w_ptr[N + col]^T in float32, a_ptr read once."""
+    """Return a[row] @ w[col]^T and a[row] @ w[N + col]^T in float32; `a` is read once."""
     k = tl.arange(0, BLOCK_K)
     a_tile = a_ptr + row[:, None].to(tl.int64) * a_stride + k[None, :]
     w_tile = w_ptr + col[None, :].to(tl.int64) * w_stride + k[:, None]
@@ -70,9 +72,9 @@ def _gated_gemm_tile(
     for start in range(0, K, BLOCK_K):
         inside = k < K - start
         mask = inside[:, None] & (col < N)[None, :]
-        left = tl.load(a_tile, (row < M)[:, None] & inside[None, :], other=0.0)
-        gate = tl.dot(left, tl.load(w_tile, mask, other=0.0), gate, input_precision=PRECISION)
-        up = tl.dot(left, tl.load(up_tile, mask, other=0.0), up, input_precision=PRECISION)
+        a = tl.load(a_tile, (row < M)[:, None] & inside[None, :], other=0.0)
+        gate = tl.dot(a, tl.load(w_tile, mask, other=0.0), gate, input_precision=PRECISION)
+        up = tl.dot(a, tl.load(up_tile, mask, other=0.0), up, input_precision=PRECISION)
         a_tile += BLOCK_K
         w_tile += BLOCK_K
         up_tile += BLOCK_K
@@ -81,11 +83,11 @@ def _gated_gemm_tile(
 
 @triton.jit
 def column_linear_act_kernel(
-    a_ptr,
-    w_ptr,
-    bias_ptr,
-    out_ptr,
-    pre_ptr,
+    a_ptr,  # [M, K]
+    w_ptr,  # [N, K], or [2 N, K] for [gate; up]
+    bias_ptr,  # [N] or [2 N]
+    out_ptr,  # [M, N]
+    pre_ptr,  # [M, N] or [M, 2 N]: the product without bias, if KEEP
     M,
     N,
     K,
@@ -101,17 +103,18 @@ def column_linear_act_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out_ptr [M, N] = act(a_ptr [M, K] @ w_ptr^T + bias_ptr), w_ptr [N, K], or [2 N, K] for [gate; up].
+    """Compute out = act(a @ w^T + bias), or act(gate) * up.
 
-    pre_ptr: the product without bias_ptr, as wide as w_ptr is long. Tiles of GROUP_M M of tiles follow each other column by column, so that
-    those in flight share their operands in L2.
+    Programs walk column by column through groups of GROUP_M rows of tiles, so that those in
+    flight share their operands in L2 (grouped ordering of Triton's matrix multiplication
+    tutorial).
     """
-    down, across = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
-    first = pid // (GROUP_M * across) * GROUP_M
-    height = tl.minimum(down - first, GROUP_M)
-    row = (first + pid % (GROUP_M * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    col = pid % (GROUP_M * across) // height * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_tile = pid // (GROUP_M * tiles_n) * GROUP_M
+    height = tl.minimum(tiles_m - first_tile, GROUP_M)
+    row = (first_tile + pid % (GROUP_M * tiles_n) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    col = pid % (GROUP_M * tiles_n) // height * BLOCK_N + tl.arange(0, BLOCK_N)
 
     mask = (row < M)[:, None] & (col < N)[None, :]
     at = row[:, None].to(tl.int64) * N + col[None, :]
@@ -163,11 +166,11 @@ def column_linear_act_kernel(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask)
 
 
-def _sample(features, dtype, device, activation="gelu_tanh"):
-    x, w = (
-        torch.randn(4096, features, dtype=dtype, device=device),
-        torch.randn(features, features, dtype=dtype, device=device),
-    )
+def _sample(
+    features: int, dtype: torch.dtype, device: torch.device, activation: str = "gelu_tanh"
+) -> Callable[[], object]:
+    x = torch.randn(4096, features, dtype=dtype, device=device)
+    w = torch.randn(features, features, dtype=dtype, device=device)
     return lambda: column_linear_act(x, w, None, activation, True)
 
 
@@ -180,36 +183,46 @@ PACKED = Tunable(
 
 
 def column_linear_act(
-    input: Tensor, weight: Tensor, bias: Tensor | None, activation: str, keep: bool
+    input: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K], or [2 N, K] for [gate; up]
+    bias: Tensor | None,  # [N] or [2 N]
+    activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Return act(input @ weight^T + bias) [..., N] and, if `keep`, the product without bias.
+
+    The second tensor is [..., N], or [..., 2 N] for a gated activation; it is [0] unless `keep`.
+    """
     gated = activation in GATED
     x, w = as_rows(input), as_rows(weight)
-    M, K, features = x.shape[0], x.shape[1], w.shape[0]
-    N = features // 2 if gated else features
+    M, K = x.shape
+    N = w.shape[0] // 2 if gated else w.shape[0]
     out = input.new_empty(*input.shape[:-1], N)
-    pre = input.new_empty(*input.shape[:-1], features) if keep else input.new_empty(0)
-    if M and N:
-        config = (PACKED if gated else PLAIN)(N, x.element_size())
-        blocks = config.blocks
-        with on_device([x]):
-            column_linear_act_kernel[(cdiv(M, blocks["BLOCK_M"]) * cdiv(N, blocks["BLOCK_N"]),)](
-                x,
-                w,
-                bias,
-                out,
-                pre,
-                M,
-                N,
-                K,
-                x.stride(0),
-                w.stride(0),
+    pre = input.new_empty(*input.shape[:-1], w.shape[0]) if keep else input.new_empty(0)
+    if not M or not N:
+        return out, pre
+    config = (PACKED if gated else PLAIN)(N, x.element_size())
+    grid = (cdiv(M, config.blocks["BLOCK_M"]) * cdiv(N, config.blocks["BLOCK_N"]),)
+    with on_device([x]):
+        column_linear_act_kernel[grid](
+            x,
+            w,
+            bias,
+            out,
+            pre,
+            M,
+            N,
+            K,
+            x.stride(0),
+            w.stride(0),
+            **config.options(
                 ACT=GATED.get(activation, activation),
                 GATED=gated,
                 BIAS=bias is not None,
                 KEEP=keep,
                 PRECISION="ieee" if x.element_size() > 2 else "tf32",
-                **config.options(),
-            )
+            ),
+        )
     return out, pre
 
 
