@@ -1,6 +1,12 @@
-"""What cross-entropy needs of a rank's columns of the logits, in one pass over them, and their gradient in another."""
+"""Triton kernels of vocab-parallel cross-entropy on one rank's columns of the logits.
+
+`vocab_ce_stats` computes what the ranks' all-reduces need in one pass over the logits,
+`vocab_ce_grad` the logits' gradient in another.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -14,9 +20,9 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def stats_kernel(
-    logits_ptr,
-    target_ptr,
-    out_ptr,
+    logits_ptr,  # [M, N]
+    target_ptr,  # [M], classes of the whole vocabulary
+    out_ptr,  # [4, M]
     M,
     N,
     logits_stride,
@@ -25,49 +31,48 @@ def stats_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Online softmax (Milakov and Gimelshein 2018), every lane for itself: no thread waits for another before the end of the row."""
+    """Compute each row's maximum, sum of exp(logit - maximum), target's logit and sum of logits.
+
+    The softmax is online (Milakov and Gimelshein 2018). Every lane keeps its own maximum and sum,
+    so that no thread waits for another before the end of the row.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
     lane_max = tl.full((BLOCK_M, BLOCK_N), float("-inf"), OPMATH)
+    lane_exp_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
     lane_sum = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
-    lane_total = tl.zeros((BLOCK_M, BLOCK_N), OPMATH)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
-        z = tl.load(logits_ptr + row[:, None] * logits_stride + col, mask, other=float("-inf")).to(
-            OPMATH
-        )
-        lane_total += tl.where(mask, z, 0)
-        scale = tl.where(
-            z == lane_max, 1, tl.exp(-tl.abs(z - lane_max))
-        )  # -inf - -inf would be NaN
-        lane_sum = tl.where(z > lane_max, lane_sum * scale + 1, lane_sum + scale)
+        at = logits_ptr + row[:, None] * logits_stride + col
+        z = tl.load(at, mask, other=float("-inf")).to(OPMATH)
+        lane_sum += tl.where(mask, z, 0)
+        # Equal ones are told apart, because -inf - -inf would be NaN.
+        scale = tl.where(z == lane_max, 1, tl.exp(-tl.abs(z - lane_max)))
+        lane_exp_sum = tl.where(z > lane_max, lane_exp_sum * scale + 1, lane_exp_sum + scale)
         lane_max = tl.maximum(lane_max, z, propagate_nan=tl.PropagateNan.ALL)
-    nan = tl.sum((lane_max != lane_max).to(tl.int32), 1) > 0  # which tl.max does not tell
+    nan = tl.sum((lane_max != lane_max).to(tl.int32), 1) > 0  # tl.max does not propagate NaN
     row_max = tl.where(nan, float("nan"), tl.max(lane_max, 1))
     # A lane, or a whole row, without any logit above -inf has counted exp(-inf - -inf) as 1.
-    lane_sum = tl.where(
-        lane_max == float("-inf"), 0, lane_sum * tl.exp(lane_max - row_max[:, None])
-    )
+    empty = lane_max == float("-inf")
+    lane_exp_sum = tl.where(empty, 0, lane_exp_sum * tl.exp(lane_max - row_max[:, None]))
     tl.store(out_ptr + row, row_max, inside)
-    tl.store(out_ptr + M + row, tl.sum(lane_sum, 1), inside)
+    tl.store(out_ptr + M + row, tl.sum(lane_exp_sum, 1), inside)
     label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - vocab_start_index
     here = inside & (label >= 0) & (label < N)
-    tl.store(
-        out_ptr + 2 * M + row,
-        tl.load(logits_ptr + row * logits_stride + label, here, other=0.0).to(OPMATH),
-        inside,
-    )
-    tl.store(out_ptr + 3 * M + row, tl.sum(lane_total, 1), inside)
+    target_out = out_ptr + 2 * M + row
+    target_logit = tl.load(logits_ptr + row * logits_stride + label, here, other=0.0)
+    tl.store(target_out, target_logit.to(OPMATH), inside)
+    tl.store(out_ptr + 3 * M + row, tl.sum(lane_sum, 1), inside)
 
 
 @triton.jit
 def grad_kernel(
-    logits_ptr,
-    target_ptr,
-    log_norm_ptr,
-    scale_ptr,
-    out_ptr,
+    logits_ptr,  # [M, N]
+    target_ptr,  # [M], classes of the whole vocabulary
+    log_norm_ptr,  # [M], log of the sum of exp(logit) over the whole vocabulary
+    scale_ptr,  # [M], the loss's gradient; 0 for rows that do not count
+    out_ptr,  # [M, N], may be the logits
     M,
     N,
     logits_stride,
@@ -79,36 +84,36 @@ def grad_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`out_ptr` may be `logits_ptr`."""
-    tiles = tl.cdiv(N, BLOCK_N)
-    row = (tl.program_id(0) // tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    col = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    """Compute out = (softmax - EVERYWHERE - ON_TARGET * onehot(target)) * scale."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    col = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     inside = row < M
     mask = inside & (col < N)
-    factor = tl.load(scale_ptr + row, inside, other=0.0)
+    scale = tl.load(scale_ptr + row, inside, other=0.0)
     label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - vocab_start_index
     # Rows that do not count are not read.
-    z = tl.load(logits_ptr + row * logits_stride + col, mask & (factor != 0), other=0.0).to(OPMATH)
+    z = tl.load(logits_ptr + row * logits_stride + col, mask & (scale != 0), other=0.0).to(OPMATH)
     p = tl.exp(z - tl.load(log_norm_ptr + row, inside, other=0.0)) - EVERYWHERE
-    p = tl.where(factor == 0, 0, tl.where(col == label, p - ON_TARGET, p) * factor)
+    p = tl.where(scale == 0, 0, tl.where(col == label, p - ON_TARGET, p) * scale)
     tl.store(out_ptr + row * out_stride + col, p.to(out_ptr.dtype.element_ty), mask)
 
 
-def _sample_inputs(features, dtype, device):
+def _sample_inputs(
+    features: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = torch.randn(2048, features, dtype=dtype, device=device)
-    return (
-        logits,
-        torch.zeros(2048, dtype=torch.int64, device=device),
-        torch.ones(2048, dtype=opmath_dtype(dtype), device=device),
-    )
+    target = torch.zeros(2048, dtype=torch.int64, device=device)
+    ones = torch.ones(2048, dtype=opmath_dtype(dtype), device=device)
+    return logits, target, ones
 
 
-def _sample_stats(features, dtype, device):
+def _sample_stats(features: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     logits, target, _ = _sample_inputs(features, dtype, device)
     return lambda: vocab_ce_stats(logits, target, 0)
 
 
-def _sample_grad(features, dtype, device):
+def _sample_grad(features: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     logits, target, ones = _sample_inputs(features, dtype, device)
     return lambda: vocab_ce_grad(logits, target, ones, ones, 0, 1.0, 0.0)
 
@@ -118,7 +123,14 @@ GRAD = Tunable("vocab_ce_grad", heuristics.cross_entropy_grad_tiles, _sample_gra
 
 
 def _launch_grad(
-    logits, target, log_norm, scale, out, vocab_start_index, on_target, everywhere
+    logits: Tensor,  # [M, N]
+    target: Tensor,  # [M]
+    log_norm: Tensor,  # [M]
+    scale: Tensor,  # [M]
+    out: Tensor,  # [M, N], may be `logits`
+    vocab_start_index: int,
+    on_target: float,
+    everywhere: float,
 ) -> None:
     M, N = logits.shape
     if not logits.numel():
@@ -137,23 +149,26 @@ def _launch_grad(
             logits.stride(0),
             out.stride(0),
             vocab_start_index,
-            ON_TARGET=on_target,
-            EVERYWHERE=everywhere,
-            OPMATH=tl_opmath_dtype(logits.dtype),
-            **config.options(),
+            **config.options(
+                ON_TARGET=on_target, EVERYWHERE=everywhere, OPMATH=tl_opmath_dtype(logits.dtype)
+            ),
         )
 
 
-def vocab_ce_stats(logits: Tensor, target: Tensor, vocab_start_index: int) -> Tensor:
+def vocab_ce_stats(
+    logits: Tensor,  # [M, N]
+    target: Tensor,  # [M], classes of the whole vocabulary
+    vocab_start_index: int,
+) -> Tensor:
+    """Return [4, M]: each row's maximum, sum of exp(logit - maximum), target's logit, sum.
+
+    The target's logit is 0 where another rank holds it.
+    """
     z = as_rows(logits)
     M, N = z.shape
-    out = (
-        z.new_zeros(4, M, dtype=opmath_dtype(z.dtype))
-        if not N
-        else z.new_empty(4, M, dtype=opmath_dtype(z.dtype))
-    )
+    out = z.new_empty(4, M, dtype=opmath_dtype(z.dtype))
     if not z.numel():
-        out[0] = -torch.inf
+        out.zero_()[0] = -torch.inf
         return out
     config = STATS(N, z.element_size())
     with on_device([z]):
@@ -165,25 +180,24 @@ def vocab_ce_stats(logits: Tensor, target: Tensor, vocab_start_index: int) -> Te
             N,
             z.stride(0),
             vocab_start_index,
-            OPMATH=tl_opmath_dtype(z.dtype),
-            **config.options(),
+            **config.options(OPMATH=tl_opmath_dtype(z.dtype)),
         )
     return out
 
 
 def vocab_ce_grad(
-    logits: Tensor,
-    target: Tensor,
-    log_norm: Tensor,
-    scale: Tensor,
+    logits: Tensor,  # [M, N]
+    target: Tensor,  # [M], classes of the whole vocabulary
+    log_norm: Tensor,  # [M], log of the sum of exp(logit) over the whole vocabulary
+    scale: Tensor,  # [M], the loss's gradient; 0 for rows that do not count
     vocab_start_index: int,
     on_target: float,
     everywhere: float,
 ) -> Tensor:
+    """Return (softmax - everywhere - on_target * onehot(target)) * scale, [M, N]."""
     out = logits.new_empty(logits.shape)
-    _launch_grad(
-        as_rows(logits), target, log_norm, scale, out, vocab_start_index, on_target, everywhere
-    )
+    rows = as_rows(logits)
+    _launch_grad(rows, target, log_norm, scale, out, vocab_start_index, on_target, everywhere)
     return out
 
 
@@ -196,10 +210,11 @@ def vocab_ce_grad_(
     on_target: float,
     everywhere: float,
 ) -> None:
-    z = as_rows(logits)
-    _launch_grad(z, target, log_norm, scale, z, vocab_start_index, on_target, everywhere)
-    if z is not logits:  # no unit stride along the vocabulary: the gradient is in a copy
-        logits.copy_(z)
+    """Compute `vocab_ce_grad` in place of the logits."""
+    rows = as_rows(logits)
+    _launch_grad(rows, target, log_norm, scale, rows, vocab_start_index, on_target, everywhere)
+    if rows is not logits:  # no unit stride along the vocabulary: the gradient is in a copy
+        logits.copy_(rows)
 
 
 OPS = {f.__name__: f for f in (vocab_ce_stats, vocab_ce_grad, vocab_ce_grad_)}

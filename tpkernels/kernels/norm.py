@@ -1,6 +1,19 @@
-"""RMSNorm and LayerNorm with the residual addition before them, and their gradients: each tensor crosses memory once."""
+"""Triton kernels of RMSNorm and LayerNorm, forward and backward, with the residual added before.
+
+h = input + residual, x = (h - mean) * rstd and out = x * weight + bias, where mean is 0 for
+RMSNorm (Zhang and Sennrich 2019) and rstd = 1 / sqrt(mean((h - mean)^2) + eps). The gradients,
+with dy = grad * weight:
+
+    d_h = rstd * (dy - x * mean(dy * x) - mean(dy)) + grad_sum        (no mean(dy) for RMSNorm)
+    d_weight = sum over rows of grad * x,  d_bias = sum over rows of grad
+
+grad_sum is the gradient that h gets as the next residual. Each tensor crosses memory once, but
+for rows that do not fit in registers (the `long` kernels).
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -14,14 +27,14 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def norm_kernel(
-    input_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
+    input_ptr,  # [M, N]
+    residual_ptr,  # [M, N], or None
+    weight_ptr,  # [N], or None
+    bias_ptr,  # [N], or None
+    out_ptr,  # [M, N], contiguous
+    sum_ptr,  # [M, N], contiguous: input + residual, if there is a residual
+    mean_ptr,  # [M], unless RMS
+    rstd_ptr,  # [M]
     M,
     N,
     input_stride,
@@ -32,48 +45,47 @@ def norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Whole rows in registers: BLOCK_N >= N. `out_ptr` and `sum_ptr` (the sum, with a residual_ptr) are contiguous."""
+    """Normalize whole rows in registers, BLOCK_N >= N."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
-    r = row[:, None]
+    rows = row[:, None]
     col = tl.arange(0, BLOCK_N)[None, :]
     mask = inside[:, None] & (col < N)
-    h = tl.load(input_ptr + r * input_stride + col, mask, other=0.0)
-    if weight_ptr is not None:  # loads before the sums, which all threads wait for
+    h = tl.load(input_ptr + rows * input_stride + col, mask, other=0.0)
+    # Parameters are loaded before the reductions, because those make all threads wait.
+    if weight_ptr is not None:
         w = tl.load(weight_ptr + col, col < N, other=0.0)
     if bias_ptr is not None:
         b = tl.load(bias_ptr + col, col < N, other=0.0)
     if residual_ptr is not None:
-        h = (
-            h.to(OPMATH)
-            + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(OPMATH)
-        ).to(out_ptr.dtype.element_ty)
-        tl.store(sum_ptr + r * N + col, h, mask)
+        added = tl.load(residual_ptr + rows * residual_stride + col, mask, other=0.0).to(OPMATH)
+        h = (h.to(OPMATH) + added).to(out_ptr.dtype.element_ty)
+        tl.store(sum_ptr + rows * N + col, h, mask)
     x = h.to(OPMATH)
     if not RMS:
-        mu = tl.sum(x, 1) / N
-        tl.store(mean_ptr + row, mu, inside)
-        x = tl.where(mask, x - mu[:, None], 0)
-    scale = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
-    tl.store(rstd_ptr + row, scale, inside)
-    y = x * scale[:, None]
+        mean = tl.sum(x, 1) / N
+        tl.store(mean_ptr + row, mean, inside)
+        x = tl.where(mask, x - mean[:, None], 0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / N + EPS)
+    tl.store(rstd_ptr + row, rstd, inside)
+    y = x * rstd[:, None]
     if weight_ptr is not None:
         y *= w.to(OPMATH)
     if bias_ptr is not None:
         y += b.to(OPMATH)
-    tl.store(out_ptr + r * N + col, y.to(out_ptr.dtype.element_ty), mask)
+    tl.store(out_ptr + rows * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def norm_long_kernel(
-    input_ptr,
-    residual_ptr,
-    weight_ptr,
-    bias_ptr,
-    out_ptr,
-    sum_ptr,
-    mean_ptr,
-    rstd_ptr,
+    input_ptr,  # [M, N]
+    residual_ptr,  # [M, N], or None
+    weight_ptr,  # [N], or None
+    bias_ptr,  # [N], or None
+    out_ptr,  # [M, N], contiguous
+    sum_ptr,  # [M, N], contiguous: input + residual, if there is a residual
+    mean_ptr,  # [M], unless RMS
+    rstd_ptr,  # [M]
     M,
     N,
     input_stride,
@@ -84,72 +96,71 @@ def norm_long_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Rows that do not fit in registers, block by block: the sum is read a second time, mostly from L2.
+    """Normalize rows that do not fit in registers, block by block.
 
-    Blocks' means and squared deviations are merged as by Chan, Golub, LeVeque 1979, so that nothing cancels.
+    The sum is read a second time, mostly from L2. Blocks' means and squared deviations are merged
+    as by Chan, Golub and LeVeque 1979, so that nothing cancels.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = row < M
-    r = row[:, None]
-    mu = tl.zeros((BLOCK_M,), OPMATH)
+    rows = row[:, None]
+    mean = tl.zeros((BLOCK_M,), OPMATH)
     squares = tl.zeros((BLOCK_M,), OPMATH)
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
-        h = tl.load(input_ptr + r * input_stride + col, mask, other=0.0)
+        h = tl.load(input_ptr + rows * input_stride + col, mask, other=0.0)
         if residual_ptr is not None:
-            h = (
-                h.to(OPMATH)
-                + tl.load(residual_ptr + r * residual_stride + col, mask, other=0.0).to(OPMATH)
-            ).to(out_ptr.dtype.element_ty)
-            tl.store(sum_ptr + r * N + col, h, mask)
+            added = tl.load(residual_ptr + rows * residual_stride + col, mask, other=0.0).to(OPMATH)
+            h = (h.to(OPMATH) + added).to(out_ptr.dtype.element_ty)
+            tl.store(sum_ptr + rows * N + col, h, mask)
         x = h.to(OPMATH)
         if not RMS:
             count = tl.minimum(N - start, BLOCK_N)
-            block = tl.sum(x, 1) / count
-            x = tl.where(mask, x - block[:, None], 0)
-            delta = block - mu
+            block_mean = tl.sum(x, 1) / count
+            x = tl.where(mask, x - block_mean[:, None], 0)
+            delta = block_mean - mean
             share = count.to(OPMATH) / (start + count)
-            mu += delta * share
+            mean += delta * share
             squares += delta * delta * share * start
         squares += tl.sum(x * x, 1)
-    scale = tl.rsqrt(squares / N + EPS)
-    tl.store(rstd_ptr + row, scale, inside)
+    rstd = tl.rsqrt(squares / N + EPS)
+    tl.store(rstd_ptr + row, rstd, inside)
     if not RMS:
-        tl.store(mean_ptr + row, mu, inside)
+        tl.store(mean_ptr + row, mean, inside)
     if residual_ptr is not None:
-        tl.debug_barrier()  # what this program's other threads wrote to `sum_ptr`
+        tl.debug_barrier()  # this program's other threads have written the sum
     for start in range(0, N, BLOCK_N):
         col = start + tl.arange(0, BLOCK_N)[None, :]
         mask = inside[:, None] & (col < N)
         if residual_ptr is not None:
-            x = tl.load(sum_ptr + r * N + col, mask, other=0.0).to(OPMATH)
+            x = tl.load(sum_ptr + rows * N + col, mask, other=0.0).to(OPMATH)
         else:
-            x = tl.load(input_ptr + r * input_stride + col, mask, other=0.0).to(OPMATH)
-        y = (x - mu[:, None]) * scale[:, None]
+            x = tl.load(input_ptr + rows * input_stride + col, mask, other=0.0).to(OPMATH)
+        y = (x - mean[:, None]) * rstd[:, None]
         if weight_ptr is not None:
             y *= tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
         if bias_ptr is not None:
             y += tl.load(bias_ptr + col, col < N, other=0.0).to(OPMATH)
-        tl.store(out_ptr + r * N + col, y.to(out_ptr.dtype.element_ty), mask)
+        tl.store(out_ptr + rows * N + col, y.to(out_ptr.dtype.element_ty), mask)
 
 
 @triton.jit
 def norm_backward_kernel(
-    grad_ptr,
-    grad_sum_ptr,
-    sum_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    out_ptr,
-    partial_sums_ptr,
+    grad_ptr,  # [M, N]
+    grad_sum_ptr,  # [M, N], or None
+    sum_ptr,  # [M, N]
+    weight_ptr,  # [N], or None
+    mean_ptr,  # [M], unless RMS
+    rstd_ptr,  # [M]
+    out_ptr,  # [M, N], contiguous: gradient of the sum
+    partial_sums_ptr,  # [num_splits, WEIGHT_GRAD + BIAS_GRAD, N], for `sum_partials`
     M,
     N,
     num_splits,
     grad_stride,
     grad_sum_stride,
-    total_stride,
+    sum_stride,
     RMS: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
@@ -157,9 +168,10 @@ def norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Every num_splits-th tile of whole rows, BLOCK_N >= N: the program's share of the weight_ptr's and bias_ptr's gradient stays in registers.
+    """Compute the gradients of every num_splits-th tile of whole rows, BLOCK_N >= N.
 
-    partial_sums_ptr [num_splits, WEIGHT_GRAD + BIAS_GRAD, N]: what `sum_partials` adds up. No atomics: their order would vary.
+    A program's share of the weight's and bias's gradients stays in registers. There are no
+    atomics, because their order would vary.
     """
     col = tl.arange(0, BLOCK_N)[None, :]
     if weight_ptr is not None:
@@ -169,16 +181,16 @@ def norm_backward_kernel(
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < M
-        r = row[:, None]
+        rows = row[:, None]
         mask = inside[:, None] & (col < N)
-        dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(OPMATH)
-        x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(OPMATH)
-        scale = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
-        if grad_sum_ptr is not None:  # before the sums, which all threads wait for
-            passed = tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0)
+        dy = tl.load(grad_ptr + rows * grad_stride + col, mask, other=0.0).to(OPMATH)
+        x = tl.load(sum_ptr + rows * sum_stride + col, mask, other=0.0).to(OPMATH)
+        rstd = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
+        if grad_sum_ptr is not None:  # loaded before the reductions, which make all threads wait
+            grad_sum = tl.load(grad_sum_ptr + rows * grad_sum_stride + col, mask, other=0.0)
         if not RMS:
             x -= tl.load(mean_ptr + row, inside, other=0.0)[:, None]
-        x *= scale
+        x *= rstd
         if WEIGHT_GRAD:
             weight_sum += dy * x
         if BIAS_GRAD:
@@ -188,35 +200,35 @@ def norm_backward_kernel(
         dx = dy - x * (tl.sum(dy * x, 1) / N)[:, None]
         if not RMS:
             dx -= (tl.sum(dy, 1) / N)[:, None]
-        dx *= scale
+        dx *= rstd
         if grad_sum_ptr is not None:
-            dx += passed.to(OPMATH)
-        tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
+            dx += grad_sum.to(OPMATH)
+        tl.store(out_ptr + rows * N + col, dx.to(out_ptr.dtype.element_ty), mask)
     column = tl.arange(0, BLOCK_N)
-    place = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+    at = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
     if WEIGHT_GRAD:
-        tl.store(place, tl.sum(weight_sum, 0), column < N)
-        place += N
+        tl.store(at, tl.sum(weight_sum, 0), column < N)
+        at += N
     if BIAS_GRAD:
-        tl.store(place, tl.sum(bias_sum, 0), column < N)
+        tl.store(at, tl.sum(bias_sum, 0), column < N)
 
 
 @triton.jit
 def norm_backward_long_kernel(
-    grad_ptr,
-    grad_sum_ptr,
-    sum_ptr,
-    weight_ptr,
-    mean_ptr,
-    rstd_ptr,
-    out_ptr,
-    partial_sums_ptr,
+    grad_ptr,  # [M, N]
+    grad_sum_ptr,  # [M, N], or None
+    sum_ptr,  # [M, N]
+    weight_ptr,  # [N], or None
+    mean_ptr,  # [M], unless RMS
+    rstd_ptr,  # [M]
+    out_ptr,  # [M, N], contiguous: gradient of the sum
+    partial_sums_ptr,  # [num_splits, WEIGHT_GRAD + BIAS_GRAD, N], for `sum_partials`
     M,
     N,
     num_splits,
     grad_stride,
     grad_sum_stride,
-    total_stride,
+    sum_stride,
     RMS: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
@@ -224,73 +236,76 @@ def norm_backward_long_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The same for rows that do not fit in registers, a tile of rows block by block: `grad_ptr` and `sum_ptr` are read a second time and
-    the partial_sums_ptr sums are kept in memory, all of it mostly L2."""
+    """Compute the gradients of rows that do not fit in registers, a tile of rows block by block.
+
+    `grad` and `sum` are read a second time and the partial sums are kept in memory, all of it
+    mostly in L2.
+    """
     for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M), num_splits):
         row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = row < M
-        r = row[:, None]
-        scale = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
+        rows = row[:, None]
+        rstd = tl.load(rstd_ptr + row, inside, other=0.0)[:, None]
         if not RMS:
-            mu = tl.load(mean_ptr + row, inside, other=0.0)[:, None]
-        along = tl.zeros((BLOCK_M,), OPMATH)
-        across = tl.zeros((BLOCK_M,), OPMATH)
+            mean = tl.load(mean_ptr + row, inside, other=0.0)[:, None]
+        mean_dy_x = tl.zeros((BLOCK_M,), OPMATH)
+        mean_dy = tl.zeros((BLOCK_M,), OPMATH)
         for start in range(0, N, BLOCK_N):
             col = start + tl.arange(0, BLOCK_N)[None, :]
             mask = inside[:, None] & (col < N)
-            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(OPMATH)
-            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(OPMATH)
+            dy = tl.load(grad_ptr + rows * grad_stride + col, mask, other=0.0).to(OPMATH)
+            x = tl.load(sum_ptr + rows * sum_stride + col, mask, other=0.0).to(OPMATH)
             if not RMS:
-                x -= mu
+                x -= mean
             if weight_ptr is not None:
                 dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
-            along += tl.sum(dy * (x * scale), 1)
-            across += tl.sum(dy, 1)
-        along /= N
-        across /= N
-        tl.debug_barrier()  # what this program's other threads wrote to `partial_sums_ptr` for the tile before
+            mean_dy_x += tl.sum(dy * (x * rstd), 1)
+            mean_dy += tl.sum(dy, 1)
+        mean_dy_x /= N
+        mean_dy /= N
+        tl.debug_barrier()  # other threads have written the previous tile's partial sums
         for start in range(0, N, BLOCK_N):
             column = start + tl.arange(0, BLOCK_N)
             col = column[None, :]
             mask = inside[:, None] & (col < N)
-            dy = tl.load(grad_ptr + r * grad_stride + col, mask, other=0.0).to(OPMATH)
-            x = tl.load(sum_ptr + r * total_stride + col, mask, other=0.0).to(OPMATH)
+            dy = tl.load(grad_ptr + rows * grad_stride + col, mask, other=0.0).to(OPMATH)
+            x = tl.load(sum_ptr + rows * sum_stride + col, mask, other=0.0).to(OPMATH)
             if not RMS:
-                x -= mu
-            x *= scale
-            place = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
+                x -= mean
+            x *= rstd
+            at = partial_sums_ptr + tl.program_id(0) * (WEIGHT_GRAD + BIAS_GRAD) * N + column
             started = (column < N) & (tile >= num_splits)
             if WEIGHT_GRAD:
-                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy * x, 0), column < N)
-                place += N
+                tl.store(at, tl.load(at, started, other=0.0) + tl.sum(dy * x, 0), column < N)
+                at += N
             if BIAS_GRAD:
-                tl.store(place, tl.load(place, started, other=0.0) + tl.sum(dy, 0), column < N)
+                tl.store(at, tl.load(at, started, other=0.0) + tl.sum(dy, 0), column < N)
             if weight_ptr is not None:
                 dy *= tl.load(weight_ptr + col, col < N, other=0.0).to(OPMATH)
-            dx = dy - x * along[:, None]
+            dx = dy - x * mean_dy_x[:, None]
             if not RMS:
-                dx -= across[:, None]
-            dx *= scale
+                dx -= mean_dy[:, None]
+            dx *= rstd
             if grad_sum_ptr is not None:
-                dx += tl.load(grad_sum_ptr + r * grad_sum_stride + col, mask, other=0.0).to(OPMATH)
-            tl.store(out_ptr + r * N + col, dx.to(out_ptr.dtype.element_ty), mask)
+                dx += tl.load(grad_sum_ptr + rows * grad_sum_stride + col, mask, other=0.0).to(
+                    OPMATH
+                )
+            tl.store(out_ptr + rows * N + col, dx.to(out_ptr.dtype.element_ty), mask)
 
 
-def _sample(features, dtype, device):
-    x, w = (
-        torch.randn(4096, features, dtype=dtype, device=device),
-        torch.ones(features, dtype=dtype, device=device),
-    )
-    return lambda: norm(x, x, w, None, 1e-6, True)
+def _sample(features: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    x = torch.randn(4096, features, dtype=dtype, device=device)
+    weight = torch.ones(features, dtype=dtype, device=device)
+    return lambda: norm(x, x, weight, None, 1e-6, True)
 
 
-def _sample_backward(features, dtype, device):
-    x, w = (
-        torch.randn(4096, features, dtype=dtype, device=device),
-        torch.ones(features, dtype=dtype, device=device),
-    )
+def _sample_backward(
+    features: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[], object]:
+    x = torch.randn(4096, features, dtype=dtype, device=device)
+    weight = torch.ones(features, dtype=dtype, device=device)
     rstd = torch.ones(4096, dtype=opmath_dtype(dtype), device=device)
-    return lambda: norm_backward(x, x, x, w, rstd[:0], rstd, True, True, False)
+    return lambda: norm_backward(x, x, x, weight, rstd[:0], rstd, True, True, False)
 
 
 FORWARD = Tunable("norm", heuristics.norm_tiles, _sample)
@@ -298,93 +313,71 @@ BACKWARD = Tunable("norm_backward", heuristics.norm_backward_tiles, _sample_back
 
 
 def norm(
-    input: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    input: Tensor,  # [..., N]
+    residual: Tensor | None,  # [..., N]
+    weight: Tensor | None,  # [N]
+    bias: Tensor | None,  # [N]
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the normalized sum [..., N], the sum [..., N], mean [M] and rstd [M].
+
+    The sum is [0] without a residual, and the mean is [0] for RMSNorm.
+    """
     x = as_rows(input)
     M, N = x.shape
-    out, none = input.new_empty(input.shape), input.new_empty(0)
-    total = none if residual is None else input.new_empty(input.shape)
+    out = input.new_empty(input.shape)
+    sum = input.new_empty(0 if residual is None else input.shape)
     rstd = input.new_empty(M, dtype=opmath_dtype(input.dtype))
     mean = rstd.new_empty(0 if rms else M)
     if not input.numel():
-        return out, total, mean.fill_(torch.nan), rstd.fill_(torch.nan)
+        return out, sum, mean.fill_(torch.nan), rstd.fill_(torch.nan)
     r = None if residual is None else as_rows(residual)
     config = FORWARD(N, input.element_size())
     kernel = norm_kernel if config.blocks["BLOCK_N"] >= N else norm_long_kernel
+    grid = (cdiv(M, config.blocks["BLOCK_M"]),)
+    tensors = (x, r, weight, bias, out, sum, mean, rstd)
+    strides = (x.stride(0), 0 if r is None else r.stride(0))
+    options = config.options(EPS=eps, RMS=rms, OPMATH=tl_opmath_dtype(input.dtype))
     with on_device([x]):
-        kernel[(cdiv(M, config.blocks["BLOCK_M"]),)](
-            x,
-            r,
-            weight,
-            bias,
-            out,
-            total,
-            mean,
-            rstd,
-            M,
-            N,
-            x.stride(0),
-            0 if r is None else r.stride(0),
-            EPS=eps,
-            RMS=rms,
-            OPMATH=tl_opmath_dtype(input.dtype),
-            **config.options(),
-        )
-    return out, total, mean, rstd
+        kernel[grid](*tensors, M, N, *strides, **options)
+    return out, sum, mean, rstd
 
 
 def norm_backward(
-    grad: Tensor,
-    grad_sum: Tensor | None,
-    sum: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    grad: Tensor,  # [..., N]
+    grad_sum: Tensor | None,  # [..., N]
+    sum: Tensor,  # [..., N]
+    weight: Tensor | None,  # [N]
+    mean: Tensor,  # [M], or [0] for RMSNorm
+    rstd: Tensor,  # [M]
     rms: bool,
     weight_grad: bool,
     bias_grad: bool,
 ) -> list[Tensor]:
+    """Return the gradients of the sum and, as asked for, of weight and bias."""
     g, h = as_rows(grad), as_rows(sum)
+    s = None if grad_sum is None else as_rows(grad_sum)
     M, N = h.shape
     out = sum.new_empty(sum.shape)
     config = BACKWARD(N, sum.element_size())
     sums = weight_grad + bias_grad
     num_splits = heuristics.norm_backward_splits(M, config.blocks["BLOCK_M"], sums)
     partial_sums = rstd.new_empty(num_splits, sums, N)
+    kernel = norm_backward_kernel if config.blocks["BLOCK_N"] >= N else norm_backward_long_kernel
     if not sum.numel():
         partial_sums.zero_()
     else:
-        s = None if grad_sum is None else as_rows(grad_sum)
-        kernel = (
-            norm_backward_kernel if config.blocks["BLOCK_N"] >= N else norm_backward_long_kernel
+        tensors = (g, s, h, weight, mean, rstd, out, partial_sums)
+        strides = (g.stride(0), 0 if s is None else s.stride(0), h.stride(0))
+        options = config.options(
+            RMS=rms,
+            WEIGHT_GRAD=weight_grad,
+            BIAS_GRAD=bias_grad,
+            OPMATH=tl_opmath_dtype(sum.dtype),
         )
         with on_device([h]):
-            kernel[(num_splits,)](
-                g,
-                s,
-                h,
-                weight,
-                mean,
-                rstd,
-                out,
-                partial_sums,
-                M,
-                N,
-                num_splits,
-                g.stride(0),
-                0 if s is None else s.stride(0),
-                h.stride(0),
-                RMS=rms,
-                WEIGHT_GRAD=weight_grad,
-                BIAS_GRAD=bias_grad,
-                OPMATH=tl_opmath_dtype(sum.dtype),
-                **config.options(),
-            )
+            kernel[(num_splits,)](*tensors, M, N, num_splits, *strides, **options)
     return [out, *sum_partials(partial_sums, sum.dtype if weight is None else weight.dtype)]
 
 

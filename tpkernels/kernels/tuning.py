@@ -1,8 +1,8 @@
-"""Measured launch configurations: rank 0 measures and decides, every rank uses what it decided.
+"""Measured launch configurations: rank 0 measures and decides, every rank uses its decision.
 
-Ranks that computed a replicated result in different configurations would drift apart in its last bits. So nothing is ever measured
-inside a forward (nor, therefore, while a CUDA graph is captured): `tune` is a call of its own, and a saved table is read by rank 0
-and handed to the others.
+Ranks that compute a replicated result in different configurations would drift apart in its last
+bits. So nothing is measured inside a forward, nor while a CUDA graph is captured: `tune` is a
+call of its own. Rank 0 reads a saved table and hands it to the others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -24,10 +24,12 @@ from ..cache import cache_folder
 from .launch_config import Config, Tunable, power_of_two
 from .registration import OP_MODULES
 
+Measure = Callable[[Callable[[], object]], float]  # a call -> its time
+
 
 def table_path(device: torch.device) -> Path:
-    """Where the table of a kind of device is kept, in the user's cache folder."""
-    import triton
+    """Return the table's file in the user's cache folder; each kind of device has its own."""
+    import triton  # deferred: heavy
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return cache_folder() / f"kernels-{name.replace(' ', '-')}-triton-{triton.__version__}.json"
@@ -38,19 +40,30 @@ def tune(
     features: Iterable[int] = (1024, 2048, 4096, 8192, 16384),
     dtypes: Iterable[torch.dtype] = (torch.bfloat16, torch.float32),
     device: torch.device | str = "cuda",
-    measure: Callable[[Callable[[], object]], float] | None = None,
+    measure: Measure | None = None,
 ) -> dict[str, dict[str, Config]]:
-    """Measures every kernel's configurations on the group's first rank, saves the best, and makes all ranks use them from now on.
+    """Measure every kernel's candidates on the group's first rank, save and use the fastest.
 
-    Every rank of the group must call it. Takes a minute or two on a GPU.
+    All ranks use the choices from now on. This takes a minute or two on a GPU.
+
+    Collective: every rank of the group must call it.
 
     Args:
-        features: sizes of the last dimension, each taken for those down to half of it.
-        dtypes: an element size each.
-        measure: a call's time; None means triton.testing.do_bench, the median in milliseconds.
+        group: its first rank measures, its ranks use the table.
+        features: sizes of the last dimension; each stands for those down to half of it.
+        dtypes: each stands for its element size.
+        device: the device to measure on.
+        measure: returns a call's time; None means triton.testing.do_bench's median in
+            milliseconds.
+
+    Returns:
+        The table: kernel -> "features,itemsize" -> configuration.
 
     Raises:
         RuntimeError: a CUDA graph is being captured.
+
+    Example:
+        >>> tune(torch.distributed.group.WORLD, features=(4096,))  # doctest: +SKIP
     """
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -59,39 +72,47 @@ def tune(
         )
     table: dict[str, dict[str, Config]] = {}
     if group.rank() == 0:
-        if measure is None:
-            from triton.testing import do_bench
-
-            def measure(call):
-                return do_bench(call, return_mode="median")
-
-        for tunable in _tunables().values():
-            best = table.setdefault(tunable.name, {})
-            for dtype in dtypes:
-                for size in sorted({power_of_two(n) for n in features}):
-                    best[f"{size},{dtype.itemsize}"] = _fastest(
-                        tunable, size, dtype, device, measure
-                    )
+        table = _measure_all(features, dtypes, device, measure or _median_milliseconds)
         path = table_path(device)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(table, indent=1))
     return install(table, group)
 
 
+def _median_milliseconds(call: Callable[[], object]) -> float:
+    from triton.testing import do_bench  # deferred: heavy
+
+    return cast(float, do_bench(call, return_mode="median"))
+
+
+def _measure_all(
+    features: Iterable[int], dtypes: Iterable[torch.dtype], device: torch.device, measure: Measure
+) -> dict[str, dict[str, Config]]:
+    sizes, dtypes = sorted({power_of_two(n) for n in features}), list(dtypes)
+    return {
+        name: {
+            f"{size},{dtype.itemsize}": _fastest(tunable, size, dtype, device, measure)
+            for dtype in dtypes
+            for size in sizes
+        }
+        for name, tunable in _tunables().items()
+    }
+
+
 def _fastest(
-    tunable: Tunable, features: int, dtype: torch.dtype, device: torch.device, measure
+    tunable: Tunable, features: int, dtype: torch.dtype, device: torch.device, measure: Measure
 ) -> Config:
     call, key = tunable.sample(features, dtype, device), (features, dtype.itemsize)
-    before, times = tunable.chosen.get(key), {}
+    before = tunable.chosen.get(key)
+    times: list[tuple[float, int]] = []
     candidates = tunable.candidates(*key)
     try:
         for i, config in enumerate(candidates):
             tunable.chosen[key] = config
             try:
-                times[i] = measure(call)
-            except (
-                Exception
-            ) as error:  # a configuration that this chip has not the shared memory for
+                times.append((measure(call), i))
+            except Exception as error:
+                # Some chips have too little shared memory for some configurations.
                 if type(error).__name__ != "OutOfResources":
                     raise
     finally:
@@ -99,7 +120,7 @@ def _fastest(
             del tunable.chosen[key]
         else:
             tunable.chosen[key] = before
-    return candidates[min(times, key=times.get)]
+    return candidates[min(times)[1]]
 
 
 def load(group: ProcessGroup, device: torch.device | str = "cuda") -> dict[str, dict[str, Config]]:
@@ -144,7 +165,17 @@ def _usable(tunable: Tunable, rows: dict[str, list[Any]]) -> dict[str, Config]:
 def install(
     table: dict[str, dict[str, Config]], group: ProcessGroup
 ) -> dict[str, dict[str, Config]]:
-    """Makes every rank use rank 0's `table`: kernel -> "features,itemsize" -> configuration. Kernels not in it keep theirs."""
+    """Make every rank use rank 0's `table`; kernels that it does not have keep their choice.
+
+    Collective: every rank of the group must call it.
+
+    Args:
+        table: kernel -> "features,itemsize" -> configuration; only rank 0's counts.
+        group: its ranks use the table.
+
+    Returns:
+        Rank 0's table.
+    """
     box = [table]
     dist.broadcast_object_list(box, group=group, group_src=0)
     for name, best in box[0].items():
