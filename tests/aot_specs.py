@@ -1,7 +1,8 @@
-"""The Triton launches of the memory-bound ops at typical sizes: what they compile to and what they move, found without a GPU.
+"""Specifications of the Triton kernels' launches at typical sizes, to be compiled without a GPU.
 
-A specification is made from what the op's launcher itself passes to the kernel, so it cannot drift from it. To compile, leave
-TRITON_INTERPRET unset; to run `launch` on CPU tensors, set it before triton is imported.
+A specification is recorded from the arguments that the op's launcher passes to the kernel, so it
+cannot drift from it. To compile, leave TRITON_INTERPRET unset; to run `launch` on CPU tensors,
+set it before triton is imported.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ CASES = {
     "rotary interleaved": lambda: _rotary(True, 128),
     "rotary partial": lambda: _rotary(False, 64),
 }
-# As many rows as a training step has: what the partial sums add to the bytes is then small too.
+# A training step has as many rows; partial sums then add little to the bytes.
 TALL = {
     "bias_act_backward, 4096 rows": lambda: _activation(
         "bias_act_backward", False, rows=4096, features=1024
@@ -153,7 +154,7 @@ GEMMS = {
 
 @contextlib.contextmanager
 def recorded_launches():
-    """The launches made inside, (kernel, positional arguments, keyword arguments), which do not run."""
+    """Record launches as (kernel, positional, keyword arguments) instead of running them."""
     launches = []
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -168,7 +169,10 @@ def recorded_launches():
 
 
 def _specification(kernel, args, kwargs) -> dict:
-    """As triton's launcher specialises: None and 1 become constants, and what is divisible by 16 is known to be."""
+    """Specialise as triton's launcher does.
+
+    None and 1 become constants, and values divisible by 16 are marked so.
+    """
     names, annotations = kernel.arg_names, kernel.fn.__annotations__
     options = {name: kwargs[name] for name in ("num_warps", "num_stages") if name in kwargs}
     values = dict(zip(names, args, strict=False)) | {
@@ -212,11 +216,13 @@ def _launch(case) -> dict:
 
 
 def specs() -> list[dict]:
-    """One dict for each kernel that each case launches:
+    """Return a dict for each kernel that each case launches.
 
-        name, kernel, signature (argument -> triton type), constexprs, num_warps, num_stages, divisible (arguments that are multiples
-        of 16), kind, launch (the op on CPU tensors, by triton's interpreter: dict(inputs={name: tensor}, outputs={name: tensor})) and
-    XX"""
+    Its keys: name, kernel, signature (argument -> Triton type), constexprs, num_warps,
+    num_stages, divisible (arguments that are multiples of 16), kind, cached (inputs that stay in
+    a cache), scratch (bytes of partial sums) and launch. `launch` runs the op on CPU tensors by
+    Triton's interpreter and returns dict(inputs={name: tensor}, outputs={name: tensor}).
+    """
     found = []
     for name, case in (CASES | TALL | LONG | GEMMS).items():
         inputs, call = case()

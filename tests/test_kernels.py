@@ -1,4 +1,7 @@
-"""tests/kernels, in a process of its own: triton is told to interpret before it is imported, once and for all."""
+"""Runs tests/kernels in a process of its own.
+
+Triton must be told to interpret before it is imported.
+"""
 
 import os
 import re

@@ -1,4 +1,7 @@
-"""The Triton kernels: on the GPU where there is one, else by triton's interpreter (tests/test_kernels.py starts pytest so)."""
+"""Tests of the Triton kernels, on a GPU or by Triton's interpreter.
+
+tests/test_kernels.py starts pytest so that Triton interprets.
+"""
 
 import os
 import sys

@@ -1,10 +1,10 @@
-"""When a result is good enough."""
+"""Rules for good results, and inputs with unusual strides."""
 
 import torch
 
 
 def assert_as_good_as_torch(out, same_dtype, exact):
-    """As near to the float64 result as torch in the same dtype is, within a factor of two."""
+    """Require an error against float64 of at most twice that of torch in the same dtype."""
     assert out.dtype == same_dtype.dtype and out.shape == same_dtype.shape
     error, allowed = (
         (x.double() - exact).abs().max().item() if x.numel() else 0.0 for x in (out, same_dtype)
@@ -14,10 +14,10 @@ def assert_as_good_as_torch(out, same_dtype, exact):
 
 
 def strided(x):
-    """The same values, whose rows lie apart."""
+    """Return the same values in rows that lie apart."""
     return torch.cat([x, x], -1)[..., : x.shape[-1]]
 
 
 def transposed(x):
-    """The same values, without unit stride along the last dimension."""
+    """Return the same values without unit stride along the last dimension."""
     return x.movedim(-1, 0).contiguous().movedim(0, -1)

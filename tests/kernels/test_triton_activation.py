@@ -11,7 +11,7 @@ ACTIVATIONS = PLAIN + GATED
 
 
 def make(act, shape, dtype, device, bias=True):
-    """Gradient, input and bias of `shape` [..., N] outputs; the gated ones' inputs hold two halves."""
+    """Return gradient, input and bias for outputs of `shape`; gated inputs are [..., 2 N]."""
     grad = torch.randn(shape, dtype=dtype, device=device)
     x = torch.randn(*shape[:-1], shape[-1] * (2 if act in GATED else 1), dtype=dtype, device=device)
     return grad, x, torch.randn(x.shape[-1], dtype=dtype, device=device) if bias else None

@@ -99,7 +99,7 @@ def test_any_strides(lay, device):
 
 
 def test_the_seed_is_read_where_it_is(device):
-    """As a CUDA graph's replay does: the same arguments, another seed in the tensor."""
+    """A CUDA graph's replay has the same arguments and another seed in the tensor."""
     x, seed = torch.ones(8, 40, device=device), seed_of(1, device)
     first = dropout(x, seed, 0.5, 0, 0)
     seed += 1

@@ -152,7 +152,7 @@ def test_statistics_do_not_cancel(blocks, device):
 
 
 def test_constant_rows_are_exact(blocks, device):
-    """All deviations are zero: y is the bias and nothing is left of the gradient that LayerNorm's input gets."""
+    """All deviations are zero: y is the bias, and LayerNorm's input gets no gradient."""
     x, weight, bias = (
         torch.full((4, 64), 3.0, device=device),
         torch.ones(64, device=device),

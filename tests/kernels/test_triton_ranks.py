@@ -1,4 +1,4 @@
-"""Layers and losses on several ranks with the Triton kernels as their ops' implementation, forward and backward."""
+"""Tests of layers and losses on several ranks whose ops run the Triton kernels."""
 
 import json
 
@@ -97,7 +97,7 @@ def test_layers_on_ranks(pool, ranks):
 
 
 def tuned(folder):
-    """Rank 0 times each configuration by a table of its own; the others would have chosen differently."""
+    """Rank 0 times each configuration by a clock of its own; the others would choose otherwise."""
     import os
 
     os.environ["XDG_CACHE_HOME"] = folder

@@ -1,1 +1,4 @@
-"""Triton kernels of the fused ops, one file an op; on CPUs and without Triton the ops run in C++."""
+"""Triton kernels of the fused ops, one file an op.
+
+The ops run these kernels on GPUs, and C++ on CPUs or without Triton.
+"""

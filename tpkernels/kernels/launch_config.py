@@ -1,4 +1,4 @@
-"""Launch configurations and the kernels that can be tuned. Plain Python: this file does not import Triton."""
+"""Launch configurations of kernels that can be tuned. This file does not import Triton."""
 
 from __future__ import annotations
 

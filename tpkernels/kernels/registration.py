@@ -1,4 +1,7 @@
-"""Registration of the Triton kernels as the ops' implementation on GPUs. Importing this file does not import Triton."""
+"""Registration of the Triton kernels as the ops' implementation on GPUs.
+
+Importing this file does not import Triton.
+"""
 
 from __future__ import annotations
 
