@@ -77,8 +77,11 @@ docs: $(VENV)/.installed
 mutants: setup
 	$(BIN)/python -m pytest -q -k mutant $(MUTANT_TESTS)
 
-# A wheel for the torch of .venv, in dist/, and the command out of it in a venv of its own over .venv's packages.
+# In dist/: the sources, and a wheel for the torch of .venv, whose command runs in a venv of its own over .venv's packages.
 wheel: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --sdist > build/sdist.log
+	test $$(tar tzf dist/tpkernels-*.tar.gz | grep -c '/csrc/.*[^/]$$') = $$(git ls-files csrc | wc -l)
 	$(BIN)/pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 	$(BIN)/python -m venv --clear build/wheel-venv
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
