@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -104,7 +104,7 @@ def tune(
                 "one process on CPUs has no link to measure: "
                 "start it with `torchrun --nproc-per-node N --no-python tpkernels tune`"
             )
-        shapes = [tuple(int(size) for size in text.split(",")) for text in shape or ()]
+        shapes: Any = [tuple(int(size) for size in text.split(",")) for text in shape or ()]
         group = resolve_group(init_mesh(world)["tp"])
         calibration, key = calibrate(group, shapes), CalibrationKey.of(group)
     except ValueError as error:

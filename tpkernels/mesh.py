@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -131,15 +132,16 @@ def _start_default_group(tp: int, dp: int, device: str, timeout: timedelta | Non
         return
     store: dict[str, Any] = {}
     if "RANK" not in os.environ:  # one process, which torchrun did not start
-        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        store = {"store": HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout, **store)
 
 
 def _new_groups(rows: torch.Tensor, backend: str, timeout, options=None) -> ProcessGroup:
     """Make a group of each of `rows` [groups, size], and return the caller's."""
-    groups = dist.new_subgroups_by_enumeration(rows.tolist(), timeout, backend, options)
-    return groups[0]
+    own, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout, backend, options)
+    assert isinstance(own, ProcessGroup)
+    return own
 
 
 def _chunked_nccl_options():

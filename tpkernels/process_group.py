@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 
+_c10d: Any = dist.distributed_c10d  # private names that c10d has no public ones for
+
+
+def default_group() -> ProcessGroup:
+    """Return the default process group, which must have been started."""
+    return _c10d._get_default_group()
+
 
 def find_process_group(name: str) -> ProcessGroup:
     """Return the process group that C++ knows by `name`."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return _c10d._resolve_process_group(name)
 
 
 def is_alive(pg: ProcessGroup | None) -> bool:
@@ -20,7 +27,7 @@ def is_alive(pg: ProcessGroup | None) -> bool:
 
     destroy_process_group ends a group, and a group of the next world may have its name.
     """
-    return pg is not None and pg in dist.distributed_c10d._world.pg_map
+    return pg is not None and pg in _c10d._world.pg_map
 
 
 def gather_objects(pg: ProcessGroup, value: T) -> list[T]:

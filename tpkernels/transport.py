@@ -11,10 +11,11 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, ProcessGroup
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed import ProcessGroup
 
 from . import _C
-from .process_group import gather_objects
+from .process_group import default_group, gather_objects
 
 TRANSPORTS = ("gloo", "shm", "nccl", "symm")
 
@@ -91,7 +92,7 @@ def shm_unavailable_reasons(*groups: torch.Tensor) -> list[str | None]:
     Args:
         groups: [n, size] each, global ranks: one row is one group.
     """
-    places = gather_objects(dist.group.WORLD, (_C.shm_host(), _C.shm_free_bytes()))
+    places = gather_objects(default_group(), (_C.shm_host(), _C.shm_free_bytes()))
     reasons: list[str | None] = []
     taken_bytes = dict.fromkeys((host for host, _ in places), 0)  # by the sets of groups before
     for rows in groups:

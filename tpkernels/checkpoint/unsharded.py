@@ -149,7 +149,9 @@ def _stored_spec(module: nn.Module, name: str) -> ShardSpec | None:
 
 
 def _stock_shape(module: nn.Module, name: str) -> tuple[int, ...]:
-    shape = list(module._parameters[name].shape)
+    parameter = module._parameters[name]
+    assert parameter is not None
+    shape = list(parameter.shape)
     if spec := _stored_spec(module, name):
         shape[spec.dim] = spec.size
     return tuple(shape)
@@ -175,10 +177,11 @@ def _copy_shard(full: Tensor, module: nn.Module, name: str) -> None:
     parameter, spec = module._parameters[name], _stored_spec(module, name)
     assert parameter is not None
     if not isinstance(parameter, DTensor):
-        parameter.copy_(full if spec is None else spec.shard(full, module.group.rank))
+        own = module.own_shard(name, full) if isinstance(module, ShardedModule) else full
+        parameter.copy_(own)
         return
     if spec is not None and not spec.is_chunk:
-        shards = [spec.pad(spec.shard(full, r)) for r in range(module.group.size)]
+        shards = [spec.pad(spec.shard(full, r)) for r in range(len(spec.intervals))]
         full = torch.cat(shards, spec.dim)
     # fully_shard may have divided it further.
     shape, offset = compute_local_shape_and_global_offset(

@@ -48,19 +48,19 @@ def find_weights() -> str:
     return os.path.dirname(spec.origin)
 
 
-def load_model(folder: str):
+def load_model(folder: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     """Return the model, its tokenizer, batches [n, BATCH, TOKENS] of text and the prompt [1, t]."""
     import transformers  # not a dependency of tpkernels itself
 
     transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stderr(io.StringIO()):  # its own progress bar
-        model = transformers.AutoModelForCausalLM.from_pretrained(
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, gguf_file=GGUF, dtype=torch.float32
         ).eval()
     model.hf_quantizer = None  # dequantised: save_pretrained refuses otherwise
     vars(model.config).pop("quantization_config", None)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=GGUF)
-    text = resources.files(__package__).joinpath("alice.txt").read_text()
+    text = resources.files("tpkernels.demo").joinpath("alice.txt").read_text()
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     count = len(tokens) // (BATCH * TOKENS)
     batches = tokens[: count * BATCH * TOKENS].view(-1, BATCH, TOKENS)

@@ -162,6 +162,7 @@ def _dtensor_rank(
     folder: str, batches: torch.Tensor, steps: int, threads: int
 ) -> tuple[list[float], float]:
     # Imported late: `tpkernels demo --help` does not pay for it.
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -171,7 +172,7 @@ def _dtensor_rank(
     )
 
     model = _full_model(threads, folder)
-    mesh = dist.init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
+    mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
     plan: dict[str, Any] = {}
     for i in range(model.config.num_hidden_layers):
         for name in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ class ParallelSelfAttention(nn.Module):
         group = resolve_group(group)
         self.heads = assign_heads(num_heads, num_kv_heads, group.size)
         q, kv = self.heads.q_spec(head_dim), self.heads.kv_spec(head_dim)
-        options = dict(group=group, overlap=overlap, device=device, dtype=dtype)
+        options: dict[str, Any] = dict(group=group, overlap=overlap, device=device, dtype=dtype)
         self.q_proj = ColumnParallelLinear(hidden_size, q.size, bias, out_spec=q, **options)
         self.k_proj = ColumnParallelLinear(hidden_size, kv.size, bias, out_spec=kv, **options)
         self.v_proj = ColumnParallelLinear(hidden_size, kv.size, bias, out_spec=kv, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..group import GroupLike, resolve_group
@@ -76,8 +78,10 @@ class ParallelTransformerBlock(nn.Module):
             raise ValueError(f"norm must be one of {', '.join(_NORMS)}, got {norm!r}")
         if ffn_size is None:
             ffn_size = 4 * hidden_size
-        place = dict(device=device, dtype=dtype)
-        options = dict(bias=bias, group=resolve_group(group), overlap=overlap, **place)
+        place: dict[str, Any] = dict(device=device, dtype=dtype)
+        options: dict[str, Any] = dict(
+            bias=bias, group=resolve_group(group), overlap=overlap, **place
+        )
         self.attention_norm = _NORMS[norm](hidden_size, eps, **place)
         self.attention = ParallelSelfAttention(
             hidden_size,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -79,7 +81,7 @@ class VocabParallelEmbedding(ShardedModule, nn.Embedding):
         """
         check_embedding(embedding)
         stock = type(embedding)
-        kind = cls
+        kind: Any = cls
         if stock is not nn.Embedding:
             kind = type(f"{cls.__name__}Of{stock.__name__}", (stock, cls), {})
         new = kind.__new__(kind)
@@ -115,9 +117,11 @@ class VocabParallelEmbedding(ShardedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the rows `input` of the full weight."""
+        weight = self.local_tensor("weight")
+        assert weight is not None
         return vocab_parallel_embedding(
             input,
-            self.local_tensor("weight"),
+            weight,
             self.num_embeddings,
             group=self.group,
             padding_idx=self.padding_idx,

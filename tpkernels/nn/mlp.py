@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..group import GroupLike, resolve_group
@@ -53,7 +55,9 @@ class ParallelMLP(nn.Module):
         dtype=None,
     ):
         super().__init__()
-        options = dict(group=resolve_group(group), overlap=overlap, device=device, dtype=dtype)
+        options: dict[str, Any] = dict(
+            group=resolve_group(group), overlap=overlap, device=device, dtype=dtype
+        )
         fc1_size = 2 * ffn_size if activation in GATED else ffn_size
         self.fc1 = ColumnParallelLinear(
             hidden_size, fc1_size, bias, activation=activation, **options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,7 @@ class ParallelLinear(ShardedModule):
             self.register_parameter("bias", None)
         self.reset_parameters()
 
-    def _register_stock(self, linear: nn.Module, spec: ShardSpec, bias_spec) -> None:
+    def _register_stock(self, linear: Any, spec: ShardSpec, bias_spec) -> None:
         """Register this rank's shards of an nn.Linear or a Conv1D."""
         self.transposed = not isinstance(linear, nn.Linear)
         self.training = linear.training
@@ -81,7 +83,8 @@ class ParallelLinear(ShardedModule):
         spec = self.shard_specs["weight"]
         if self.region is not None or self.transposed or (spec is not None and spec.replicated):
             return None
-        return linear_fast_path(input, self._parameters["weight"], self._parameters["bias"])
+        parameters: Any = self._parameters
+        return linear_fast_path(input, parameters["weight"], parameters["bias"])
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -150,7 +153,7 @@ def _gemm_name(library, in_float32: bool, is_packed: bool) -> str:
     return name
 
 
-def linear_features(linear: nn.Module) -> tuple[int, int]:
+def linear_features(linear: Any) -> tuple[int, int]:
     """Return (in, out) features of an nn.Linear, or of a Conv1D, whose weight is [in, out].
 
     Raises:

@@ -135,6 +135,7 @@ class RowParallelLinear(ParallelLinear):
             self.region.rng.restore()  # from here on ranks compute the same again
         weight = self.local_tensor("weight", cast=True)
         bias = self.local_tensor("bias", cast=True)
+        assert weight is not None
         if self.transposed:
             weight = weight.t()
         weight_and_eps = None if norm is None else (norm.weight, norm.epsilon(input.dtype))

@@ -87,15 +87,16 @@ class TPRegion:
             self._sum_gradients()
 
     def _sum_gradients(self) -> None:
-        wanted = [
-            (module, name)
-            for module, name in self.grad_summed
-            if module._parameters[name].requires_grad
-        ]
+        wanted, parameters = [], []
+        for module, name in self.grad_summed:
+            parameter = module.stored_tensor(name)
+            if parameter is not None and parameter.requires_grad:
+                wanted.append((module, name))
+                parameters.append(parameter)
         if not wanted:
             return
         totals = all_reduce_gradients(
-            [module.stored_tensor(name) for module, name in wanted],
+            parameters,
             [module.stored_spec(name) for module, name in wanted],
             self.group,
             "replicated_gradients",

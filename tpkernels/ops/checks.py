@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 
 def check_floating_point(name: str, tensor: Tensor) -> None:
@@ -46,8 +47,8 @@ def check_in_range(name: str, values: Tensor, size: int, what: str) -> None:
         return
     if values.device.type == "cuda":
         is_inside = ((values >= 0) & (values < size)).all()
-        torch._assert_async(is_inside, f"{name} outside [0, {size}), {what}")
-    elif values.device.type == "cpu" and not torch._subclasses.fake_tensor.is_fake(values):
+        torch.ops.aten._assert_async.msg(is_inside, f"{name} outside [0, {size}), {what}")
+    elif values.device.type == "cpu" and not is_fake(values):
         low, high = (v.item() for v in values.aminmax())
         if low < 0 or high >= size:
             raise IndexError(

@@ -201,7 +201,8 @@ def column_linear_act(
     weight, bias = autocast(weight, device_type), autocast(bias, device_type)
     check_operands(x, weight, bias, group, "column")
     grad = wants_grad(x, weight, bias)
-    if not fuses_activation(x.device, x.dtype, rows_of(x), *weight.shape, grad):
+    n, k = weight.shape
+    if not fuses_activation(x.device, x.dtype, rows_of(x), n, k, grad):
         (y,) = column_linears(x, [weight], [None], group, max_n, overlap, tag)
         return bias_act(y, bias, activation)
     if not grad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..group import Group, GroupLike, resolve_group
 from ..sharding.spec import chunk_sizes
@@ -103,8 +104,8 @@ def _check_even(widths: Tensor, group: Group) -> None:
         "equally wide: pass num_classes"
     )
     if widths.device.type == "cuda":
-        torch._assert_async(widths.sum() == 0, message)
-    elif not torch._subclasses.fake_tensor.is_fake(widths) and widths.sum() != 0:
+        torch.ops.aten._assert_async.msg(widths.sum() == 0, message)
+    elif not is_fake(widths) and widths.sum() != 0:
         raise ValueError(f"{message} (from {-int(widths[1])} to {int(widths[0])})")
 
 

@@ -104,8 +104,8 @@ def row_linear(
     # so that the sum promotes as y + residual does.
     promotes = residual is not None and residual.dtype != x.dtype
     fused_residual = None if promotes else residual
-    if norm is not None and norm[0] is not None:
-        norm_weight, eps = norm
+    norm_weight, eps = (None, 0.0) if norm is None else norm
+    if norm_weight is not None:
         if norm_weight.shape != (n,):
             raise ValueError(
                 f"norm's weight has shape {tuple(norm_weight.shape)} "

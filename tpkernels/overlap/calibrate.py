@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
 from typing import NamedTuple, TypeVar
@@ -34,6 +34,7 @@ PROBE_CHUNKS = 4
 MAX_CANDIDATES = 3  # chunked schedules that are measured for a shape: the fastest predicted ones
 
 Key = TypeVar("Key", bound=Hashable)
+Calls = Mapping[Key, Callable[[], object]]
 
 
 class _Bench(NamedTuple):
@@ -139,7 +140,7 @@ def _gemm_curve(k: int, n: int, bench: _Bench) -> Curve:
     """Measure GEMMs on every rank at once, as they run in a forward."""
     rows = GEMM_ROWS[bench.device.type]
     x, weight = bench.random(rows[-1], k), bench.random(n, k)
-    calls = {m: lambda m=m: _linear(x[:m], weight) for m in rows}
+    calls: Calls[int] = {m: lambda m=m: _linear(x[:m], weight) for m in rows}
     return Curve.never_less_efficient(_median_seconds(calls, bench).items())
 
 
@@ -153,7 +154,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _all_reduce_curve(name: str, bench: _Bench) -> Curve:
     itemsize = bench.dtype.itemsize
     buffer = bench.random(ALL_REDUCE_BYTES[-1] // itemsize).zero_()
-    calls = {
+    calls: Calls[int] = {
         nbytes: lambda nbytes=nbytes: _ops.all_reduce_(
             buffer[: nbytes // itemsize], name, "sum", "tune"
         )
@@ -232,12 +233,12 @@ def _op_seconds(shape: GemmShape, timings: Timings, bench: _Bench) -> dict[int, 
         else:
             _ops.row_linear(a, weight, None, None, name, chunks, "tune")
 
-    calls = {chunks: lambda chunks=chunks: call(chunks) for chunks in candidates}
+    calls: Calls[int] = {chunks: lambda chunks=chunks: call(chunks) for chunks in candidates}
     return _median_seconds(calls, bench, start_together=True, rounds=rounds)
 
 
 def _median_seconds(
-    calls: dict[Key, Callable[[], object]],
+    calls: Calls[Key],
     bench: _Bench,
     start_together: bool = False,
     rounds: int = ROUNDS,

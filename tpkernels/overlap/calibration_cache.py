@@ -158,8 +158,8 @@ def install(calibration: Calibration | None, group: Group) -> Calibration | None
 
     Collective: every rank of the group must call it.
     """
-    is_given = group.rank == 0 and calibration is not None
-    text = broadcast_object(group.pg, calibration.to_json() if is_given else None)
+    text = None if calibration is None else calibration.to_json()
+    text = broadcast_object(group.pg, text)
     for old in list(_installed):
         if not is_alive(old):
             del _installed[old]

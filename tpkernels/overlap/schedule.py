@@ -92,7 +92,7 @@ def _choose(
 ) -> Schedule:
     calibration = calibration_of(group)
     timings = None
-    if overlap == "auto" and group.size > 1 and calibration is not None:
+    if overlap == "auto" and group.size > 1 and calibration is not None and dtype is not None:
         timings = calibration.timings.get(dtype)
     goes_through_peers = 0 < m * row_bytes <= group.peer_memory.max_bytes
     if timings is None or goes_through_peers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -166,7 +167,8 @@ def _keep_ties_and_hooks(
         new = block.parent.get_submodule(key)
         for name, parameter in stock._parameters.items():
             if id(parameter) in tied:
-                new._parameters[name] = shards.setdefault(id(parameter), new._parameters[name])
+                own: Any = new._parameters[name]
+                new._parameters[name] = shards.setdefault(id(parameter), own)
         for name, hooks in vars(stock).items():
             if "hooks" in name:
                 vars(new)[name] = hooks

@@ -85,7 +85,9 @@ def auto_plan(model: Any) -> dict[str, str]:
         'rowwise'
     """
     family = getattr(getattr(model, "config", None), "model_type", None)
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head: Any = None
+    if hasattr(model, "get_output_embeddings"):
+        head = model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     if family in _FAMILY_PLANS:
         plan = _family_plan(model, family)
