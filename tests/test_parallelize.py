@@ -407,7 +407,7 @@ def representation(dtensor):
     with pytest.raises(KeyError, match=r"model\.norm\.weight.*extra"):
         tpk.load_unsharded_state_dict(other, broken)
     tpk.load_unsharded_state_dict(other, broken, strict=False)
-    with pytest.raises(ValueError, match="unsplit model's"):
+    with pytest.raises(ValueError, match="unsharded model's"):
         tpk.load_unsharded_state_dict(other, {**state, "model.norm.weight": torch.zeros(3)})
     with pytest.raises(RuntimeError, match="unsharded_state_dict"):
         model.save_pretrained("anywhere")
@@ -464,7 +464,7 @@ def plan_errors():
     refuses("auto", "overlap", overlap=True)
     refuses(
         {"0": "colwise", "1": "rowwise"},
-        "cannot be split alike",
+        "cannot be sharded alike",
         model=nn.Sequential(nn.Linear(8, 6), nn.Linear(8, 8)),
     )
     refuses(

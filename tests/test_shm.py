@@ -23,6 +23,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import tpkernels as tpk
 from tpkernels import group as groups
+from tpkernels import transport
 
 DTYPES = [
     torch.float32,
@@ -578,14 +579,22 @@ def transports():
         with pytest.raises(ValueError, match="TPKERNELS_TRANSPORT=rdma"):
             tpk.init_mesh(2, 2, device="cpu")
         patch.setenv("TPKERNELS_TRANSPORT", "shm")
-        patch.setattr(groups, "shm_obstacles", lambda *rows: [None, "ranks 0 to 2 are on 2 hosts"])
+        patch.setattr(
+            transport,
+            "shm_unavailable_reasons",
+            lambda *rows: [None, "ranks 0 to 2 are on 2 hosts"],
+        )
         with pytest.raises(
             RuntimeError, match="TPKERNELS_TRANSPORT=shm, but ranks 0 to 2 are on 2 hosts"
         ):
             tpk.init_mesh(2, 2, device="cpu")
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        patch.setattr(groups, "shm_obstacles", lambda *rows: [None, "ranks 0 to 2 are on 2 hosts"])
+        patch.setattr(
+            transport,
+            "shm_unavailable_reasons",
+            lambda *rows: [None, "ranks 0 to 2 are on 2 hosts"],
+        )
         mesh = tpk.init_mesh(2, 2, device="cpu")
         seen["hosts"] = [dist.get_backend(mesh[d].get_group()) for d in ("tp", "dp")]
         patch.setenv("TPKERNELS_TRANSPORT", "gloo")
