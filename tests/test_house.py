@@ -15,7 +15,12 @@ import tpkernels as tpk
 ROOT = Path(__file__).resolve().parent.parent
 
 # Files that the rules do not hold for yet.
-NOT_YET = re.compile(r"^(tests|csrc|benchmarks|examples|docs|tpkernels)/")
+NOT_YET = re.compile(
+    r"^(tests|csrc|docs|examples)/|"
+    r"^tpkernels/(reference|optim|demo/__init__|demo/ranks|nn/attention|nn/parallel_linear|"
+    r"ops/cross_entropy|ops/linear|ops/linear_cross_entropy|kernels/cross_entropy|kernels/dropout|"
+    r"overlap/calibrate|overlap/calibration_cache|parallelization/styles|profiling/trace)\.py$"
+)
 
 OPENER = re.compile(r"(What|Of|As|Whether|For|From|Where|Who)\b")
 COMMENT = re.compile(r"\s*(?:#|//)\s*(.*)")
@@ -23,9 +28,15 @@ IGNORE = re.compile(r"# (?:pyright|type): ignore(.*)")
 RULE = re.compile(r"\[report\w+(, report\w+)*\]")
 # Decorators and names of functions whose parameters an op's schema or an autograd.Function fixes,
 # and public functions whose options users name.
-MANY_PARAMETERS = re.compile(r"register_|jit|impl|^forward$|^parallelize$|^plan$")
+MANY_PARAMETERS = re.compile(
+    r"register_|jit|impl|^forward$|^parallelize$|^plan$|^(row|column)_(parallel_)?linear|^vocab_"
+)
 # Public functions and classes that neither communicate nor hold a group.
-LOCAL = {"auto_plan", "bias_act", "plan", "rotary", "rms_norm", "layer_norm", "log_collectives"}
+LOCAL = {
+    *("auto_plan", "load_unsharded_state_dict", "log_collectives", "plan"),
+    *("Dropout", "LayerNorm", "RMSNorm", "dropout", "layer_norm", "rms_norm"),
+    *("bias_act", "gated_act", "rotary", "rotary_tables"),
+}
 
 
 def tracked(*suffixes: str) -> list[str]:
@@ -51,7 +62,7 @@ def nodes(kind):
 
 def fail_if(places):
     places = list(places)
-    assert not places, f"{len(places)} places:\n" + "\n".join(places[:50])
+    assert not places, f"{len(places)} places:\n" + "\n".join(places[:150])
 
 
 def lines_that_break_rules(name):
@@ -93,7 +104,7 @@ def test_functions():
         for name, node in nodes((ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = len((ast.get_docstring(node, clean=False) or "").splitlines())
             length = node.end_lineno - node.lineno + 1 - docstring
-            if length > 50:
+            if length > 50 and not name.startswith("tpkernels/kernels/"):
                 yield f"{name}:{node.lineno}: {node.name} has {length} lines, more than 50"
             count = parameter_count(node)
             if count > 7 and not may_have_many_parameters(name, node):
@@ -119,7 +130,7 @@ def test_imports():
                 if name.endswith("/__init__.py"):
                     yield f"{where}: {node.name} is defined in an __init__.py"
             elif node.level or (node.module or "").startswith("tpkernels"):
-                private = {alias.name for alias in node.names if alias.name.startswith("_")}
+                private = {alias.name for alias in node.names if re.match("_(?!_)", alias.name)}
                 for other in private - {"_C"}:
                     yield f"{where}: imports {other}, which is private to {node.module}"
 
@@ -163,7 +174,11 @@ def missing_sections(name, thing):
     if signature.parameters and "Args:" not in text:
         yield "Args:"
     result = signature.return_annotation
-    if not inspect.isclass(thing) and result not in (None, "None") and "Returns:" not in text:
+    if (
+        not inspect.isclass(thing)
+        and result not in (None, "None")
+        and not re.search("(Returns|Yields):", text)
+    ):
         yield "Returns:"
     if re.search(r"^\s+raise ", inspect.getsource(thing), re.M) and "Raises:" not in text:
         yield "Raises:"
