@@ -70,7 +70,11 @@ Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks
       chunks(chunks_),
       pipeline(pipeline_),
       peers(find_peer_memory(group_name)) {
-  if (peers && !peers->serves(*group)) peers = nullptr;
+  if (peers && !peers->serves(*group)) peers = nullptr;  // mutant:channel.serves
+}
+
+bool Channel::fits_peers(const at::Tensor& buffer) const {
+  return peers && chunks == 1 && buffer.numel() && peers->takes(buffer);  // mutant:channel.fits
 }
 
 std::string Channel::wait_name(int64_t chunk) const {
@@ -102,17 +106,17 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
 
 void Channel::all_reduce_now(Staged staged, const at::Tensor& out, const Epilogue& epilogue) const {
   check_agreement("all_reduce", out, 0);
-  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});
+  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});  // mutant:channel.log
   const auto launch = range("all_reduce");
-  peers->all_reduce(std::move(staged), out, epilogue);
+  peers->all_reduce(std::move(staged), out, epilogue);  // mutant:channel.peers
 }
 
 Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
   if (size() == 1) return {};
-  if (op == c10d::ReduceOp::SUM && fits_peers(buffer.view({1, -1}))) {
+  if (op == c10d::ReduceOp::SUM && fits_peers(buffer.view({1, -1}))) {  // mutant:channel.flat
     const auto flat = buffer.view({1, -1});
     all_reduce_now({flat, nullptr}, flat, {});
-    return {};
+    return {};  // mutant:channel.flat_end
   }
   check_agreement("all_reduce", buffer, chunk);
   if (buffer.numel() == 0) return {};
@@ -121,7 +125,7 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
   options.reduceOp = std::move(op);
   // NCCL runs a synchronous one on the compute stream, where nothing can overlap it. On the shm transport a single chunk's caller
   // waits for it at once: no other thread need carry it.
-  options.asyncOp = !(synchronous() && chunks == 1);
+  options.asyncOp = !(synchronous() && chunks == 1);  // mutant:channel.sum_async
   std::vector<at::Tensor> tensors{buffer};
   const auto launch = range("all_reduce", chunk);
   auto work = group->allreduce(tensors, options);
@@ -133,11 +137,11 @@ Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) cons
   if (out.numel() == 0) return {};
   if (log_enabled()) log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
   c10d::AllgatherOptions options;
-  options.asyncOp = !synchronous();
+  options.asyncOp = !synchronous();  // mutant:channel.gather_async
   auto flat_out = out.view({-1}), flat_shard = shard.view({-1});
   const auto launch = range("all_gather");
   auto work = group->_allgather_base(flat_out, flat_shard, options);
-  return {std::move(work), {flat_out, flat_shard}, wait_name(0)};
+  return {std::move(work), {flat_out, flat_shard}, wait_name(0)};  // mutant:channel.gather_holds
 }
 
 at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }

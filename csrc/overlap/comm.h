@@ -34,20 +34,20 @@ class Pending {
   Pending() = default;
   // `wait_name`: of the wait's range; empty where no profiler is attached.
   Pending(c10::intrusive_ptr<c10d::Work> work, std::vector<at::Tensor> tensors, std::string wait_name)
-      : wait_name_(std::move(wait_name)), tensors_(std::move(tensors)), work_(std::move(work)) {}
-  Pending(Pending&&) = default;
+      : wait_name_(std::move(wait_name)), tensors_(std::move(tensors)), work_(std::move(work)) {}  // mutant:pending.hold
+  Pending(Pending&&) = default;  // mutant:pending.move
   Pending& operator=(Pending&&) = delete;
   ~Pending() {
     try {
-      wait();
+      wait();  // mutant:pending.destroy
     } catch (...) {  // the first error is already on its way
     }
   }
   void wait() {
     const Range range(std::exchange(wait_name_, {}));
-    auto work = std::move(work_);
-    if (work) work->wait();
-    tensors_.clear();
+    auto work = std::move(work_);  // mutant:pending.take
+    if (work) work->wait();  // mutant:pending.wait
+    tensors_.clear();  // mutant:pending.free
   }
 
  private:
@@ -70,7 +70,7 @@ struct Channel {
   // Sums (or takes the maximum of) a contiguous `buffer` over the group, in place. Nothing is in flight on a group of one.
   Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0, c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
   // Whether all_reduce_now takes `buffer` [M, N].
-  bool fits_peers(const at::Tensor& buffer) const { return peers && chunks == 1 && buffer.numel() && peers->takes(buffer); }
+  bool fits_peers(const at::Tensor& buffer) const;
   // The same sum through the group's peer memory, with what follows it in the same pass; nothing is in flight afterwards.
   void all_reduce_now(Staged staged, const at::Tensor& out, const Epilogue& epilogue) const;
   // Concatenates every rank's `shard` into `out` [size, *shard.shape].

@@ -24,6 +24,15 @@ void add_bias_residual_(const at::Tensor& out, const at::Tensor& bias, const at:
   op.call(out, bias, residual);
 }
 
+// `out` + bias + residual, in place
+void add_rest_(at::Tensor& out, const std::optional<at::Tensor>& bias, const at::Tensor& residual) {
+  if (bias) {
+    add_bias_residual_(out, *bias, residual);
+  } else {
+    out.add_(residual);
+  }
+}
+
 at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("tpkernels::norm", "")
@@ -47,9 +56,9 @@ void sum_over_peers(const Channel& channel, const at::Tensor& out, const Epilogu
     auto staged = channel.peers->stage(slice);
     {
       const auto range = channel.range("gemm");
-      gemm(staged.part, begin);
+      gemm(staged.part, begin);  // mutant:peers.gemm
     }
-    channel.all_reduce_now(std::move(staged), slice, here);
+    channel.all_reduce_now(std::move(staged), slice, here);  // mutant:peers.reduce
   }
 }
 
@@ -65,11 +74,11 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
   const size_t count = bounds.size() - 1;
   const Channel channel(group, tag, count, "row");
   if (channel.fits_peers(out)) {
-    if (bias) epilogue.bias = bias->contiguous();
-    if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();
-    if (epilogue.weight.defined() && channel.peers->norms()) epilogue.normed = at::empty_like(out);
+    if (bias) epilogue.bias = bias->contiguous();  // mutant:peers.bias
+    if (residual) epilogue.residual = residual->expand(shape).reshape(out.sizes()).contiguous();  // mutant:peers.residual
+    if (epilogue.weight.defined() && channel.peers->norms()) epilogue.normed = at::empty_like(out);  // mutant:peers.norm
     sum_over_peers(channel, out, epilogue, [&](at::Tensor& part, int64_t begin) {
-      linear_out(part, x.narrow(0, begin, part.size(0)), weight, std::nullopt, grad);
+      linear_out(part, x.narrow(0, begin, part.size(0)), weight, std::nullopt, grad);  // mutant:peers.linear
     });
     return out.view(shape);
   }
@@ -81,24 +90,20 @@ at::Tensor row(const at::Tensor& input, const at::Tensor& weight, const std::opt
     auto slice = slice_rows(out, bounds, i), x_i = slice_rows(x, bounds, i);
     {
       const auto range = channel.range("gemm", i);
-      linear_out(slice, x_i, weight, gemm_adds_bias ? bias : std::nullopt, grad);
+      linear_out(slice, x_i, weight, gemm_adds_bias ? bias : std::nullopt, grad);  // mutant:row.gemm
     }
-    pending.push_back(channel.all_reduce(slice, i));
+    pending.push_back(channel.all_reduce(slice, i));  // mutant:row.launch
   }
   // Every GEMM is issued before the first wait: on a GPU the wait would hold the next GEMM's stream back.
   const auto rest = residual ? std::optional(as_rows(*residual)) : std::nullopt;
   for (size_t i = 0; i < count; i++) {
-    pending[i].wait();
+    pending[i].wait();  // mutant:row.wait
     if (!rest) continue;
     const auto range = channel.range("epilogue", i);
     auto slice = slice_rows(out, bounds, i), rest_i = slice_rows(*rest, bounds, i);
-    if (bias) {
-      add_bias_residual_(slice, *bias, rest_i);
-    } else {
-      slice.add_(rest_i);
-    }
+    add_rest_(slice, bias, rest_i);  // mutant:row.epilogue
   }
-  return out.view(shape);
+  return out.view(shape);  // mutant:row.return
 }
 
 }  // namespace
@@ -118,10 +123,10 @@ std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input, 
                                                        const std::string& tag) {
   BelowAutograd guard;
   Epilogue epilogue;
-  epilogue.weight = norm_weight.to(weight.scalar_type()).contiguous();
-  epilogue.eps = eps;
+  epilogue.weight = norm_weight.to(weight.scalar_type()).contiguous();  // mutant:norm.weight
+  epilogue.eps = eps;  // mutant:norm.eps
   auto sum = row(input, weight, bias, residual, group, chunks, tag, /*grad=*/false, epilogue);
-  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};
+  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};  // mutant:norm.fused
   return {sum, rms_norm(sum, norm_weight, eps)};
 }
 
@@ -136,9 +141,9 @@ at::Tensor vocab_embedding(const at::Tensor& ids, const at::Tensor& weight, int6
   } else {
     const Range range(tag, "lookup");
     at::index_select_out(out, weight, 0, local.masked_fill_(outside, 0));
-    out.masked_fill_(outside.unsqueeze(1), 0);
+    out.masked_fill_(outside.unsqueeze(1), 0);  // mutant:embedding.mask
   }
-  Channel(group, tag).all_reduce(out).wait();
+  Channel(group, tag).all_reduce(out).wait();  // mutant:embedding.sum
   auto shape = ids.sizes().vec();
   shape.push_back(weight.size(1));
   return out.view(shape);
@@ -168,9 +173,9 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, cons
         auto slice = slice_rows(dx, bounds, i);
         {
           const auto range = channel.range("gemm", i);
-          gradients.input_out(slice, bounds[i]);
+          gradients.input_out(slice, bounds[i]);  // mutant:column.gemm
         }
-        pending.push_back(channel.all_reduce(slice, i));
+        pending.push_back(channel.all_reduce(slice, i));  // mutant:column.launch
       }
     }
     auto shape = grad_outputs[0].sizes().vec();
@@ -178,13 +183,13 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs, cons
     grads.push_back(dx.view(shape));
   }
   {
-    const Range range("column", "wgrad");
+    const Range range("column", "wgrad");  // mutant:column.weights
     for (size_t j = 0; j < dys.size(); j++)  // under the last chunks' all-reduces
       if (weight_grad[j]) grads.push_back(gradients.weight(j));
     for (size_t j = 0; j < dys.size(); j++)
       if (bias_grad[j]) grads.push_back(dys[j].sum(0));
   }
-  for (auto& p : pending) p.wait();
+  for (auto& p : pending) p.wait();  // mutant:column.wait
   return grads;
 }
 
@@ -193,8 +198,8 @@ void all_reduce_(at::Tensor& self, const std::string& group, const std::string& 
   TORCH_CHECK_VALUE(op == "sum" || op == "max", "op must be 'sum' or 'max', got '", op, "'");
   auto buffer = self;
   if (!self.is_contiguous()) buffer = empty_comm_buffer(self.sizes(), self.options()).copy_(self);
-  Channel(group, tag).all_reduce(buffer, 0, op == "sum" ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX).wait();
-  if (!self.is_contiguous()) self.copy_(buffer);
+  Channel(group, tag).all_reduce(buffer, 0, op == "sum" ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX).wait();  // mutant:all_reduce.sum
+  if (!self.is_contiguous()) self.copy_(buffer);  // mutant:all_reduce.copy_back
 }
 
 at::Tensor all_gather(const at::Tensor& self, const std::string& group, const std::string& tag) {
@@ -203,7 +208,7 @@ at::Tensor all_gather(const at::Tensor& self, const std::string& group, const st
   auto sizes = self.sizes().vec();
   sizes.insert(sizes.begin(), channel.size());
   auto out = empty_comm_buffer(sizes, self.options());
-  channel.all_gather(out, self.contiguous()).wait();
+  channel.all_gather(out, self.contiguous()).wait();  // mutant:all_gather
   return out;
 }
 

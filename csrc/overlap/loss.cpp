@@ -41,20 +41,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_ce(const at::Tensor& logits
   const auto top = stats[0], exp_sum = stats[1], target_logit = stats[2], total = stats[3];
   // Two spare entries of the maximum tell whether all shards are equally wide.
   auto peaks = empty_comm_buffer({rows + 2}, stats.options());
-  peaks.narrow(0, 0, rows).copy_(top);
+  peaks.narrow(0, 0, rows).copy_(top);  // mutant:loss.peaks
   peaks[rows].fill_(width);
-  peaks[rows + 1].fill_(-width);
-  channel.all_reduce(peaks, 0, c10d::ReduceOp::MAX).wait();
+  peaks[rows + 1].fill_(-width);  // mutant:loss.width
+  channel.all_reduce(peaks, 0, c10d::ReduceOp::MAX).wait();  // mutant:loss.max
   const auto peak = peaks.narrow(0, 0, rows);
 
   auto sums = empty_comm_buffer({smoothing != 0 ? 3 : 2, rows}, stats.options());
   sums[0].copy_(exp_sum * (top - peak).exp_());
   sums[1].copy_(at::where((target >= first).logical_and_(target < first + width), target_logit - peak, 0));
-  if (smoothing != 0) sums[2].copy_(total - width * peak);
-  channel.all_reduce(sums).wait();
+  if (smoothing != 0) sums[2].copy_(total - width * peak);  // mutant:loss.smoothed
+  channel.all_reduce(sums).wait();  // mutant:loss.sums
 
   const auto log_sum = sums[0].log();
-  auto loss = log_sum - (1 - smoothing) * sums[1];
+  auto loss = log_sum - (1 - smoothing) * sums[1];  // mutant:loss.result
   if (smoothing != 0) loss.sub_(sums[2], smoothing / num_classes);
   return {loss.masked_fill_(target == ignore_index, 0), log_sum + peak, peaks.narrow(0, rows, 2)};
 }
@@ -79,23 +79,23 @@ std::vector<at::Tensor> vocab_linear_ce(const at::Tensor& input, const at::Tenso
   std::vector<Pending> pending;
   pending.reserve(count);
   for (int64_t i = 0; i < count; i++) {
-    const int64_t begin = i * chunk_rows, size = std::min(chunk_rows, rows - begin);
+    const int64_t begin = i * chunk_rows, size = std::min(chunk_rows, rows - begin);  // mutant:linear_loss.chunk
     const auto x = input.narrow(0, begin, size), t = target.narrow(0, begin, size);
     auto logits = logits_buffer.narrow(0, 0, size);
     linear_out(logits, x, weight, bias, scale.has_value());
     const auto [loss_i, log_norm, widths] = vocab_ce(logits, t, first, num_classes, ignore_index, smoothing, group, tag);
     loss.narrow(0, begin, size).copy_(loss_i);
     if (!scale) continue;
-    to_gradient_(logits, t, log_norm, scale->narrow(0, begin, size), first, 1 - smoothing, smoothing / num_classes);
+    to_gradient_(logits, t, log_norm, scale->narrow(0, begin, size), first, 1 - smoothing, smoothing / num_classes);  // mutant:linear_loss.gradient
     if (input_grad) {  // its all-reduce runs under the weight's gradient and the next chunk's logits
-      auto slice = d_input.narrow(0, begin, size);
-      LinearGrads({logits}, x, weight).input_out(slice, 0);
-      pending.push_back(channel.all_reduce(slice, i));
+      auto slice = d_input.narrow(0, begin, size);  // mutant:linear_loss.slice
+      LinearGrads({logits}, x, weight).input_out(slice, 0);  // mutant:linear_loss.gemm
+      pending.push_back(channel.all_reduce(slice, i));  // mutant:linear_loss.launch
     }
-    if (weight_grad) add_weight_grad_(d_weight, logits, x);
-    if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));
+    if (weight_grad) add_weight_grad_(d_weight, logits, x);  // mutant:linear_loss.weight
+    if (bias_grad) d_bias.add_(logits.sum(0, /*keepdim=*/false, d_bias.scalar_type()));  // mutant:linear_loss.bias
   }
-  for (auto& p : pending) p.wait();
+  for (auto& p : pending) p.wait();  // mutant:linear_loss.wait
   std::vector<at::Tensor> results{loss};
   if (input_grad) results.push_back(d_input);
   if (weight_grad) results.push_back(d_weight.to(weight.scalar_type()));
