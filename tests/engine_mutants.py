@@ -22,7 +22,7 @@ ROW = [
     (
         "row_linear: never waits",
         delete("row.wait"),
-        copy("row.launch", LAUNCH, LEAK_ALL, before="row.return"),
+        copy("row.launch", LAUNCH, LEAK_ALL, before="row.issued"),
     ),
     (
         "row_linear: waits before the next GEMM",
@@ -66,11 +66,11 @@ COLUMN = [
 ]
 
 SMALL = [
-    ("all_reduce_: wait left to the destructor", replace("all_reduce.sum", WAITED, NO_WAIT)),
-    ("all_reduce_: never waits", replace("all_reduce.sum", WAITED, LEAKED)),
+    ("all_reduce_: wait left to the destructor", replace("all_reduce.reduce", WAITED, NO_WAIT)),
+    ("all_reduce_: never waits", replace("all_reduce.reduce", WAITED, LEAKED)),
     (
         "all_reduce_: copies back before the wait",
-        replace("all_reduce.sum", WAITED, NAMED),
+        replace("all_reduce.reduce", WAITED, NAMED),
         insert(WAIT, after="all_reduce.copy_back"),
     ),
     ("all_gather: wait left to the destructor", replace("all_gather", WAITED, NO_WAIT)),
@@ -131,7 +131,7 @@ LOSS = [
     ("vocab_ce: never waits for the maximum", replace("loss.max", WAITED, LEAKED)),
     (
         "vocab_ce: launches the maximum before it is there",
-        move("loss.max", before="loss.peaks"),
+        move("loss.max", before="loss.maxima"),
     ),
     (
         "vocab_ce: fills in the widths in flight",
@@ -232,7 +232,7 @@ LINEAR_LOSS = [
 PEERS = [
     (
         "peers: the GEMM adds the bias too",
-        replace("peers.linear", "std::nullopt", "channel.rank() == 0 ? bias : std::nullopt"),
+        replace("peers.linear", "std::nullopt", "channel.rank() == 0 ? layer.bias : std::nullopt"),
     ),
     ("peers: the bias is left out", delete("peers.bias")),
     (
@@ -270,22 +270,22 @@ PEERS = [
     ("peers: the flat sum is taken again", delete("channel.flat_end")),
     ("peers: the epilogue is lost", replace("channel.peers", r", \w+\);$", ", {});")),
     ("peers: not logged", delete("channel.log")),
-    ("peers: taken for several chunks", replace("channel.fits", r"chunks == 1 && ", "")),
-    ("peers: taken for nothing", replace("channel.fits", r"\w+\.numel\(\) && ", "")),
-    ("peers: taken for what does not fit", replace("channel.fits", r" && \w+->\w+\(\w+\)", "")),
+    ("peers: taken for several chunks", replace("channel.supports", r"chunks == 1 && ", "")),
+    ("peers: taken for nothing", replace("channel.supports", r"\w+\.numel\(\) && ", "")),
+    ("peers: taken for what does not fit", replace("channel.supports", r" && \w+->\w+\(\w+\)", "")),
     (
         "peers: taken for a maximum",
         replace("channel.flat", r"\w+ == c10d::ReduceOp::SUM && ", ""),
     ),
-    ("peers: never taken", replace("channel.fits", "return .*;", "return false;")),
+    ("peers: never taken", replace("channel.supports", "return .*;", "return false;")),
     (
         "peers: the norm takes a pass of its own",
         replace("peers.norm", r" && [\w.]+->\w+\(\)", " && false"),
     ),
-    ("peers: of a group that is gone", delete("channel.serves")),
+    ("peers: of a group that is gone", delete("channel.belongs")),
     (
         "peers: none where they serve",
-        replace("channel.serves", r"^if \(.*\) (\w+ = nullptr;)$", r"\1"),
+        replace("channel.belongs", r"^if \(.*\) (\w+ = nullptr;)$", r"\1"),
     ),
     ("peers: the norm is taken again", delete("norm.fused")),
     (

@@ -15,9 +15,29 @@ from mutation import Edit, markers
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Files that all ops need. A mutant of any other file is that file alone, beside mutant 0's copy of these.
-SHARED = ("../op.h", "../cpu/packed.cpp", "../cpu/gemm.cpp", "comm.cpp")
-SOURCES = ("linear.cpp", "loss.cpp")
+# Files that all ops need, from csrc/. A mutant of any other file is that file alone, beside mutant 0's copy of these.
+SHARED = (
+    "op.h",
+    "gemm/packed_weights.cpp",
+    "gemm/gemm.cpp",
+    "gemm/products.cpp",
+    "gemm/linear.cpp",
+    "gemm/linear_gradients.cpp",
+    "engine/collective_log.cpp",
+    "engine/comm_buffer.cpp",
+    "engine/peer_all_reduce.cpp",
+    "engine/chunking.cpp",
+    "engine/channel.cpp",
+    "engine/cross_entropy.h",
+)
+OPS = (
+    "engine/row_linear.cpp",
+    "engine/column_linear.cpp",
+    "engine/embedding.cpp",
+    "engine/collectives.cpp",
+    "engine/cross_entropy.cpp",
+    "engine/linear_cross_entropy.cpp",
+)
 
 # Stands in for the CUDA kernels: the same result, by the group's own all-reduce.
 STAND_IN = r"""
@@ -48,15 +68,15 @@ std::string all_reduce(const std::string& group, const at::Tensor& buffer, const
 
 TEST_PEERS = r"""
 namespace tpkernels {
-struct TestPeers : PeerMemory {
+struct TestPeers : PeerAllReduce {
   TestPeers(std::string group, int64_t bytes) : group_(std::move(group)), bytes_(bytes) {}
-  bool takes(const at::Tensor& buffer) const override {
+  bool supports(const at::Tensor& buffer) const override {
     return buffer.scalar_type() == at::kFloat && static_cast<int64_t>(buffer.nbytes()) <= std::abs(bytes_);
   }
-  bool serves(c10d::ProcessGroup&) const override { return bytes_ > 0; }
-  bool norms() const override { return true; }
-  void all_reduce(Staged staged, const at::Tensor&, const Epilogue& e) override {
-    taken.push_back(test_peers::all_reduce(group_, staged.part, e.bias, e.residual, e.normed, e.weight, e.eps));
+  bool belongs_to(c10d::ProcessGroup&) const override { return bytes_ > 0; }
+  bool fuses_norm() const override { return true; }
+  void all_reduce(StagedTerm staged, const at::Tensor&, const Epilogue& e) override {
+    taken.push_back(test_peers::all_reduce(group_, staged.term, e.bias, e.residual, e.normed, e.weight, e.eps));
   }
   std::vector<std::string> taken;
 
@@ -66,14 +86,14 @@ struct TestPeers : PeerMemory {
 };
 void open_peers(const std::string& group, int64_t bytes) {
   log_start();
-  set_peer_memory(group, std::make_shared<TestPeers>(group, bytes));
+  set_peer_all_reduce(group, std::make_shared<TestPeers>(group, bytes));
 }
 // What went through it since, and the log.
 std::tuple<std::vector<std::string>, std::vector<std::string>> close_peers(const std::string& group) {
   std::vector<std::string> logged;
   for (const auto& entry : log_stop()) logged.push_back(entry.tag + ":" + std::to_string(entry.bytes));
-  auto taken = static_cast<TestPeers&>(*find_peer_memory(group)).taken;
-  set_peer_memory(group, nullptr);
+  auto taken = static_cast<TestPeers&>(*find_peer_all_reduce(group)).taken;
+  set_peer_all_reduce(group, nullptr);
   return {taken, logged};
 }
 }  // namespace tpkernels
@@ -94,7 +114,7 @@ def engine_text(name: str, seen: set[str], system: dict[str, None]) -> str:
     """
     seen.add(name)
     text, conditional, folder = "", False, Path(name).parent
-    for line in (ROOT / "csrc/overlap" / name).read_text().splitlines(keepends=True):
+    for line in (ROOT / "csrc" / name).read_text().splitlines(keepends=True):
         if own := re.match(r'#include "(.+)"', line):
             header = os.path.normpath(folder / own[1])
             text += "" if header in seen else engine_text(header, seen, system)
@@ -117,7 +137,7 @@ def mutated(edits: Sequence[Edit], parts: dict[str, str]) -> dict[str, str]:
 
 def schemas() -> dict[str, str]:
     """Every op's schema, by its name."""
-    text = (ROOT / "csrc/registration.cpp").read_text()
+    text = (ROOT / "csrc/ops.cpp").read_text()
     literals = re.findall(r'm\.def\(\s*((?:"[^"]*"\s*)+)', text)
     joined = ("".join(re.findall('"(.*?)"', literal)) for literal in literals)
     return {schema.partition("(")[0]: schema for schema in joined}
@@ -126,25 +146,23 @@ def schemas() -> dict[str, str]:
 def mutants_source() -> str:
     """The whole translation unit."""
     system, seen = {"#include <torch/library.h>\n": None}, set()
-    parts = {name: engine_text(name, seen, system) for name in (*SHARED, *SOURCES)}
-    registration = (ROOT / "csrc/registration.cpp").read_text()
-    ops = re.findall(r'm\.impl\("(\w+)", &tpkernels::(\w+)\)', registration)
+    parts = {name: engine_text(name, seen, system) for name in (*SHARED, *OPS)}
     schema_of = schemas()
     text = "".join(system) + STAND_IN
     for i, edits in enumerate([[], *MUTANTS.values()]):
         copy = mutated(edits, parts)
-        changed = {part for part in parts if copy[part] != parts[part]}
-        alone = bool(changed) and changed <= set(SOURCES)
-        engine = "".join(copy[part] for part in changed or parts)
-        if not alone:
+        changed = [part for part in parts if copy[part] != parts[part]]
+        alone = bool(changed) and set(changed) <= set(OPS)
+        if alone:
+            engine = "".join(copy[part] for part in changed)
+            opening = f"namespace mutant_{i} {{ using namespace mutant_0;"
+        else:
             engine = "".join(copy.values()) + TEST_PEERS
-        opening = rf"\1 mutant_{i}" + (" { using namespace mutant_0;" if alone else " {")
-        text += re.sub(r"^(namespace) tpkernels {", opening, engine, flags=re.M)
-        here = [(op, f) for op, f in ops if re.search(rf"^\w.* {f}\(", engine, flags=re.M)]
-        assert len(here) >= (2 if alone else 8), here
-        impls = (
-            f'  m.def("{schema_of[op]}", torch::dispatch(c10::DispatchKey::CPU, &mutant_{i}::{f}));\n'
-            for op, f in here
-        )
-        text += LIBRARY.format(i=i, shared=0 if alone else i, ops="".join(impls))
+            opening = f"namespace mutant_{i} {{"
+        engine = re.sub(r"^namespace tpkernels {", opening, engine, flags=re.M)
+        text += engine.replace("LIBRARY_IMPL(tpkernels,", f"LIBRARY_IMPL(tpk_mutant_{i},")
+        ops = re.findall(r'm\.impl\("(\w+)"', engine)
+        assert ops, f"mutant {i} has no op"
+        defs = "".join(f'  m.def("{schema_of[op]}");\n' for op in ops)
+        text += LIBRARY.format(i=i, shared=0 if alone else i, ops=defs)
     return text

@@ -129,7 +129,7 @@ def test_a_range_without_a_tool_allocates_nothing(recorder, tmp_path):
         "-std=c++17",
         "-O1",
         "-I",
-        HERE.parent / "csrc/overlap",
+        HERE.parent / "csrc/engine",
         HERE / "nvtx/allocations.cpp",
     ]
     build(*compiler, "-I", HEADERS, "-o", tmp_path / "with_headers", "-ldl")

@@ -1,8 +1,8 @@
 // Bias + activation on CPUs.
 #include <torch/library.h>
 
-#include "../fused/eager.h"
-#include "fused.h"
+#include "../composite/activation.h"
+#include "rows.h"
 
 namespace tpkernels {
 
@@ -10,7 +10,7 @@ namespace {
 
 // Where torch's own kernels, which call SLEEF, are faster than at::vec's functions (benchmarks/bench_fused.py): erf without
 // AVX-512, every exponential without AVX2.
-bool eager_wins(std::string_view name) {
+bool composite_is_faster(std::string_view name) {
   static const auto capability = at::get_cpu_capability();
   const auto function = parse_activation(name).function;
   if (function == Activation::gelu) return capability != "AVX512";
@@ -77,7 +77,7 @@ at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& 
 
 at::Tensor bias_act(const at::Tensor& input, const OptionalTensor& bias, std::string_view name) {
   BelowAutograd guard;
-  if (eager_wins(name)) return eager::bias_act(input, bias, name);
+  if (composite_is_faster(name)) return composite::bias_act(input, bias, name);
   const auto [activation, gated] = parse_activation(name);
   return forward(packed(input, bias, gated), input.sizes().slice(0, input.dim() - 1), activation);
 }
@@ -85,14 +85,14 @@ at::Tensor bias_act(const at::Tensor& input, const OptionalTensor& bias, std::st
 at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
                      std::string_view name) {
   BelowAutograd guard;
-  if (eager_wins(name)) return eager::gated_act(gate, up, gate_bias, up_bias, name);
+  if (composite_is_faster(name)) return composite::gated_act(gate, up, gate_bias, up_bias, name);
   return forward(separate(gate, up, gate_bias, up_bias), gate.sizes().slice(0, gate.dim() - 1), parse_activation(name).function);
 }
 
 std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input, const OptionalTensor& bias,
                                           std::string_view name, bool bias_grad) {
   BelowAutograd guard;
-  if (eager_wins(name)) return eager::bias_act_backward(grad, input, bias, name, bias_grad);
+  if (composite_is_faster(name)) return composite::bias_act_backward(grad, input, bias, name, bias_grad);
   const auto [activation, gated] = parse_activation(name);
   const auto in = packed(input, bias, gated);
   auto shape = input.sizes().vec();
@@ -111,7 +111,7 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
                                            const OptionalTensor& gate_bias, const OptionalTensor& up_bias, std::string_view name,
                                            bool bias_grad) {
   BelowAutograd guard;
-  if (eager_wins(name)) return eager::gated_act_backward(grad, gate, up, gate_bias, up_bias, name, bias_grad);
+  if (composite_is_faster(name)) return composite::gated_act_backward(grad, gate, up, gate_bias, up_bias, name, bias_grad);
   const auto in = separate(gate, up, gate_bias, up_bias);
   const auto dy = matching_rows(grad, gate.sizes(), gate.scalar_type(), "grad");
   const int64_t columns = dy.size(1);
@@ -125,18 +125,6 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
   return grads;
 }
 
-// self = self + bias + residual: what follows a row-parallel layer's all-reduce
-void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias, const at::Tensor& residual) {
-  BelowAutograd guard;
-  const auto dtype = checked_dtype(self);
-  TORCH_CHECK_VALUE(self.is_contiguous(), "self must be contiguous");
-  const auto y = as_rows(self), rest = matching_rows(residual, self.sizes(), dtype, "residual");
-  const auto b = wide_vector(bias, y.size(1), self, "bias");
-  const auto kernel = TPKERNELS_KERNEL(add_bias_residual);
-  for_rows(y.size(0), y.size(1),
-           [&](int64_t row, int64_t last) { kernel(dtype, y.size(1), rows_at(y), data_of(b), rows_at(rest), row, last); });
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(tpkernels, CPU, m) {
@@ -144,7 +132,6 @@ TORCH_LIBRARY_IMPL(tpkernels, CPU, m) {
   m.impl("bias_act_backward", &bias_act_backward);
   m.impl("gated_act", &gated_act);
   m.impl("gated_act_backward", &gated_act_backward);
-  m.impl("add_bias_residual_", &add_bias_residual_);
 }
 
 }  // namespace tpkernels

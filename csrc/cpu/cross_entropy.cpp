@@ -1,7 +1,7 @@
 // A rank's part of a cross-entropy over a split vocabulary, on CPUs.
 #include <torch/library.h>
 
-#include "fused.h"
+#include "rows.h"
 
 namespace tpkernels {
 

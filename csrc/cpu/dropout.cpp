@@ -1,8 +1,8 @@
 // Dropout by counter-based random numbers, on CPUs.
 #include <torch/library.h>
 
-#include "../fused/philox.h"
-#include "fused.h"
+#include "../philox.h"
+#include "rows.h"
 
 namespace tpkernels {
 

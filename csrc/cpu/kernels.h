@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "../fused/activation.h"
+#include "../activation.h"
 
 namespace tpkernels {
 

@@ -1,7 +1,7 @@
 // Residual add + LayerNorm or RMSNorm on CPUs.
 #include <torch/library.h>
 
-#include "fused.h"
+#include "rows.h"
 
 namespace tpkernels {
 

@@ -1,7 +1,7 @@
 // Rotary position embedding on CPUs.
 #include <torch/library.h>
 
-#include "fused.h"
+#include "rows.h"
 
 namespace tpkernels {
 

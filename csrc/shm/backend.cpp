@@ -10,9 +10,9 @@
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Utils.hpp>
 
-#include "../cpu/fused.h"
+#include "../cpu/rows.h"
 #include "../op.h"
-#include "../overlap/peer.h"
+#include "../engine/peer_all_reduce.h"
 #include "collectives.h"
 #include "queue.h"
 #include "segments.h"
@@ -87,7 +87,7 @@ const at::Tensor& only(const Tensors& tensors, const char* op) {
 }
 
 // What a group's ranks share, and their collectives in order.
-class ShmGroup : public PeerMemory {
+class ShmGroup : public PeerAllReduce {
  public:
   ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, milliseconds timeout)
       : timeout(timeout),
@@ -122,26 +122,26 @@ class ShmGroup : public PeerMemory {
         std::move(outputs));
   }
 
-  bool serves(c10d::ProcessGroup& group) const override {
+  bool belongs_to(c10d::ProcessGroup& group) const override {
     const auto types = group.getDeviceTypes();
     return std::count(types.begin(), types.end(), c10::kCPU) && group.getBackend(c10::kCPU).get() == backend;
   }
-  bool takes(const at::Tensor& buffer) const override {
+  bool supports(const at::Tensor& buffer) const override {
     return buffer.is_cpu() && at::isFloatingType(buffer.scalar_type()) && buffer.element_size() > 1 &&
            buffer.size(1) * buffer.element_size() <= ring_.half_bytes();
   }
-  int64_t rows_at_once(const at::Tensor& out) const override {
+  int64_t max_rows(const at::Tensor& out) const override {
     return collectives_.rows_at_once(std::max<int64_t>(1, out.size(1)) * out.element_size());
   }
-  Staged stage(const at::Tensor& out) override {
+  StagedTerm stage(const at::Tensor& out) override {
     auto turn = std::make_shared<Queue::Turn>(queue_);
     return {at::from_blob(ring_.mine(), out.sizes(), out.options()), std::move(turn)};
   }
-  void all_reduce(Staged staged, const at::Tensor& out, const Epilogue& epilogue) override {
+  void all_reduce(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) override {
     RECORD_FUNCTION("shm:all_reduce", std::vector<c10::IValue>());
     translate([&] {
       const auto dtype = out.scalar_type();
-      if (!staged.turn) {
+      if (!staged.lock) {
         const Queue::Turn turn(queue_);
         collectives_.timeout = timeout;
         return collectives_.all_reduce(bytes_at(out), out.numel(), dtype, Reduction::sum);
@@ -184,10 +184,10 @@ class ShmBackend : public c10d::Backend {
   ShmBackend(std::shared_ptr<ShmGroup> shared, int rank, int size, std::string group, c10::intrusive_ptr<c10d::Backend> rest)
       : Backend(rank, size), shared_(std::move(shared)), group_(std::move(group)), rest_(std::move(rest)) {
     shared_->backend = this;
-    set_peer_memory(group_, shared_);
+    set_peer_all_reduce(group_, shared_);
   }
   ~ShmBackend() override {
-    if (find_peer_memory(group_) == shared_) set_peer_memory(group_, nullptr);  // else a later group has the name
+    if (find_peer_all_reduce(group_) == shared_) set_peer_all_reduce(group_, nullptr);  // else a later group has the name
   }
 
   const std::string getBackendName() const override { return "shm"; }

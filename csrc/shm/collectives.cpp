@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../cpu/fused.h"
+#include "../cpu/rows.h"
 
 namespace tpkernels {
 

@@ -1,5 +1,5 @@
 // The ranges' header alone: how often 100 ranges call operator new, after one that lets NVTX look for a tool. Prints the count.
-#include "ranges.h"
+#include "nvtx.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -16,11 +16,11 @@ void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 
 int main() {
   try {
-    const tpkernels::Range outer("outer", "step"), inner("inner", "step", 2, 8);
+    const tpkernels::NvtxRange outer("outer", "step"), inner("inner", "step", 2, 8);
     throw std::runtime_error("both ranges end");
   } catch (const std::exception&) {
   }
   const int before = allocations;
-  for (int i = 0; i < 100; i++) const tpkernels::Range range("longer than the buffer inside a std::string", "all_reduce", i, 100);
+  for (int i = 0; i < 100; i++) const tpkernels::NvtxRange range("longer than the buffer inside a std::string", "all_reduce", i, 100);
   std::printf("%d\n", allocations - before);
 }

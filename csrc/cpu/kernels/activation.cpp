@@ -124,15 +124,6 @@ void visit_activation(Activation activation, const F& f) {
   }
 }
 
-constexpr auto plus = [](const auto& a, const auto& b) { return a + b; };
-constexpr auto times = [](const auto& a, const auto& b) { return a * b; };
-
-template <typename T>
-Lanes<T> biased(const T* x, const Wide<T>* bias, int64_t i, int64_t n) {
-  const auto lanes = load(x + i, n);
-  return bias ? map(plus, lanes, load_wide<T>(bias + i, n)) : lanes;
-}
-
 template <typename F, typename T>
 void forward(const ActivationArgs& args, int64_t row, int64_t last) {
   const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias), *up_bias = static_cast<const Wide<T>*>(args.up_bias);
@@ -186,19 +177,6 @@ void activation_backward(const ActivationArgs& args, int64_t row, int64_t last, 
   visit_activation(args.activation, [&](auto f) {
     visit(args.dtype,
           [&](auto t) { backward<decltype(f), decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(bias_grad)); });
-  });
-}
-
-void add_bias_residual(c10::ScalarType dtype, int64_t columns, Rows self, const void* bias, Rows residual, int64_t row,
-                       int64_t last) {
-  visit(dtype, [&](auto t) {
-    using T = decltype(t);
-    for (; row < last; row++) {
-      T *y = row_of<T>(self, row), *rest = row_of<T>(residual, row);
-      for_each_vector<T>(columns, [&](int64_t i, auto n) {
-        store(y + i, map(plus, biased(y, static_cast<const Wide<T>*>(bias), i, n), load(rest + i, n)), n);
-      });
-    }
   });
 }
 

@@ -18,7 +18,6 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
   using W = Wide<T>;
   using V = typename Lanes<T>::V;
   constexpr W INF = std::numeric_limits<W>::infinity();
-  const auto plus = [](const V& a, const V& b) { return a + b; };
   const auto larger = [](const V& a, const V& b) { return at::vec::maximum(a, b); };
   for (; row < last; row++) {
     const T* z = row_of<T>(args.logits, row);

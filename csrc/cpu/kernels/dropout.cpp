@@ -1,5 +1,5 @@
 // Dropout by counter-based random numbers: the mask is computed where it is used, forward and backward.
-#include "../../fused/philox.h"
+#include "../../philox.h"
 #include "lanes.h"
 
 namespace tpkernels::CPU_CAPABILITY {

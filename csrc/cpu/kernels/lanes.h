@@ -80,6 +80,16 @@ inline Lanes<T> map(const F& f, const Lanes<T>& x, const Args&... args) {
   return out;
 }
 
+inline constexpr auto plus = [](const auto& a, const auto& b) { return a + b; };
+inline constexpr auto times = [](const auto& a, const auto& b) { return a * b; };
+
+// x[i .. i + n] + bias[i .. i + n], if there is a bias
+template <typename T>
+inline Lanes<T> biased(const T* x, const Wide<T>* bias, int64_t i, int64_t n) {
+  const auto lanes = load(x + i, n);
+  return bias ? map(plus, lanes, load_wide<T>(bias + i, n)) : lanes;
+}
+
 template <typename T, typename F>
 inline Wide<T> reduce(const F& f, const Lanes<T>& x) {
   auto v = x.v[0];

@@ -7,7 +7,6 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-constexpr auto plus = [](const auto& a, const auto& b) { return a + b; };
 constexpr auto square_add = [](const auto& x, const auto& sum) { return at::vec::fmadd(x, x, sum); };
 
 template <typename T>
@@ -45,7 +44,7 @@ void forward(const NormArgs& args, int64_t row, int64_t last) {
     static_cast<W*>(args.rstd)[row] = rstd;
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto y = map([&](const V& x) { return (x - V(mean)) * V(rstd); }, load(h + i, n));
-      if (weight) y = map([](const V& a, const V& b) { return a * b; }, y, load_wide<T>(weight + i, n));
+      if (weight) y = map(times, y, load_wide<T>(weight + i, n));
       if (bias) y = map(plus, y, load_wide<T>(bias + i, n));
       store(out + i, y, n);
     });
@@ -57,7 +56,6 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* 
   using W = Wide<T>;
   using V = typename Lanes<T>::V;
   const auto* weight = static_cast<const W*>(args.weight);
-  const auto times = [](const V& a, const V& b) { return a * b; };
   const W count = args.columns;
   for (; row < last; row++) {
     const T *grad = row_of<T>(args.grad, row), *h = row_of<T>(args.sum, row);

@@ -42,16 +42,16 @@ inline void range_pop() {}
 #endif
 
 // Open from its construction to its destruction, on one thread.
-class Range {
+class NvtxRange {
  public:
-  Range(std::string_view of, std::string_view step, int64_t chunk = 0, int64_t chunks = 0) : open_(ranges_enabled()) {
+  NvtxRange(std::string_view of, std::string_view step, int64_t chunk = 0, int64_t chunks = 0) : open_(ranges_enabled()) {
     if (open_) range_push(range_name(of, step, chunk, chunks));
   }
-  explicit Range(const std::string& name) : open_(!name.empty() && ranges_enabled()) {
+  explicit NvtxRange(const std::string& name) : open_(!name.empty() && ranges_enabled()) {
     if (open_) range_push(name);
   }
-  Range(const Range&) = delete;
-  ~Range() {
+  NvtxRange(const NvtxRange&) = delete;
+  ~NvtxRange() {
     if (open_) range_pop();
   }
 

@@ -4,24 +4,21 @@
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/relu.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <ATen/ops/threshold_backward.h>
 #include <torch/library.h>
 
+#include "../activation.h"
 #include "../op.h"
-#include "eager.h"
 
 namespace tpkernels {
 
-namespace eager {
+namespace composite {
 
 namespace {
 
@@ -118,28 +115,13 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
   return grads;
 }
 
-}  // namespace eager
-
-namespace {
-
-std::tuple<at::Tensor, at::Tensor> column_linear_act(const at::Tensor& input, const at::Tensor& weight, const eager::Bias& bias,
-                                                     std::string_view name, bool keep) {
-  BelowAutograd guard;
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow("tpkernels::bias_act", "").typed<decltype(eager::bias_act)>();
-  auto shape = input.sizes().vec();
-  shape.back() = weight.size(0);
-  const auto linear = at::mm(as_rows(input), weight.t()).view(shape);
-  return {op.call(linear, bias, name), keep ? linear : at::empty({0}, input.options())};
-}
-
-}  // namespace
+}  // namespace composite
 
 TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {
-  m.impl("bias_act", &eager::bias_act);
-  m.impl("bias_act_backward", &eager::bias_act_backward);
-  m.impl("gated_act", &eager::gated_act);
-  m.impl("gated_act_backward", &eager::gated_act_backward);
-  m.impl("column_linear_act", &column_linear_act);
+  m.impl("bias_act", &composite::bias_act);
+  m.impl("bias_act_backward", &composite::bias_act_backward);
+  m.impl("gated_act", &composite::gated_act);
+  m.impl("gated_act_backward", &composite::gated_act_backward);
 }
 
 }  // namespace tpkernels

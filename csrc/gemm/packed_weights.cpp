@@ -1,4 +1,4 @@
-#include "packed.h"
+#include "packed_weights.h"
 
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -90,8 +90,8 @@ using Key = std::tuple<const c10::StorageImpl*, int64_t, int64_t, int64_t, int64
 struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   State state;
-  Library library;
-  bool wide;
+  GemmLibrary library;
+  bool opmath;
   at::Tensor packed;
   int64_t bytes() const { return packed.defined() ? packed.numel() * packed.element_size() : 0; }
 };
@@ -132,20 +132,20 @@ std::vector<Entry> take_expired() {
   return taken;
 }
 
-at::Tensor pack(const at::Tensor& weight, Library library, bool wide) {
-  const auto source = (wide ? weight.to(at::kFloat) : weight).contiguous();
+at::Tensor pack(const at::Tensor& weight, GemmLibrary library, bool opmath) {
+  const auto source = (opmath ? weight.to(at::kFloat) : weight).contiguous();
   // Any number of rows is multiplied by either layout; it is a hint. 128 was the best, or as good, for 2 to 512 rows.
   constexpr int64_t rows = 128;
-  return library == Library::mkl ? mkl_pack()->call(source, rows) : onednn_pack()->call(source, rows);
+  return library == GemmLibrary::mkl ? mkl_pack()->call(source, rows) : onednn_pack()->call(source, rows);
 }
 
 }  // namespace
 
-bool has_library(Library library) {
-  return library == Library::aten || (library == Library::mkl ? mkl_pack() && mkl_product() : onednn_pack() && onednn_product());
+bool has_gemm_library(GemmLibrary library) {
+  return library == GemmLibrary::aten || (library == GemmLibrary::mkl ? mkl_pack() && mkl_product() : onednn_pack() && onednn_product());
 }
 
-at::Tensor find_packed(const at::Tensor& weight, Library library, bool wide) {
+at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmath) {
   const State state{weight.is_inference() ? -1 : static_cast<int64_t>(weight._version()), fingerprint(weight)};
   const auto key = key_of(weight);
   std::vector<Entry> dead;
@@ -156,7 +156,7 @@ at::Tensor find_packed(const at::Tensor& weight, Library library, bool wide) {
     const auto found = entries.find(key);
     if (found == entries.end() || ++calls % 256 == 0) dead = take_expired();
     if (found == entries.end()) {
-      entries.emplace(key, Entry{weight.storage().getWeakStorageImpl(), state, library, wide, {}});
+      entries.emplace(key, Entry{weight.storage().getWeakStorageImpl(), state, library, opmath, {}});
       holds_any = true;
       return {};
     }
@@ -166,23 +166,23 @@ at::Tensor find_packed(const at::Tensor& weight, Library library, bool wide) {
       entry.state = state;
       return {};
     }
-    if (entry.packed.defined() && entry.library == library && entry.wide == wide) return entry.packed;
+    if (entry.packed.defined() && entry.library == library && entry.opmath == opmath) return entry.packed;
   }
-  auto packed = pack(weight, library, wide);
+  auto packed = pack(weight, library, opmath);
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = entries.find(key);
   // Not if it was dropped, or seen with another content, meanwhile.
   if (found != entries.end() && found->second.state == state) {
     found->second.library = library;
-    found->second.wide = wide;
+    found->second.opmath = opmath;
     old = std::exchange(found->second.packed, packed);
   }
   return packed;
 }
 
-at::Tensor mkl_linear(const at::Tensor& input, const at::Tensor& packed, int64_t features, const std::optional<at::Tensor>& bias) {
+at::Tensor mkl_linear(const at::Tensor& input, const at::Tensor& packed, int64_t n, const std::optional<at::Tensor>& bias) {
   // The op asks for the weight as it was, too, but reads its shape only.
-  const auto shape = at::empty({1}, input.options()).expand({features, input.size(1)});
+  const auto shape = at::empty({1}, input.options()).expand({n, input.size(1)});
   return mkl_product()->call(input, packed, shape, bias, input.size(0));
 }
 

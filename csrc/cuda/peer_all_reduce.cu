@@ -9,7 +9,7 @@
 
 #include <tpkernels/all_reduce.cuh>
 
-#include "../overlap/peer.h"
+#include "../engine/peer_all_reduce.h"
 
 namespace tpkernels {
 
@@ -54,7 +54,7 @@ void launch(const Arguments<T>& arguments, int size, bool one, cudaStream_t stre
   TORCH_CHECK(false, "peer memory is for 2 to ", kMaxRanks, " ranks, got ", size);
 }
 
-class SymmetricMemory : public PeerMemory {
+class SymmetricMemory : public PeerAllReduce {
  public:
   SymmetricMemory(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank, int64_t size, int64_t half_bytes,
                   int64_t one_shot_bytes)
@@ -69,18 +69,18 @@ class SymmetricMemory : public PeerMemory {
         stream_(at::cuda::getCurrentCUDAStream(buffer_.device().index())) {}
 
   // Python closes it before another group takes its name.
-  bool serves(c10d::ProcessGroup&) const override { return true; }
+  bool belongs_to(c10d::ProcessGroup&) const override { return true; }
 
-  bool takes(const at::Tensor& buffer) const override {
+  bool supports(const at::Tensor& buffer) const override {
     const auto dtype = buffer.scalar_type();
     return buffer.is_cuda() && (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) &&
            bytes_of(buffer) <= half_bytes_;
   }
 
-  bool norms() const override { return true; }
+  bool fuses_norm() const override { return true; }
 
-  void all_reduce(Staged staged, const at::Tensor& /*out: in place*/, const Epilogue& epilogue) override {
-    const auto& buffer = staged.part;
+  void all_reduce(StagedTerm staged, const at::Tensor& /*out: in place*/, const Epilogue& epilogue) override {
+    const auto& buffer = staged.term;
     const c10::cuda::CUDAGuard guard(buffer.device());
     const auto stream = at::cuda::getCurrentCUDAStream();
     // Launches follow one another, whatever streams they are on. A graph's capture begins after all earlier work, by torch's own
@@ -144,7 +144,7 @@ void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_
   TORCH_CHECK(multicast == 0 || at::cuda::getDeviceProperties(buffer.device().index())->major >= 9,
               "multimem needs sm_90 or newer");
   const c10::cuda::CUDAGuard guard(buffer.device());
-  set_peer_memory(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size, half_bytes, one_shot_bytes));
+  set_peer_all_reduce(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size, half_bytes, one_shot_bytes));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Ops in a few ATen calls, for any device, and for CPUs where nothing of ours is faster.
+// Bias + activation in a few ATen calls, for cpu/activation.cpp where nothing of ours is faster.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-namespace tpkernels::eager {
+namespace tpkernels::composite {
 
 using Bias = std::optional<at::Tensor>;
 
@@ -19,4 +19,4 @@ std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tens
 std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
                                            const Bias& gate_bias, const Bias& up_bias, std::string_view name, bool bias_grad);
 
-}  // namespace tpkernels::eager
+}  // namespace tpkernels::composite

@@ -9,7 +9,7 @@
 #include <torch/library.h>
 
 #include "../op.h"
-#include "philox.h"
+#include "../philox.h"
 
 namespace tpkernels {
 

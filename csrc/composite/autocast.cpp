@@ -1,0 +1,18 @@
+// Tensor.to(dtype) that shares autocast's cache of weight casts, as nn.Linear does under autocast.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/Tensor.h>
+#include <torch/library.h>
+
+namespace tpkernels {
+
+namespace {
+
+at::Tensor autocast_to(const at::Tensor& self, at::ScalarType dtype) {
+  return at::autocast::cached_cast(dtype, self, self.device().type());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(tpkernels, CompositeImplicitAutograd, m) { m.impl("autocast_to", &autocast_to); }
+
+}  // namespace tpkernels

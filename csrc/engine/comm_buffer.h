@@ -1,0 +1,11 @@
+// Memory for collectives.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+namespace tpkernels {
+
+// Every buffer that a collective touches is allocated here, so that a registered memory pool can take this function's place.
+at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options);
+
+}  // namespace tpkernels

@@ -1,0 +1,95 @@
+// The schema of every op. An op's implementations are registered in the files that define them:
+//
+//   op                              engine/ (CPU and CUDA)         composite/ (any device)   cpu/ and cpu/kernels/    Triton
+//   row_linear, _rms_norm,          row_linear.cpp
+//     _backward
+//   column_linear_backward          column_linear.cpp
+//   column_linear_act                                              column_linear.cpp                                  column_linear
+//   linear                          gemm/linear.cpp (CPU)
+//   vocab_embedding                 embedding.cpp
+//   vocab_ce                        cross_entropy.cpp
+//   vocab_linear_ce                 linear_cross_entropy.cpp
+//   vocab_ce_stats, _grad, _grad_                                  cross_entropy.cpp         cross_entropy.cpp        cross_entropy
+//   all_reduce_, all_gather         collectives.cpp
+//   empty_comm_buffer               comm_buffer.cpp
+//   bias_act, gated_act,                                           activation.cpp            activation.cpp           activation
+//     _backward
+//   norm, norm_backward                                            norm.cpp                  norm.cpp                 norm
+//   dropout                                                        dropout.cpp               dropout.cpp              dropout
+//   rotary                                                         rotary.cpp                rotary.cpp               rotary
+//   autocast_to                                                    autocast.cpp
+//   add_bias_residual_              cuda/add_bias_residual.cu                                add_bias_residual.cpp
+//   open_peer_memory                cuda/peer_all_reduce.cu
+//
+// Engine ops communicate; the others do not. Triton kernels are registered by tpkernels/kernels/ for GPUs. CUDA also has
+// include/tpkernels/ (device code without torch), which cuda/peer_all_reduce.cu launches.
+#include <torch/library.h>
+
+TORCH_LIBRARY(tpkernels, m) {
+  // Linear layers
+  m.def(
+      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, "
+      "str tag, bool grad=False) -> Tensor");
+  m.def(
+      "row_linear_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
+      "Tensor norm_weight, float eps, str group, int chunks, str tag) -> (Tensor, Tensor)");
+  m.def(
+      "row_linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool bias_grad) "
+      "-> Tensor[]");
+  m.def(
+      "column_linear_backward(Tensor[] grad_outputs, Tensor? input, Tensor[] weights, "
+      "bool input_grad, bool[] weight_grad, bool[] bias_grad, str group, int chunks, str tag) "
+      "-> Tensor[]");
+  m.def(
+      "column_linear_act(Tensor input, Tensor weight, Tensor? bias, str activation, bool keep) "
+      "-> (Tensor, Tensor)");
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, bool grad) -> Tensor");
+  m.def("add_bias_residual_(Tensor(a!) self, Tensor bias, Tensor residual) -> ()");
+  m.def("autocast_to(Tensor(a) self, ScalarType dtype) -> Tensor(a)");
+
+  // Vocabulary
+  m.def(
+      "vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
+  m.def(
+      "vocab_ce(Tensor logits, Tensor target, int first, int num_classes, int ignore_index, "
+      "float smoothing, str group, str tag) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "vocab_linear_ce(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, "
+      "int first, int num_classes, int ignore_index, float smoothing, int chunk_rows, "
+      "bool input_grad, bool weight_grad, bool bias_grad, str group, str tag) -> Tensor[]");
+  m.def("vocab_ce_stats(Tensor logits, Tensor target, int first) -> Tensor");
+  m.def(
+      "vocab_ce_grad(Tensor logits, Tensor target, Tensor log_norm, Tensor scale, int first, "
+      "float on_target, float everywhere) -> Tensor");
+  m.def(
+      "vocab_ce_grad_(Tensor(a!) logits, Tensor target, Tensor log_norm, Tensor scale, int first, "
+      "float on_target, float everywhere) -> ()");
+
+  // Collectives
+  m.def("all_reduce_(Tensor(a!) self, str group, str op, str tag) -> ()");
+  m.def("all_gather(Tensor self, str group, str tag) -> Tensor");
+  m.def("empty_comm_buffer(Tensor like, int[] size) -> Tensor");
+  m.def(
+      "open_peer_memory(str group, Tensor buffer, int peers, int multicast, int rank, int size, "
+      "int half_bytes, int one_shot_bytes) -> ()");
+
+  // Memory-bound work, without communication
+  m.def("bias_act(Tensor input, Tensor? bias, str activation) -> Tensor");
+  m.def(
+      "bias_act_backward(Tensor grad, Tensor input, Tensor? bias, str activation, bool bias_grad) "
+      "-> Tensor[]");
+  m.def(
+      "gated_act(Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, str activation) "
+      "-> Tensor");
+  m.def(
+      "gated_act_backward(Tensor grad, Tensor gate, Tensor up, Tensor? gate_bias, Tensor? up_bias, "
+      "str activation, bool bias_grad) -> Tensor[]");
+  m.def(
+      "norm(Tensor input, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool rms) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "norm_backward(Tensor grad, Tensor? grad_sum, Tensor sum, Tensor? weight, Tensor mean, "
+      "Tensor rstd, bool rms, bool weight_grad, bool bias_grad) -> Tensor[]");
+  m.def("dropout(Tensor input, Tensor seed, float p, int row, int column) -> Tensor");
+  m.def("rotary(Tensor input, Tensor cos, Tensor sin, bool interleaved, bool inverse) -> Tensor");
+}
