@@ -22,7 +22,9 @@ inline NamedActivation parse_activation(std::string_view name) {
   if (name == "silu") return {Activation::silu, false};
   if (name == "swiglu") return {Activation::silu, true};
   if (name == "geglu") return {Activation::gelu, true};
-  TORCH_CHECK_VALUE(false, "activation must be one of relu, relu2, gelu, gelu_tanh, silu, swiglu, geglu, got '", name, "'");
+  TORCH_CHECK_VALUE(
+      false, "activation must be one of relu, relu2, gelu, gelu_tanh, silu, swiglu, geglu, got '",
+      name, "'");
 }
 
 }  // namespace tpkernels

@@ -20,10 +20,12 @@ namespace {
 
 bool is_plain_tensor(pybind11::handle t) { return THPVariable_CheckExact(t.ptr()); }
 
-// F.linear(input, weight, bias) where neither a check of ours nor machinery of torch's must see the call. Otherwise None, and Python
-// goes through the op.
-pybind11::object python_linear_fast_path(pybind11::handle input, pybind11::handle weight, pybind11::handle bias) {
-  const bool plain = is_plain_tensor(input) && is_plain_tensor(weight) && (bias.is_none() || is_plain_tensor(bias));
+// F.linear(input, weight, bias) where neither a check of ours nor machinery of torch's must see the
+// call. Otherwise None, and Python goes through the op.
+pybind11::object python_linear_fast_path(pybind11::handle input, pybind11::handle weight,
+                                         pybind11::handle bias) {
+  const bool plain = is_plain_tensor(input) && is_plain_tensor(weight) &&
+                     (bias.is_none() || is_plain_tensor(bias));
   if (!plain || at::impl::torch_function_mode_enabled()) return pybind11::none();
   const auto b = bias.is_none() ? std::nullopt : std::optional(THPVariable_Unpack(bias.ptr()));
   const auto &x = THPVariable_Unpack(input.ptr()), &w = THPVariable_Unpack(weight.ptr());
@@ -36,7 +38,8 @@ pybind11::object python_linear_fast_path(pybind11::handle input, pybind11::handl
   return pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(std::move(out)));
 }
 
-// The op all_reduce_ and the version's bump, without the dispatcher's time, which is most of a small all-reduce's.
+// The op all_reduce_ and the version's bump, without the dispatcher's time, which is most of a
+// small all-reduce's.
 void all_reduce_without_dispatch(at::Tensor tensor, const std::string& group) {
   all_reduce_(tensor, group, "sum", "all_reduce");
   if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
@@ -55,7 +58,8 @@ void force_gemm_tuple(std::optional<GemmTuple> tuple) {
   force_gemm(Gemm{library, opmath, packed});
 }
 
-void log_write_entry(std::string op, std::string tag, std::string group, int64_t bytes, int64_t chunk, int64_t chunks) {
+void log_write_entry(std::string op, std::string tag, std::string group, int64_t bytes,
+                     int64_t chunk, int64_t chunks) {
   log_write({std::move(op), std::move(tag), std::move(group), bytes, chunk, chunks});
 }
 

@@ -1,34 +1,36 @@
 // The schema of every op. An op's implementations are registered in the files that define them:
 //
-//   op                              engine/ (CPU and CUDA)         composite/ (any device)   cpu/ and cpu/kernels/    Triton
-//   row_linear, _rms_norm,          row_linear.cpp
+//   op                              engine/ (CPU and CUDA)         composite/ (any device)   cpu/
+//   and cpu/kernels/    Triton row_linear, _rms_norm,          row_linear.cpp
 //     _backward
 //   column_linear_backward          column_linear.cpp
-//   column_linear_act                                              column_linear.cpp                                  column_linear
+//   column_linear_act                                              column_linear.cpp column_linear
 //   linear                          gemm/linear.cpp (CPU)
 //   vocab_embedding                 embedding.cpp
 //   vocab_ce                        cross_entropy.cpp
 //   vocab_linear_ce                 linear_cross_entropy.cpp
-//   vocab_ce_stats, _grad, _grad_                                  cross_entropy.cpp         cross_entropy.cpp        cross_entropy
-//   all_reduce_, all_gather         collectives.cpp
+//   vocab_ce_stats, _grad, _grad_                                  cross_entropy.cpp
+//   cross_entropy.cpp        cross_entropy all_reduce_, all_gather         collectives.cpp
 //   empty_comm_buffer               comm_buffer.cpp
-//   bias_act, gated_act,                                           activation.cpp            activation.cpp           activation
+//   bias_act, gated_act,                                           activation.cpp activation.cpp
+//   activation
 //     _backward
-//   norm, norm_backward                                            norm.cpp                  norm.cpp                 norm
-//   dropout                                                        dropout.cpp               dropout.cpp              dropout
-//   rotary                                                         rotary.cpp                rotary.cpp               rotary
+//   norm, norm_backward                                            norm.cpp norm.cpp norm dropout
+//   dropout.cpp               dropout.cpp              dropout rotary rotary.cpp rotary.cpp rotary
 //   autocast_to                                                    autocast.cpp
-//   add_bias_residual_              cuda/add_bias_residual.cu                                add_bias_residual.cpp
+//   add_bias_residual_              cuda/add_bias_residual.cu add_bias_residual.cpp
 //   open_peer_memory                cuda/peer_all_reduce.cu
 //
-// Engine ops communicate; the others do not. Triton kernels are registered by tpkernels/kernels/ for GPUs. CUDA also has
-// include/tpkernels/ (device code without torch), which cuda/peer_all_reduce.cu launches.
+// Engine ops communicate; the others do not. Triton kernels are registered by tpkernels/kernels/
+// for GPUs. CUDA also has include/tpkernels/ (device code without torch), which
+// cuda/peer_all_reduce.cu launches.
 #include <torch/library.h>
 
 TORCH_LIBRARY(tpkernels, m) {
   // Linear layers
   m.def(
-      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int chunks, "
+      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int "
+      "chunks, "
       "str tag, bool grad=False) -> Tensor");
   m.def(
       "row_linear_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
@@ -48,8 +50,7 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def("autocast_to(Tensor(a) self, ScalarType dtype) -> Tensor(a)");
 
   // Vocabulary
-  m.def(
-      "vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
+  m.def("vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
   m.def(
       "vocab_ce(Tensor logits, Tensor target, int first, int num_classes, int ignore_index, "
       "float smoothing, str group, str tag) -> (Tensor, Tensor, Tensor)");

@@ -60,11 +60,13 @@ at::Tensor apply_backward(const at::Tensor& grad, const at::Tensor& x, Activatio
   TORCH_INTERNAL_ASSERT(false);
 }
 
-at::Tensor sum_rows(const at::Tensor& t, const at::Tensor& like) { return as_rows(t).sum(0).to(like.scalar_type()); }
+at::Tensor sum_rows(const at::Tensor& t, const at::Tensor& like) {
+  return as_rows(t).sum(0).to(like.scalar_type());
+}
 
 // The unrounded gradients of the gate's and the up half's pre-activations.
-std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
-                                         Activation activation) {
+std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                         const at::Tensor& up, Activation activation) {
   const auto dy = grad.to(gate.scalar_type());
   return {apply_backward(dy * up, gate, activation), apply(gate, activation).mul_(dy)};
 }
@@ -80,14 +82,16 @@ at::Tensor bias_act(const at::Tensor& input, const Bias& bias, std::string_view 
   return apply(halves[0], activation).mul_(halves[1]).to(input.scalar_type());
 }
 
-at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const Bias& gate_bias, const Bias& up_bias,
-                     std::string_view name) {
+at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const Bias& gate_bias,
+                     const Bias& up_bias, std::string_view name) {
   BelowAutograd guard;
-  return apply(biased(gate, gate_bias), parse_activation(name).function).mul_(biased(up, up_bias)).to(gate.scalar_type());
+  return apply(biased(gate, gate_bias), parse_activation(name).function)
+      .mul_(biased(up, up_bias))
+      .to(gate.scalar_type());
 }
 
-std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input, const Bias& bias, std::string_view name,
-                                          bool bias_grad) {
+std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input,
+                                          const Bias& bias, std::string_view name, bool bias_grad) {
   BelowAutograd guard;
   const auto [activation, gated] = parse_activation(name);
   const auto x = biased(input, bias);
@@ -103,10 +107,13 @@ std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tens
   return grads;
 }
 
-std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
-                                           const Bias& gate_bias, const Bias& up_bias, std::string_view name, bool bias_grad) {
+std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                           const at::Tensor& up, const Bias& gate_bias,
+                                           const Bias& up_bias, std::string_view name,
+                                           bool bias_grad) {
   BelowAutograd guard;
-  const auto [dgate, dup] = gated_backward(grad, biased(gate, gate_bias), biased(up, up_bias), parse_activation(name).function);
+  const auto [dgate, dup] = gated_backward(grad, biased(gate, gate_bias), biased(up, up_bias),
+                                           parse_activation(name).function);
   std::vector<at::Tensor> grads{dgate.to(gate.scalar_type()), dup.to(up.scalar_type())};
   if (bias_grad) {
     grads.push_back(sum_rows(dgate, gate_bias ? *gate_bias : gate));

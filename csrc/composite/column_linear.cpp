@@ -12,13 +12,15 @@ namespace tpkernels {
 namespace {
 
 // (activation(input @ weight^T + bias), input @ weight^T or, unless `keep`, an empty tensor)
-std::tuple<at::Tensor, at::Tensor> column_linear_act(const at::Tensor& input,                // [..., K]
-                                                     const at::Tensor& weight,               // [N/n, K]
-                                                     const std::optional<at::Tensor>& bias,  // [N/n]
-                                                     std::string_view name, bool keep) {
+std::tuple<at::Tensor, at::Tensor> column_linear_act(
+    const at::Tensor& input,                // [..., K]
+    const at::Tensor& weight,               // [N/n, K]
+    const std::optional<at::Tensor>& bias,  // [N/n]
+    std::string_view name, bool keep) {
   BelowAutograd guard;
-  static auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("tpkernels::bias_act", "").typed<decltype(composite::bias_act)>();
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("tpkernels::bias_act", "")
+                       .typed<decltype(composite::bias_act)>();
   auto shape = input.sizes().vec();
   shape.back() = weight.size(0);
   const auto linear = at::mm(as_rows(input), weight.t()).view(shape);
@@ -27,6 +29,8 @@ std::tuple<at::Tensor, at::Tensor> column_linear_act(const at::Tensor& input,   
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) { m.impl("column_linear_act", &column_linear_act); }
+TORCH_LIBRARY_IMPL(tpkernels, CompositeExplicitAutograd, m) {
+  m.impl("column_linear_act", &column_linear_act);
+}
 
 }  // namespace tpkernels

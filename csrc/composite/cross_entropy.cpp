@@ -1,4 +1,5 @@
-// What each rank computes of a cross-entropy over a split vocabulary, on any device, in a few ATen calls.
+// What each rank computes of a cross-entropy over a split vocabulary, on any device, in a few ATen
+// calls.
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -37,8 +38,9 @@ at::Tensor vocab_ce_stats(const at::Tensor& logits, const at::Tensor& target, in
   return stats;
 }
 
-at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale,
-                         int64_t first, double on_target, double everywhere) {
+at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target,
+                         const at::Tensor& log_norm, const at::Tensor& scale, int64_t first,
+                         double on_target, double everywhere) {
   BelowAutograd guard;
   const auto wide = at::toOpMathType(logits.scalar_type());
   auto grad = (logits.to(wide) - log_norm.unsqueeze(1)).exp_().sub_(everywhere);
@@ -50,8 +52,8 @@ at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target, con
   return grad.mul_(factor).masked_fill_(factor == 0, 0).to(logits.scalar_type());
 }
 
-void vocab_ce_grad_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale,
-                    int64_t first, double on_target, double everywhere) {
+void vocab_ce_grad_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm,
+                    const at::Tensor& scale, int64_t first, double on_target, double everywhere) {
   const auto grad = vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere);
   BelowAutograd guard;
   logits.copy_(grad);

@@ -13,8 +13,10 @@ namespace {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor& input, const OptionalTensor& residual,
-                                                                const OptionalTensor& weight, const OptionalTensor& bias,
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor& input,
+                                                                const OptionalTensor& residual,
+                                                                const OptionalTensor& weight,
+                                                                const OptionalTensor& bias,
                                                                 double eps, bool rms) {
   BelowAutograd guard;
   const auto dtype = input.scalar_type(), wide = at::toOpMathType(dtype);
@@ -29,14 +31,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor
   auto y = h * rstd;
   if (weight) y = y * weight->to(wide);
   if (bias) y = y + bias->to(wide);
-  return {y.to(dtype), residual ? sum : at::empty({0}, input.options()), mean.flatten(), rstd.flatten()};
+  return {y.to(dtype), residual ? sum : at::empty({0}, input.options()), mean.flatten(),
+          rstd.flatten()};
 }
 
-std::vector<at::Tensor> norm_backward(const at::Tensor& grad, const OptionalTensor& grad_sum, const at::Tensor& sum,
-                                      const OptionalTensor& weight, const at::Tensor& mean, const at::Tensor& rstd, bool rms,
+std::vector<at::Tensor> norm_backward(const at::Tensor& grad, const OptionalTensor& grad_sum,
+                                      const at::Tensor& sum, const OptionalTensor& weight,
+                                      const at::Tensor& mean, const at::Tensor& rstd, bool rms,
                                       bool weight_grad, bool bias_grad) {
   BelowAutograd guard;
-  const auto dtype = sum.scalar_type(), wide = at::toOpMathType(dtype), param_dtype = weight ? weight->scalar_type() : dtype;
+  const auto dtype = sum.scalar_type(), wide = at::toOpMathType(dtype),
+             param_dtype = weight ? weight->scalar_type() : dtype;
   const auto dy = as_rows(grad).to(wide), scale = rstd.unsqueeze(1);
   auto normed = as_rows(sum).to(wide);
   if (!rms) normed = normed - mean.unsqueeze(1);

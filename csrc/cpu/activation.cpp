@@ -1,15 +1,16 @@
 // Bias + activation on CPUs.
+#include "../composite/activation.h"
+
 #include <torch/library.h>
 
-#include "../composite/activation.h"
 #include "rows.h"
 
 namespace tpkernels {
 
 namespace {
 
-// Where torch's own kernels, which call SLEEF, are faster than at::vec's functions (benchmarks/bench_fused.py): erf without
-// AVX-512, every exponential without AVX2.
+// Where torch's own kernels, which call SLEEF, are faster than at::vec's functions
+// (benchmarks/bench_fused.py): erf without AVX-512, every exponential without AVX2.
 bool composite_is_faster(std::string_view name) {
   static const auto capability = at::get_cpu_capability();
   const auto function = parse_activation(name).function;
@@ -35,17 +36,20 @@ Inputs packed(const at::Tensor& input, const OptionalTensor& bias, bool gated) {
   checked_dtype(input);
   const auto x = strided_rows(input), b = wide_vector(bias, x.size(1), input, "bias");
   if (!gated) return {x, {}, b, {}};
-  TORCH_CHECK_VALUE(x.size(1) % 2 == 0, "a gated activation splits the last dimension in two, got size ", x.size(1));
+  TORCH_CHECK_VALUE(x.size(1) % 2 == 0,
+                    "a gated activation splits the last dimension in two, got size ", x.size(1));
   const int64_t half = x.size(1) / 2;
   Inputs in{x.narrow(1, 0, half), x.narrow(1, half, half), {}, {}};
   if (b.defined()) in.gate_bias = b.narrow(0, 0, half), in.up_bias = b.narrow(0, half, half);
   return in;
 }
 
-Inputs separate(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias) {
+Inputs separate(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias,
+                const OptionalTensor& up_bias) {
   const int64_t columns = gate.size(-1);
   return {strided_rows(gate), matching_rows(up, gate.sizes(), checked_dtype(gate), "up"),
-          wide_vector(gate_bias, columns, gate, "gate_bias"), wide_vector(up_bias, columns, gate, "up_bias")};
+          wide_vector(gate_bias, columns, gate, "gate_bias"),
+          wide_vector(up_bias, columns, gate, "up_bias")};
 }
 
 at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activation) {
@@ -60,8 +64,8 @@ at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activat
 }
 
 // Writes the gradients; gives the biases' in one vector, undefined unless asked for.
-at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& gate_grad, const at::Tensor& up_grad,
-                    Activation activation, bool bias_grad) {
+at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& gate_grad,
+                    const at::Tensor& up_grad, Activation activation, bool bias_grad) {
   auto args = in.args(activation);
   args.out = rows_at(grad);
   args.gate_grad = rows_at(gate_grad);
@@ -69,8 +73,9 @@ at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& 
   const int64_t rows = grad.size(0), columns = grad.size(1);
   const auto kernel = TPKERNELS_KERNEL(activation_backward);
   if (bias_grad)
-    return sum_over_rows(rows, columns, columns * (up_grad.defined() ? 2 : 1), wide_options(grad),
-                         [&](int64_t row, int64_t last, void* sums) { kernel(args, row, last, sums); });
+    return sum_over_rows(
+        rows, columns, columns * (up_grad.defined() ? 2 : 1), wide_options(grad),
+        [&](int64_t row, int64_t last, void* sums) { kernel(args, row, last, sums); });
   for_rows(rows, columns, [&](int64_t row, int64_t last) { kernel(args, row, last, nullptr); });
   return {};
 }
@@ -82,17 +87,20 @@ at::Tensor bias_act(const at::Tensor& input, const OptionalTensor& bias, std::st
   return forward(packed(input, bias, gated), input.sizes().slice(0, input.dim() - 1), activation);
 }
 
-at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias, const OptionalTensor& up_bias,
-                     std::string_view name) {
+at::Tensor gated_act(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias,
+                     const OptionalTensor& up_bias, std::string_view name) {
   BelowAutograd guard;
   if (composite_is_faster(name)) return composite::gated_act(gate, up, gate_bias, up_bias, name);
-  return forward(separate(gate, up, gate_bias, up_bias), gate.sizes().slice(0, gate.dim() - 1), parse_activation(name).function);
+  return forward(separate(gate, up, gate_bias, up_bias), gate.sizes().slice(0, gate.dim() - 1),
+                 parse_activation(name).function);
 }
 
-std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input, const OptionalTensor& bias,
-                                          std::string_view name, bool bias_grad) {
+std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tensor& input,
+                                          const OptionalTensor& bias, std::string_view name,
+                                          bool bias_grad) {
   BelowAutograd guard;
-  if (composite_is_faster(name)) return composite::bias_act_backward(grad, input, bias, name, bias_grad);
+  if (composite_is_faster(name))
+    return composite::bias_act_backward(grad, input, bias, name, bias_grad);
   const auto [activation, gated] = parse_activation(name);
   const auto in = packed(input, bias, gated);
   auto shape = input.sizes().vec();
@@ -100,18 +108,21 @@ std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tens
   const auto dy = matching_rows(grad, shape, in.gate.scalar_type(), "grad");
   const int64_t width = input.size(-1);
   const auto dx = at::empty({dy.size(0), width}, input.options());
-  const auto sums = backward(in, dy, dx.narrow(1, 0, shape.back()), gated ? dx.narrow(1, shape.back(), shape.back()) : at::Tensor(),
+  const auto sums = backward(in, dy, dx.narrow(1, 0, shape.back()),
+                             gated ? dx.narrow(1, shape.back(), shape.back()) : at::Tensor(),
                              activation, bias_grad);
   std::vector<at::Tensor> grads{dx.view(input.sizes())};
   if (bias_grad) grads.push_back(sums.to((bias ? *bias : input).scalar_type()));
   return grads;
 }
 
-std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate, const at::Tensor& up,
-                                           const OptionalTensor& gate_bias, const OptionalTensor& up_bias, std::string_view name,
+std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                           const at::Tensor& up, const OptionalTensor& gate_bias,
+                                           const OptionalTensor& up_bias, std::string_view name,
                                            bool bias_grad) {
   BelowAutograd guard;
-  if (composite_is_faster(name)) return composite::gated_act_backward(grad, gate, up, gate_bias, up_bias, name, bias_grad);
+  if (composite_is_faster(name))
+    return composite::gated_act_backward(grad, gate, up, gate_bias, up_bias, name, bias_grad);
   const auto in = separate(gate, up, gate_bias, up_bias);
   const auto dy = matching_rows(grad, gate.sizes(), gate.scalar_type(), "grad");
   const int64_t columns = dy.size(1);
@@ -119,8 +130,10 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
   const auto sums = backward(in, dy, dgate, dup, parse_activation(name).function, bias_grad);
   std::vector<at::Tensor> grads{dgate.view(gate.sizes()), dup.view(gate.sizes())};
   if (bias_grad) {
-    grads.push_back(sums.narrow(0, 0, columns).to((gate_bias ? *gate_bias : gate).scalar_type(), false, /*copy=*/true));
-    grads.push_back(sums.narrow(0, columns, columns).to((up_bias ? *up_bias : up).scalar_type(), false, /*copy=*/true));
+    grads.push_back(sums.narrow(0, 0, columns)
+                        .to((gate_bias ? *gate_bias : gate).scalar_type(), false, /*copy=*/true));
+    grads.push_back(sums.narrow(0, columns, columns)
+                        .to((up_bias ? *up_bias : up).scalar_type(), false, /*copy=*/true));
   }
   return grads;
 }

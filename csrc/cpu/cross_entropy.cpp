@@ -9,7 +9,8 @@ namespace {
 
 // Contiguous int64 columns of this rank's logits
 at::Tensor local_target(const at::Tensor& target, int64_t first, int64_t rows) {
-  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows, "target must be of shape [", rows, "], got ", target.sizes());
+  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows, "target must be of shape [", rows,
+                    "], got ", target.sizes());
   return target.to(at::kLong).sub(first);
 }
 
@@ -18,28 +19,34 @@ at::Tensor vocab_ce_stats(const at::Tensor& logits, const at::Tensor& target, in
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be of shape [M, V], got ", logits.sizes());
   const auto z = strided_rows(logits);
   const int64_t rows = z.size(0), columns = z.size(1);
-  const auto column = local_target(target, first, rows), stats = at::empty({4, rows}, wide_options(logits));
-  const CrossEntropyArgs args{checked_dtype(logits), columns, rows_at(z), column.const_data_ptr<int64_t>()};
+  const auto column = local_target(target, first, rows),
+             stats = at::empty({4, rows}, wide_options(logits));
+  const CrossEntropyArgs args{checked_dtype(logits), columns, rows_at(z),
+                              column.const_data_ptr<int64_t>()};
   const auto kernel = TPKERNELS_KERNEL(cross_entropy_stats);
   for_rows(rows, std::max<int64_t>(columns, 1),
            [&](int64_t row, int64_t last) { kernel(args, row, last, rows, stats.data_ptr()); });
   return stats;
 }
 
-void grad_into(const at::Tensor& out, const at::Tensor& z, const at::Tensor& target, const at::Tensor& log_norm,
-               const at::Tensor& scale, int64_t first, double on_target, double everywhere) {
+void grad_into(const at::Tensor& out, const at::Tensor& z, const at::Tensor& target,
+               const at::Tensor& log_norm, const at::Tensor& scale, int64_t first, double on_target,
+               double everywhere) {
   const int64_t rows = z.size(0), columns = z.size(1);
   const auto column = local_target(target, first, rows);
-  const auto norm = wide_vector(log_norm, rows, z, "log_norm"), factor = wide_vector(scale, rows, z, "scale");
-  const CrossEntropyArgs args{checked_dtype(z), columns, rows_at(z), column.const_data_ptr<int64_t>()};
+  const auto norm = wide_vector(log_norm, rows, z, "log_norm"),
+             factor = wide_vector(scale, rows, z, "scale");
+  const CrossEntropyArgs args{checked_dtype(z), columns, rows_at(z),
+                              column.const_data_ptr<int64_t>()};
   const auto kernel = TPKERNELS_KERNEL(cross_entropy_grad);
   for_rows(rows, columns, [&](int64_t row, int64_t last) {
     kernel(args, row, last, data_of(norm), data_of(factor), on_target, everywhere, rows_at(out));
   });
 }
 
-at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale,
-                         int64_t first, double on_target, double everywhere) {
+at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target,
+                         const at::Tensor& log_norm, const at::Tensor& scale, int64_t first,
+                         double on_target, double everywhere) {
   BelowAutograd guard;
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be of shape [M, V], got ", logits.sizes());
   const auto out = at::empty(logits.sizes(), logits.options());
@@ -47,8 +54,8 @@ at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target, con
   return out;
 }
 
-void vocab_ce_grad_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm, const at::Tensor& scale,
-                    int64_t first, double on_target, double everywhere) {
+void vocab_ce_grad_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm,
+                    const at::Tensor& scale, int64_t first, double on_target, double everywhere) {
   BelowAutograd guard;
   TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be of shape [M, V], got ", logits.sizes());
   const auto rows = strided_rows(logits);

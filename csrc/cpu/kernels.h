@@ -1,6 +1,7 @@
-// The vectorised kernels. Each file of kernels/ is compiled once for each instruction set, into that set's namespace (setup.py);
-// what is called is the best one of the machine, or ATEN_CPU_CAPABILITY's. Here are only declarations and plain data: whatever a
-// kernel file emits outside its namespace could be linked into code for lesser machines.
+// The vectorised kernels. Each file of kernels/ is compiled once for each instruction set, into
+// that set's namespace (setup.py); what is called is the best one of the machine, or
+// ATEN_CPU_CAPABILITY's. Here are only declarations and plain data: whatever a kernel file emits
+// outside its namespace could be linked into code for lesser machines.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -22,7 +23,7 @@ struct ActivationArgs {
   c10::ScalarType dtype;
   Activation activation;
   int64_t columns;
-  Rows gate, up;                    // pre-activations without bias; activation(gate) * up where there is an up
+  Rows gate, up;  // pre-activations without bias; activation(gate) * up where there is an up
   const void *gate_bias, *up_bias;  // wide [columns]
   Rows out;                         // or its gradient, going backward
   Rows gate_grad, up_grad;
@@ -77,7 +78,8 @@ struct RotaryArgs {
 
 enum class Reduction : uint8_t { sum, mean, min, max };
 
-// Parts of the same shape, summed (or another reduction) in their order, in the wide dtype, and rounded once.
+// Parts of the same shape, summed (or another reduction) in their order, in the wide dtype, and
+// rounded once.
 struct ReduceArgs {
   c10::ScalarType dtype;
   Reduction reduction;
@@ -89,24 +91,28 @@ struct ReduceArgs {
   Rows residual;
 };
 
-#define TPKERNELS_KERNELS                                                                                               \
-  void activation_forward(const ActivationArgs&, int64_t row, int64_t last);                                            \
-  /* adds the gradients of the rows to bias_grad, wide [columns of the gate, then of the up half], where it is given */ \
-  void activation_backward(const ActivationArgs&, int64_t row, int64_t last, void* bias_grad);                          \
-  void norm_forward(const NormArgs&, int64_t row, int64_t last);                                                        \
-  /* adds to param_grads, wide [2, columns]: the weight's gradient, the bias' */                                        \
-  void norm_backward(const NormBackwardArgs&, int64_t row, int64_t last, void* param_grads);                            \
-  /* stats: wide [4, rows] */                                                                                           \
-  void cross_entropy_stats(const CrossEntropyArgs&, int64_t row, int64_t last, int64_t rows, void* stats);              \
-  void cross_entropy_grad(const CrossEntropyArgs&, int64_t row, int64_t last, const void* log_norm, const void* scale,  \
-                          double on_target, double everywhere, Rows grad);                                              \
-  void dropout(const DropoutArgs&, int64_t row, int64_t last);                                                          \
-  /* steps of the batches: batch * steps + step */                                                                      \
-  void rotary(const RotaryArgs&, int64_t step, int64_t last);                                                           \
-  /* of elements [begin, end); also of integers, but for their mean */                                                  \
-  void reduce_parts(const ReduceArgs&, int64_t begin, int64_t end);                                                     \
-  void sum_rows(const ReduceArgs&, int64_t row, int64_t last);                                                          \
-  void add_bias_residual(c10::ScalarType, int64_t columns, Rows self, const void* bias, Rows residual, int64_t row, int64_t last);
+#define TPKERNELS_KERNELS                                                                          \
+  void activation_forward(const ActivationArgs&, int64_t row, int64_t last);                       \
+  /* adds the gradients of the rows to bias_grad, wide [columns of the gate, then of the up half], \
+   * where it is given */                                                                          \
+  void activation_backward(const ActivationArgs&, int64_t row, int64_t last, void* bias_grad);     \
+  void norm_forward(const NormArgs&, int64_t row, int64_t last);                                   \
+  /* adds to param_grads, wide [2, columns]: the weight's gradient, the bias' */                   \
+  void norm_backward(const NormBackwardArgs&, int64_t row, int64_t last, void* param_grads);       \
+  /* stats: wide [4, rows] */                                                                      \
+  void cross_entropy_stats(const CrossEntropyArgs&, int64_t row, int64_t last, int64_t rows,       \
+                           void* stats);                                                           \
+  void cross_entropy_grad(const CrossEntropyArgs&, int64_t row, int64_t last,                      \
+                          const void* log_norm, const void* scale, double on_target,               \
+                          double everywhere, Rows grad);                                           \
+  void dropout(const DropoutArgs&, int64_t row, int64_t last);                                     \
+  /* steps of the batches: batch * steps + step */                                                 \
+  void rotary(const RotaryArgs&, int64_t step, int64_t last);                                      \
+  /* of elements [begin, end); also of integers, but for their mean */                             \
+  void reduce_parts(const ReduceArgs&, int64_t begin, int64_t end);                                \
+  void sum_rows(const ReduceArgs&, int64_t row, int64_t last);                                     \
+  void add_bias_residual(c10::ScalarType, int64_t columns, Rows self, const void* bias,            \
+                         Rows residual, int64_t row, int64_t last);
 
 #ifdef CPU_CAPABILITY
 namespace CPU_CAPABILITY {

@@ -29,12 +29,14 @@ Function* best_of(Function* basic, Function* avx2, Function* avx512) {
 
 inline c10::ScalarType checked_dtype(const at::Tensor& t) {
   const auto dtype = t.scalar_type();
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && c10::elementSize(dtype) > 1, "expected float16, bfloat16, float32 or float64, got ",
-                   dtype);
+  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && c10::elementSize(dtype) > 1,
+                   "expected float16, bfloat16, float32 or float64, got ", dtype);
   return dtype;
 }
 
-inline at::TensorOptions wide_options(const at::Tensor& t) { return t.options().dtype(at::toOpMathType(t.scalar_type())); }
+inline at::TensorOptions wide_options(const at::Tensor& t) {
+  return t.options().dtype(at::toOpMathType(t.scalar_type()));
+}
 
 // [M, N] with contiguous rows: a view where the strides allow.
 inline at::Tensor strided_rows(const at::Tensor& t) {
@@ -43,7 +45,8 @@ inline at::Tensor strided_rows(const at::Tensor& t) {
 }
 
 // The same, of what must match `like`, rows of `shape`.
-inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10::ScalarType dtype, const char* name) {
+inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10::ScalarType dtype,
+                                const char* name) {
   TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be of shape ", shape, ", got ", t.sizes());
   return strided_rows(t.to(dtype));
 }
@@ -51,9 +54,11 @@ inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10:
 inline Rows rows_at(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
 
 // [size] in the arithmetic's dtype; undefined if there is none
-inline at::Tensor wide_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like, const char* name) {
+inline at::Tensor wide_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like,
+                              const char* name) {
   if (!t) return {};
-  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, name, " must be of shape [", size, "], got ", t->sizes());
+  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, name, " must be of shape [", size,
+                    "], got ", t->sizes());
   return t->to(at::toOpMathType(like.scalar_type())).contiguous();
 }
 
@@ -67,15 +72,17 @@ void for_rows(int64_t rows, int64_t columns, const F& f) {
   if (columns > 0) at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / columns), f);
 }
 
-// f(row, last, sums) for blocks of rows, each with its own `sums` [width] to add to; then the sum over the blocks. Which rows make
-// a block depends on no number of threads, nor do the bits.
+// f(row, last, sums) for blocks of rows, each with its own `sums` [width] to add to; then the sum
+// over the blocks. Which rows make a block depends on no number of threads, nor do the bits.
 template <typename F>
-at::Tensor sum_over_rows(int64_t rows, int64_t columns, int64_t width, const at::TensorOptions& options, const F& f) {
+at::Tensor sum_over_rows(int64_t rows, int64_t columns, int64_t width,
+                         const at::TensorOptions& options, const F& f) {
   constexpr int64_t BLOCK = 32;  // few: each element of `sums` is a plain running sum
   auto sums = at::zeros({(rows + BLOCK - 1) / BLOCK, width}, options);
   for_rows(sums.size(0), columns * BLOCK, [&](int64_t i, int64_t last) {
     for (; i < last; i++)
-      f(i * BLOCK, std::min(rows, (i + 1) * BLOCK), static_cast<char*>(sums.data_ptr()) + i * width * sums.element_size());
+      f(i * BLOCK, std::min(rows, (i + 1) * BLOCK),
+        static_cast<char*>(sums.data_ptr()) + i * width * sums.element_size());
   });
   return sums.sum(0);
 }

@@ -10,17 +10,27 @@
 namespace tpkernels {
 
 // self [rows, N], bias [N], residual [rows, N]
-static void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias, const at::Tensor& residual) {
+static void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias,
+                               const at::Tensor& residual) {
   const c10::cuda::CUDAGuard guard(self.device());
-  auto iterator = at::TensorIteratorConfig().add_output(self).add_input(self).add_input(bias).add_input(residual).build();
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, self.scalar_type(), "add_bias_residual_", [&] {
-    using wide = at::opmath_type<scalar_t>;
-    at::native::gpu_kernel(iterator, [] GPU_LAMBDA(scalar_t y, scalar_t b, scalar_t r) -> scalar_t {
-      return static_cast<wide>(y) + static_cast<wide>(b) + static_cast<wide>(r);
-    });
-  });
+  auto iterator = at::TensorIteratorConfig()
+                      .add_output(self)
+                      .add_input(self)
+                      .add_input(bias)
+                      .add_input(residual)
+                      .build();
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, self.scalar_type(), "add_bias_residual_", [&] {
+        using wide = at::opmath_type<scalar_t>;
+        at::native::gpu_kernel(
+            iterator, [] GPU_LAMBDA(scalar_t y, scalar_t b, scalar_t r) -> scalar_t {
+              return static_cast<wide>(y) + static_cast<wide>(b) + static_cast<wide>(r);
+            });
+      });
 }
 
 }  // namespace tpkernels
 
-TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) { m.impl("add_bias_residual_", &tpkernels::add_bias_residual_); }
+TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) {
+  m.impl("add_bias_residual_", &tpkernels::add_bias_residual_);
+}

@@ -1,4 +1,5 @@
-// The all-reduce kernels of include/tpkernels over buffers that Python rendezvoused through torch's symmetric memory.
+// The all-reduce kernels of include/tpkernels over buffers that Python rendezvoused through torch's
+// symmetric memory.
 #include <ATen/cuda/CUDAContext.h>
 #include <ATen/cuda/CUDAEvent.h>
 #include <ATen/ops/zeros.h>
@@ -24,14 +25,17 @@ T* pointer(const at::Tensor& tensor) {
 
 template <typename T, int kRanks, bool kNorm>
 auto kernel_of(bool one, bool multicast) {
-  return one ? one_shot<T, kRanks, kNorm> : multicast ? two_shot_multimem<T, kRanks, kNorm> : two_shot<T, kRanks, kNorm>;
+  return one         ? one_shot<T, kRanks, kNorm>
+         : multicast ? two_shot_multimem<T, kRanks, kNorm>
+                     : two_shot<T, kRanks, kNorm>;
 }
 
 template <typename T, int kRanks>
 void launch(const Arguments<T>& arguments, bool one, cudaStream_t stream) {
   const bool norm = arguments.normed != nullptr, multicast = arguments.multicast != nullptr;
   const int grid = grid_size(arguments.rows, arguments.columns, sizeof(T), norm);
-  const auto kernel = norm ? kernel_of<T, kRanks, true>(one, multicast) : kernel_of<T, kRanks, false>(one, multicast);
+  const auto kernel = norm ? kernel_of<T, kRanks, true>(one, multicast)
+                           : kernel_of<T, kRanks, false>(one, multicast);
   kernel<<<grid, kThreads, 0, stream>>>(arguments);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
@@ -56,8 +60,8 @@ void launch(const Arguments<T>& arguments, int size, bool one, cudaStream_t stre
 
 class SymmetricMemory : public PeerAllReduce {
  public:
-  SymmetricMemory(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank, int64_t size, int64_t half_bytes,
-                  int64_t one_shot_bytes)
+  SymmetricMemory(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank, int64_t size,
+                  int64_t half_bytes, int64_t one_shot_bytes)
       : buffer_(std::move(buffer)),
         epochs_(at::zeros({kMaxBlocks}, buffer_.options().dtype(at::kLong))),
         peers_(reinterpret_cast<char* const*>(peers)),
@@ -73,19 +77,22 @@ class SymmetricMemory : public PeerAllReduce {
 
   bool supports(const at::Tensor& buffer) const override {
     const auto dtype = buffer.scalar_type();
-    return buffer.is_cuda() && (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) &&
+    return buffer.is_cuda() &&
+           (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) &&
            bytes_of(buffer) <= half_bytes_;
   }
 
   bool fuses_norm() const override { return true; }
 
-  void all_reduce(StagedTerm staged, const at::Tensor& /*out: in place*/, const Epilogue& epilogue) override {
+  void all_reduce(StagedTerm staged, const at::Tensor& /*out: in place*/,
+                  const Epilogue& epilogue) override {
     const auto& buffer = staged.term;
     const c10::cuda::CUDAGuard guard(buffer.device());
     const auto stream = at::cuda::getCurrentCUDAStream();
-    // Launches follow one another, whatever streams they are on. A graph's capture begins after all earlier work, by torch's own
-    // doing.
-    if (stream != stream_ && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
+    // Launches follow one another, whatever streams they are on. A graph's capture begins after all
+    // earlier work, by torch's own doing.
+    if (stream != stream_ &&
+        c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None) {
       at::cuda::CUDAEvent launched;
       launched.record(stream_);
       launched.block(stream);
@@ -103,7 +110,8 @@ class SymmetricMemory : public PeerAllReduce {
 
  private:
   static int64_t bytes_of(const at::Tensor& buffer) {
-    return tpkernels::half_bytes(buffer.size(0), buffer.size(1), static_cast<int>(buffer.element_size()));
+    return tpkernels::half_bytes(buffer.size(0), buffer.size(1),
+                                 static_cast<int>(buffer.element_size()));
   }
 
   template <typename T>
@@ -134,17 +142,23 @@ class SymmetricMemory : public PeerAllReduce {
   c10::cuda::CUDAStream stream_;  // of the last launch
 };
 
-// `buffer`: this rank's symmetric buffer, zeroed on all ranks; `peers`: the ranks' addresses of theirs, an array in device memory.
-void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_t peers, int64_t multicast, int64_t rank,
-                      int64_t size, int64_t half_bytes, int64_t one_shot_bytes) {
-  TORCH_CHECK(size >= 2 && size <= kMaxRanks, "peer memory is for 2 to ", kMaxRanks, " ranks, got ", size);
-  TORCH_CHECK(static_cast<size_t>(buffer.nbytes()) >= buffer_bytes(half_bytes), "the buffer has ", buffer.nbytes(),
-              " bytes, two halves of ", half_bytes, " and flags need ", buffer_bytes(half_bytes));
-  TORCH_CHECK(half_bytes % kVectorBytes == 0, "half_bytes must be a multiple of ", kVectorBytes, ", got ", half_bytes);
+// `buffer`: this rank's symmetric buffer, zeroed on all ranks; `peers`: the ranks' addresses of
+// theirs, an array in device memory.
+void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_t peers,
+                      int64_t multicast, int64_t rank, int64_t size, int64_t half_bytes,
+                      int64_t one_shot_bytes) {
+  TORCH_CHECK(size >= 2 && size <= kMaxRanks, "peer memory is for 2 to ", kMaxRanks, " ranks, got ",
+              size);
+  TORCH_CHECK(static_cast<size_t>(buffer.nbytes()) >= buffer_bytes(half_bytes), "the buffer has ",
+              buffer.nbytes(), " bytes, two halves of ", half_bytes, " and flags need ",
+              buffer_bytes(half_bytes));
+  TORCH_CHECK(half_bytes % kVectorBytes == 0, "half_bytes must be a multiple of ", kVectorBytes,
+              ", got ", half_bytes);
   TORCH_CHECK(multicast == 0 || at::cuda::getDeviceProperties(buffer.device().index())->major >= 9,
               "multimem needs sm_90 or newer");
   const c10::cuda::CUDAGuard guard(buffer.device());
-  set_peer_all_reduce(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size, half_bytes, one_shot_bytes));
+  set_peer_all_reduce(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size,
+                                                               half_bytes, one_shot_bytes));
 }
 
 }  // namespace

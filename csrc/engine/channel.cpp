@@ -14,7 +14,8 @@
 
 namespace tpkernels {
 
-Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_, const char* pipeline_)
+Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks_,
+                 const char* pipeline_)
     : group(c10d::resolve_process_group(group_name)),
       name(group_name),
       tag(std::move(tag_)),
@@ -25,7 +26,8 @@ Channel::Channel(const std::string& group_name, std::string tag_, int64_t chunks
 }
 
 bool Channel::has_fast_path(const at::Tensor& buffer) const {
-  return peers && chunks == 1 && buffer.numel() && peers->supports(buffer);  // mutant:channel.supports
+  return peers && chunks == 1 && buffer.numel() &&
+         peers->supports(buffer);  // mutant:channel.supports
 }
 
 std::string Channel::wait_name(int64_t chunk) const {
@@ -38,8 +40,8 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
   if (!debug || std::string_view(debug) != "1") return;
   constexpr int64_t width = 256;
   std::ostringstream text;
-  text << op << " for " << tag << " of " << buffer.sizes() << " " << buffer.scalar_type() << ", chunk " << chunk << " of "
-       << chunks;
+  text << op << " for " << tag << " of " << buffer.sizes() << " " << buffer.scalar_type()
+       << ", chunk " << chunk << " of " << chunks;
   auto own = at::zeros({width}, at::kByte);
   std::strncpy(static_cast<char*>(own.data_ptr()), text.str().c_str(), width - 1);
   auto sent = empty_comm_buffer({width}, own.options().device(buffer.device())).copy_(own);
@@ -54,12 +56,16 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
     same = same && std::strcmp(theirs, first) == 0;
     report << "\n  rank " << rank << ": " << theirs;
   }
-  TORCH_CHECK(same, "the ranks of group ", name, " are about to run different collectives:", report.str());
+  TORCH_CHECK(same, "the ranks of group ", name,
+              " are about to run different collectives:", report.str());
 }
 
-void Channel::all_reduce_fast_path(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) const {
+void Channel::all_reduce_fast_path(StagedTerm staged, const at::Tensor& out,
+                                   const Epilogue& epilogue) const {
   check_agreement("all_reduce", out, 0);
-  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});  // mutant:channel.log
+  if (log_enabled())
+    log_write(
+        {"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});  // mutant:channel.log
   const auto launch = range("all_reduce");
   peers->all_reduce(std::move(staged), out, epilogue);  // mutant:channel.peers
 }
@@ -73,11 +79,13 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
   }
   check_agreement("all_reduce", buffer, chunk);
   if (buffer.numel() == 0) return {};
-  if (log_enabled()) log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
+  if (log_enabled())
+    log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
   c10d::AllreduceOptions options;
   options.reduceOp = std::move(op);
-  // NCCL runs a synchronous all-reduce on the compute stream, where nothing can overlap it. On the shm transport a single chunk's
-  // caller waits for it at once, so that no other thread need carry it.
+  // NCCL runs a synchronous all-reduce on the compute stream, where nothing can overlap it. On the
+  // shm transport a single chunk's caller waits for it at once, so that no other thread need carry
+  // it.
   options.asyncOp = !(synchronous() && chunks == 1);  // mutant:channel.sum_async
   std::vector<at::Tensor> tensors{buffer};
   const auto launch = range("all_reduce", chunk);
@@ -88,7 +96,8 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
 Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) const {
   check_agreement("all_gather", shard, 0);
   if (out.numel() == 0) return {};
-  if (log_enabled()) log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
+  if (log_enabled())
+    log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
   c10d::AllgatherOptions options;
   options.asyncOp = !synchronous();  // mutant:channel.gather_async
   auto flat_out = out.view({-1}), flat_shard = shard.view({-1});

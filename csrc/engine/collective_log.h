@@ -1,4 +1,5 @@
-// The log of collectives behind tpk.collective_log: which op ran for which tag, how many bytes, which chunk.
+// The log of collectives behind tpk.collective_log: which op ran for which tag, how many bytes,
+// which chunk.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ struct LoggedCollective {
   int64_t bytes, chunk, chunks;
 };
 
-// The log is off until started. Fake kernels write to it too, so that a traced model's volumes can be counted.
+// The log is off until started. Fake kernels write to it too, so that a traced model's volumes can
+// be counted.
 void log_start();
 std::vector<LoggedCollective> log_stop();
 bool log_enabled();

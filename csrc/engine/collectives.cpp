@@ -8,7 +8,8 @@
 
 namespace tpkernels {
 
-void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op, const std::string& tag) {
+void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op,
+                 const std::string& tag) {
   BelowAutograd guard;
   TORCH_CHECK_VALUE(op == "sum" || op == "max", "op must be 'sum' or 'max', got '", op, "'");
   const auto reduce_op = op == "sum" ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX;

@@ -8,6 +8,7 @@
 namespace tpkernels {
 
 // Sum (`op` "sum") or maximum ("max") over the group, in place.
-void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op, const std::string& tag);
+void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op,
+                 const std::string& tag);
 
 }  // namespace tpkernels

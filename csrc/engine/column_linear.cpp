@@ -1,5 +1,6 @@
-// The backward of column-parallel linear layers that read one input. The input's gradient is summed over the ranks in chunks of rows,
-// each chunk's all-reduce under the next chunk's GEMM and the weights' gradients. The forward needs no communication.
+// The backward of column-parallel linear layers that read one input. The input's gradient is summed
+// over the ranks in chunks of rows, each chunk's all-reduce under the next chunk's GEMM and the
+// weights' gradients. The forward needs no communication.
 #include <ATen/core/List.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
@@ -15,14 +16,17 @@ namespace tpkernels {
 namespace {
 
 // dx [M, K]: its chunks' all-reduces, still in flight.
-std::vector<Pending> start_input_gradient(LinearGradients& gradients, const at::Tensor& dx, const std::string& group,
-                                          int64_t chunks, const std::string& tag) {
+std::vector<Pending> start_input_gradient(LinearGradients& gradients, const at::Tensor& dx,
+                                          const std::string& group, int64_t chunks,
+                                          const std::string& tag) {
   const auto bounds = chunk_bounds(dx.size(0), chunks, dx.size(1) * dx.element_size());
   const size_t count = bounds.size() - 1;
   const Channel channel(group, tag, count, "column");
   std::vector<Pending> pending;
   if (channel.has_fast_path(dx)) {
-    all_reduce_fast_path(channel, dx, {}, [&](at::Tensor& term, int64_t begin) { gradients.input_out(term, begin); });
+    all_reduce_fast_path(channel, dx, {}, [&](at::Tensor& term, int64_t begin) {
+      gradients.input_out(term, begin);
+    });
     return pending;
   }
   pending.reserve(count);
@@ -39,14 +43,15 @@ std::vector<Pending> start_input_gradient(LinearGradients& gradients, const at::
 
 }  // namespace
 
-// The gradients of y_i = input @ weight_i^T + bias_i for layers i: first the sum over ranks and layers of grad_output_i @ weight_i if
-// `input_grad`, then the weights' gradients asked for, then the biases'. `input` is needed for a weight's gradient, `weights` for the
-// input's.
-std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs,             // [..., N_i/n]
+// The gradients of y_i = input @ weight_i^T + bias_i for layers i: first the sum over ranks and
+// layers of grad_output_i @ weight_i if `input_grad`, then the weights' gradients asked for, then
+// the biases'. `input` is needed for a weight's gradient, `weights` for the input's.
+std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs,  // [..., N_i/n]
                                                const std::optional<at::Tensor>& input,  // [..., K]
-                                               at::TensorList weights,                  // [N_i/n, K]
-                                               bool input_grad, c10::List<bool> weight_grad, c10::List<bool> bias_grad,
-                                               const std::string& group, int64_t chunks, const std::string& tag) {
+                                               at::TensorList weights,  // [N_i/n, K]
+                                               bool input_grad, c10::List<bool> weight_grad,
+                                               c10::List<bool> bias_grad, const std::string& group,
+                                               int64_t chunks, const std::string& tag) {
   BelowAutograd guard;
   std::vector<at::Tensor> dys, grads;
   for (const auto& dy : grad_outputs) dys.push_back(as_rows(dy));
@@ -72,7 +77,9 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs,     
   return grads;
 }
 
-static void register_column_linear(torch::Library& m) { m.impl("column_linear_backward", &column_linear_backward); }
+static void register_column_linear(torch::Library& m) {
+  m.impl("column_linear_backward", &column_linear_backward);
+}
 
 TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { register_column_linear(m); }
 TORCH_LIBRARY_IMPL(tpkernels, CUDA, m) { register_column_linear(m); }

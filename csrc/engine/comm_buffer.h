@@ -5,7 +5,8 @@
 
 namespace tpkernels {
 
-// Every buffer that a collective touches is allocated here, so that a registered memory pool can take this function's place.
+// Every buffer that a collective touches is allocated here, so that a registered memory pool can
+// take this function's place.
 at::Tensor empty_comm_buffer(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 }  // namespace tpkernels

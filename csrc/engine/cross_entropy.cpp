@@ -22,9 +22,11 @@ at::Tensor local_stats(const at::Tensor& logits, const at::Tensor& target, int64
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_ce(const at::Tensor& logits, const at::Tensor& target, int64_t first,
-                                                        int64_t num_classes, int64_t ignore_index, double smoothing,
-                                                        const std::string& group, const std::string& tag) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_ce(const at::Tensor& logits,
+                                                        const at::Tensor& target, int64_t first,
+                                                        int64_t num_classes, int64_t ignore_index,
+                                                        double smoothing, const std::string& group,
+                                                        const std::string& tag) {
   BelowAutograd guard;
   const int64_t rows = logits.size(0), width = logits.size(1);
   const Channel channel(group, tag);
@@ -34,8 +36,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_ce(const at::Tensor& logits
   auto maxima = empty_comm_buffer({rows + 2}, stats.options());
   maxima.narrow(0, 0, rows).copy_(local_max);  // mutant:loss.maxima
   maxima[rows].fill_(width);
-  maxima[rows + 1].fill_(-width);                                 // mutant:loss.width
-  channel.all_reduce(maxima, 0, c10d::ReduceOp::MAX).wait();      // mutant:loss.max
+  maxima[rows + 1].fill_(-width);                             // mutant:loss.width
+  channel.all_reduce(maxima, 0, c10d::ReduceOp::MAX).wait();  // mutant:loss.max
   const auto max = maxima.narrow(0, 0, rows);
 
   auto sums = empty_comm_buffer({smoothing != 0 ? 3 : 2, rows}, stats.options());

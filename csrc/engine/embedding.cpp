@@ -8,8 +8,8 @@
 
 namespace tpkernels {
 
-// Embeddings [..., D] of all ids. This rank holds rows first .. first + V/n of the table. Ids of other ranks' rows add zeros to the
-// sum over the ranks.
+// Embeddings [..., D] of all ids. This rank holds rows first .. first + V/n of the table. Ids of
+// other ranks' rows add zeros to the sum over the ranks.
 at::Tensor vocab_embedding(const at::Tensor& ids,     // [...]
                            const at::Tensor& weight,  // [V/n, D]
                            int64_t first, const std::string& group, const std::string& tag) {

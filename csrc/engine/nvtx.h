@@ -1,5 +1,6 @@
-// NVTX ranges in a domain of their own, "tpkernels", for Nsight Systems and whatever else listens. Where no tool is attached, or
-// the build had no nvtx3 headers, a range is one branch and its name is not built.
+// NVTX ranges in a domain of their own, "tpkernels", for Nsight Systems and whatever else listens.
+// Where no tool is attached, or the build had no nvtx3 headers, a range is one branch and its name
+// is not built.
 #pragma once
 
 #if __has_include(<nvtx3/nvToolsExt.h>)
@@ -13,14 +14,21 @@
 namespace tpkernels {
 
 // "row[3/8] gemm" for chunk 2 of 8, "loss all_reduce" where chunks is 0.
-inline std::string range_name(std::string_view of, std::string_view step, int64_t chunk = 0, int64_t chunks = 0) {
+inline std::string range_name(std::string_view of, std::string_view step, int64_t chunk = 0,
+                              int64_t chunks = 0) {
   std::string name(of);
-  if (chunks) name.append("[").append(std::to_string(chunk + 1)).append("/").append(std::to_string(chunks)).append("]");
+  if (chunks)
+    name.append("[")
+        .append(std::to_string(chunk + 1))
+        .append("/")
+        .append(std::to_string(chunks))
+        .append("]");
   return name.append(" ").append(step);
 }
 
 #ifdef NVTX_VERSION
-// Null unless a tool is attached: nvtx3 looks for one at the process's first call, and hands out handles only if it found one.
+// Null unless a tool is attached: nvtx3 looks for one at the process's first call, and hands out
+// handles only if it found one.
 inline nvtxDomainHandle_t range_domain() {
   static const nvtxDomainHandle_t domain = nvtxDomainCreateA("tpkernels");
   return domain;
@@ -44,7 +52,8 @@ inline void range_pop() {}
 // Open from its construction to its destruction, on one thread.
 class NvtxRange {
  public:
-  NvtxRange(std::string_view of, std::string_view step, int64_t chunk = 0, int64_t chunks = 0) : open_(ranges_enabled()) {
+  NvtxRange(std::string_view of, std::string_view step, int64_t chunk = 0, int64_t chunks = 0)
+      : open_(ranges_enabled()) {
     if (open_) range_push(range_name(of, step, chunk, chunks));
   }
   explicit NvtxRange(const std::string& name) : open_(!name.empty() && ranges_enabled()) {

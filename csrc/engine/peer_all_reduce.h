@@ -1,5 +1,6 @@
-// An all-reduce through memory that the ranks share, in place of the group's c10d backend. Small buffers on GPUs take the kernels of
-// cuda/peer_all_reduce.cu, CPU tensors the shm transport (shm/backend.cpp). The epilogue of a row-parallel layer joins the same pass.
+// An all-reduce through memory that the ranks share, in place of the group's c10d backend. Small
+// buffers on GPUs take the kernels of cuda/peer_all_reduce.cu, CPU tensors the shm transport
+// (shm/backend.cpp). The epilogue of a row-parallel layer joins the same pass.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -20,7 +21,8 @@ struct Epilogue {
   double eps = 0;
 };
 
-// Memory for this rank's term of a sum, written by its GEMM. It belongs to this call while `lock` is held.
+// Memory for this rank's term of a sum, written by its GEMM. It belongs to this call while `lock`
+// is held.
 struct StagedTerm {
   at::Tensor term;  // [M, N]
   std::shared_ptr<void> lock;
@@ -37,21 +39,25 @@ class PeerAllReduce {
   virtual int64_t max_rows(const at::Tensor& out) const { return out.size(0); }
   // Memory of the shape of `out`: `out` itself, unless that would cost the sum a copy.
   virtual StagedTerm stage(const at::Tensor& out) { return {out, nullptr}; }
-  // out = sum over ranks of staged.term, + bias + residual. It is ordered in the current stream and gives the same bits on every
-  // rank. Where stage() did not make `staged`, that is `out` itself, and there is no epilogue.
+  // out = sum over ranks of staged.term, + bias + residual. It is ordered in the current stream and
+  // gives the same bits on every rank. Where stage() did not make `staged`, that is `out` itself,
+  // and there is no epilogue.
   virtual void all_reduce(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) = 0;
   // True if all_reduce writes the epilogue's `normed`.
   virtual bool fuses_norm() const { return false; }
-  // True if the group's collectives are the calling core's own work, so that the backend's other thread could only be in its way.
+  // True if the group's collectives are the calling core's own work, so that the backend's other
+  // thread could only be in its way.
   virtual bool synchronous() const { return false; }
 };
 
 // The registry, by the group's name. Entries come and go while no op of the group runs.
-std::shared_ptr<PeerAllReduce> find_peer_all_reduce(const std::string& group);  // null if there is none
+std::shared_ptr<PeerAllReduce> find_peer_all_reduce(
+    const std::string& group);  // null if there is none
 void set_peer_all_reduce(const std::string& group, std::shared_ptr<PeerAllReduce> peers);
 
-// Bytes of a rank's symmetric buffer for all-reduces of up to `half_bytes`: flags and two halves, as include/tpkernels/barrier.cuh
-// lays them out. Only device compilers read that header; cuda/peer_all_reduce.cu checks that the two agree.
+// Bytes of a rank's symmetric buffer for all-reduces of up to `half_bytes`: flags and two halves,
+// as include/tpkernels/barrier.cuh lays them out. Only device compilers read that header;
+// cuda/peer_all_reduce.cu checks that the two agree.
 constexpr int64_t peer_buffer_bytes(int64_t half_bytes) { return 2304 + 2 * half_bytes; }
 
 }  // namespace tpkernels

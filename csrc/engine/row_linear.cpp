@@ -1,4 +1,5 @@
-// The row-parallel linear layer. Its GEMM runs in chunks of rows, each chunk's all-reduce under the next chunk's GEMM.
+// The row-parallel linear layer. Its GEMM runs in chunks of rows, each chunk's all-reduce under the
+// next chunk's GEMM.
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
@@ -35,7 +36,8 @@ void add_bias_residual_(const at::Tensor& out, const at::Tensor& bias, const at:
 }
 
 // out + bias + residual, in place.
-void add_epilogue_(at::Tensor& out, const std::optional<at::Tensor>& bias, const at::Tensor& residual) {
+void add_epilogue_(at::Tensor& out, const std::optional<at::Tensor>& bias,
+                   const at::Tensor& residual) {
   if (bias) {
     add_bias_residual_(out, *bias, residual);
   } else {
@@ -48,13 +50,14 @@ at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double ep
   using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("tpkernels::norm", "")
-                       .typed<Results(const at::Tensor&, const Optional&, const Optional&, const Optional&, double, bool)>();
+                       .typed<Results(const at::Tensor&, const Optional&, const Optional&,
+                                      const Optional&, double, bool)>();
   return std::get<0>(op.call(input, std::nullopt, weight, std::nullopt, eps, true));
 }
 
 // The chunked pipeline over c10d: out [M, N] from x [M, K/n].
-void run_in_chunks(const RowLinear& layer, const Channel& channel, const std::vector<int64_t>& bounds, const at::Tensor& x,
-                   const at::Tensor& out) {
+void run_in_chunks(const RowLinear& layer, const Channel& channel,
+                   const std::vector<int64_t>& bounds, const at::Tensor& x, const at::Tensor& out) {
   // Without a residual pass to ride on, the bias enters the sum through the first rank's GEMM.
   const bool gemm_adds_bias = layer.bias && !layer.residual && channel.rank() == 0;
   const auto gemm_bias = gemm_adds_bias ? layer.bias : std::nullopt;
@@ -69,8 +72,10 @@ void run_in_chunks(const RowLinear& layer, const Channel& channel, const std::ve
     }
     pending.push_back(channel.all_reduce(slice, i));  // mutant:row.launch
   }
-  // Every GEMM is issued before the first wait: on a GPU the wait would hold the next GEMM's stream back.
-  const auto residual = layer.residual ? std::optional(as_rows(*layer.residual)) : std::nullopt;  // mutant:row.issued
+  // Every GEMM is issued before the first wait: on a GPU the wait would hold the next GEMM's stream
+  // back.
+  const auto residual =
+      layer.residual ? std::optional(as_rows(*layer.residual)) : std::nullopt;  // mutant:row.issued
   for (size_t i = 0; i < count; i++) {
     pending[i].wait();  // mutant:row.wait
     if (!residual) continue;
@@ -80,7 +85,8 @@ void run_in_chunks(const RowLinear& layer, const Channel& channel, const std::ve
   }
 }
 
-// Returns the layer's result. Where the fast path takes the epilogue along, `epilogue.normed` is written too.
+// Returns the layer's result. Where the fast path takes the epilogue along, `epilogue.normed` is
+// written too.
 at::Tensor forward(const RowLinear& layer, Epilogue& epilogue) {
   const auto x = as_rows(layer.input);
   const int64_t n = layer.weight.size(0);
@@ -95,10 +101,13 @@ at::Tensor forward(const RowLinear& layer, Epilogue& epilogue) {
   }
   if (layer.bias) epilogue.bias = layer.bias->contiguous();  // mutant:peers.bias
   if (layer.residual)
-    epilogue.residual = layer.residual->expand(shape).reshape(out.sizes()).contiguous();  // mutant:peers.residual
-  if (epilogue.weight.defined() && channel.peers->fuses_norm()) epilogue.normed = at::empty_like(out);  // mutant:peers.norm
+    epilogue.residual =
+        layer.residual->expand(shape).reshape(out.sizes()).contiguous();  // mutant:peers.residual
+  if (epilogue.weight.defined() && channel.peers->fuses_norm())
+    epilogue.normed = at::empty_like(out);  // mutant:peers.norm
   all_reduce_fast_path(channel, out, epilogue, [&](at::Tensor& term, int64_t begin) {
-    linear_out(term, x.narrow(0, begin, term.size(0)), layer.weight, std::nullopt, layer.grad);  // mutant:peers.linear
+    linear_out(term, x.narrow(0, begin, term.size(0)), layer.weight, std::nullopt,
+               layer.grad);  // mutant:peers.linear
   });
   return out.view(shape);
 }
@@ -116,25 +125,27 @@ at::Tensor row_linear(const at::Tensor& input,                    // [..., K/n]
   return forward({input, weight, bias, residual, group, chunks, tag, grad}, epilogue);
 }
 
-// row_linear and the RMSNorm of its result: (result, result * rsqrt(mean(result^2) + eps) * norm_weight). It is for calls without
-// gradient.
-std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(const at::Tensor& input,                    // [..., K/n]
-                                                       const at::Tensor& weight,                   // [N, K/n]
-                                                       const std::optional<at::Tensor>& bias,      // [N]
-                                                       const std::optional<at::Tensor>& residual,  // [..., N]
-                                                       const at::Tensor& norm_weight,              // [N]
-                                                       double eps, const std::string& group, int64_t chunks,
-                                                       const std::string& tag) {
+// row_linear and the RMSNorm of its result: (result, result * rsqrt(mean(result^2) + eps) *
+// norm_weight). It is for calls without gradient.
+std::tuple<at::Tensor, at::Tensor> row_linear_rms_norm(
+    const at::Tensor& input,                    // [..., K/n]
+    const at::Tensor& weight,                   // [N, K/n]
+    const std::optional<at::Tensor>& bias,      // [N]
+    const std::optional<at::Tensor>& residual,  // [..., N]
+    const at::Tensor& norm_weight,              // [N]
+    double eps, const std::string& group, int64_t chunks, const std::string& tag) {
   BelowAutograd guard;
   Epilogue epilogue;
   epilogue.weight = norm_weight.to(weight.scalar_type()).contiguous();  // mutant:norm.weight
   epilogue.eps = eps;                                                   // mutant:norm.eps
   auto sum = forward({input, weight, bias, residual, group, chunks, tag, /*grad=*/false}, epilogue);
-  if (epilogue.normed.defined()) return {sum, epilogue.normed.view(sum.sizes())};  // mutant:norm.fused
+  if (epilogue.normed.defined())
+    return {sum, epilogue.normed.view(sum.sizes())};  // mutant:norm.fused
   return {sum, rms_norm(sum, norm_weight, eps)};
 }
 
-// The gradients of row_linear: the input's if `weight` is given, the weight's if `input` is, the bias' if asked for.
+// The gradients of row_linear: the input's if `weight` is given, the weight's if `input` is, the
+// bias' if asked for.
 std::vector<at::Tensor> row_linear_backward(const at::Tensor& grad_output,            // [..., N]
                                             const std::optional<at::Tensor>& input,   // [..., K/n]
                                             const std::optional<at::Tensor>& weight,  // [N, K/n]

@@ -19,14 +19,15 @@ struct RowRange {
 constexpr int64_t ANY = std::numeric_limits<int64_t>::max();
 constexpr RowRange NONE{1, 0};
 
-// Weights of fewer elements are left to at::mm: their products take a few microseconds, as another op does.
+// Weights of fewer elements are left to at::mm: their products take a few microseconds, as another
+// op does.
 constexpr int64_t SMALL = 1 << 16;
 
 // The row ranges where another GEMM beats at::mm for a weight of one dtype.
 struct Crossovers {
   bool opmath = false;
-  GemmLibrary library = GemmLibrary::aten;         // of unpacked products
-  RowRange rows = NONE;                            // where unpacked products are in opmath, or another library's
+  GemmLibrary library = GemmLibrary::aten;  // of unpacked products
+  RowRange rows = NONE;  // where unpacked products are in opmath, or another library's
   GemmLibrary packed_library = GemmLibrary::aten;  // of products with a packed weight
   RowRange packed_rows = NONE;
 };
@@ -40,7 +41,8 @@ struct Machine {
     intel = b == signature_INTEL_ebx;
     a = b = c = d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    avx512 = at::get_cpu_capability() == "AVX512";  // the operating system's and ATEN_CPU_CAPABILITY's setting counts too
+    avx512 = at::get_cpu_capability() ==
+             "AVX512";  // the operating system's and ATEN_CPU_CAPABILITY's setting counts too
     amx = avx512 && (d >> 22 & 1) && (d >> 24 & 1);
     avx512_fp16 = avx512 && (d >> 23 & 1);
     a = 0;
@@ -49,22 +51,28 @@ struct Machine {
   }
 };
 
-// One thread, weights [2048, 1024], [1024, 2048] and [4096, 1024], time of F.linear / time, torch 2.13.
+// One thread, weights [2048, 1024], [1024, 2048] and [4096, 1024], time of F.linear / time,
+// torch 2.13.
 //
-// AMD Zen 5, where MKL takes its AVX2 code (95 of 240 GFLOP/s) and oneDNN does not (float32 200, bfloat16 410):
+// AMD Zen 5, where MKL takes its AVX2 code (95 of 240 GFLOP/s) and oneDNN does not (float32 200,
+// bfloat16 410):
 //   rows                            1     2     4     16    64    128   256   512
 //   float32, oneDNN                 1.0   0.8   1.5   1.8   2.1   2.2   2.3   2.2
 //   float32, oneDNN packed          1.2   2.2   4.0   2.8   2.5   2.3   2.4   2.3
 //   bfloat16, oneDNN packed         2.0   2.0   2.0   1.4   1.1   1.05  1.04  1.04
-//   float16, opmath, oneDNN packed  0.9   1.9   3.8   7.0   8.0   (plain float16 runs at 26 GFLOP/s)
-// Gradients in float32: oneDNN 1.3x (by dy) and 3.9x (by weight) of at::mm at 4 rows, 1.5x and 1.9x at 16, 2.0x and 2.2x at 512.
+//   float16, opmath, oneDNN packed  0.9   1.9   3.8   7.0   8.0   (plain float16 runs at 26
+//   GFLOP/s)
+// Gradients in float32: oneDNN 1.3x (by dy) and 3.9x (by weight) of at::mm at 4 rows, 1.5x and 1.9x
+// at 16, 2.0x and 2.2x at 512.
 //
-// Intel with AVX512_BF16 and no AMX (or none that the virtual machine shows), where bfloat16 runs at 80 GFLOP/s and MKL's float32
-// at 150: float32, MKL packed 1.0 at 1 row, 1.9 at 16, 1.15 at 128, 1.05 at 512; bfloat16, in opmath on packed weights 1.7 to 2.1 at 128
-// to 512 rows, converting for the call from about 128 rows on. With fewer than 8 rows the float32 copy's bytes cost more than they
-// save.
+// Intel with AVX512_BF16 and no AMX (or none that the virtual machine shows), where bfloat16 runs
+// at 80 GFLOP/s and MKL's float32 at 150: float32, MKL packed 1.0 at 1 row, 1.9 at 16, 1.15 at
+// 128, 1.05 at 512; bfloat16, in opmath on packed weights 1.7 to 2.1 at 128 to 512 rows, converting
+// for the call from about 128 rows on. With fewer than 8 rows the float32 copy's bytes cost more
+// than they save.
 //
-// Without any bfloat16 instruction at::mm is slower still, so that the same holds. With AMX bfloat16 is the fastest as it is.
+// Without any bfloat16 instruction at::mm is slower still, so that the same holds. With AMX
+// bfloat16 is the fastest as it is.
 Crossovers crossovers_of(at::ScalarType dtype) {
   static const Machine machine;
   const bool intel_libraries = machine.intel && has_gemm_library(GemmLibrary::mkl);
@@ -76,10 +84,12 @@ Crossovers crossovers_of(at::ScalarType dtype) {
   const auto library = onednn ? GemmLibrary::onednn : GemmLibrary::aten;
   switch (dtype) {
     case at::kFloat:
-      return {false, library, onednn ? RowRange{4, ANY} : NONE, packs, packed(onednn ? RowRange{2, 128} : RowRange{2, 256})};
+      return {false, library, onednn ? RowRange{4, ANY} : NONE, packs,
+              packed(onednn ? RowRange{2, 128} : RowRange{2, 256})};
     case at::kBFloat16:
       if (machine.amx) return {};
-      if (onednn && machine.avx512_bf16) return {false, GemmLibrary::aten, NONE, GemmLibrary::onednn, {1, 128}};
+      if (onednn && machine.avx512_bf16)
+        return {false, GemmLibrary::aten, NONE, GemmLibrary::onednn, {1, 128}};
       if (machine.avx512_bf16 && !machine.intel) return {};
       return {true, library, {128, ANY}, packs, packed({8, ANY})};
     case at::kHalf:
@@ -94,7 +104,8 @@ Crossovers crossovers_of(at::ScalarType) { return {}; }
 #endif
 
 const Crossovers& crossovers(at::ScalarType dtype) {
-  static const Crossovers all[] = {crossovers_of(at::kFloat), crossovers_of(at::kBFloat16), crossovers_of(at::kHalf), {}};
+  static const Crossovers all[] = {
+      crossovers_of(at::kFloat), crossovers_of(at::kBFloat16), crossovers_of(at::kHalf), {}};
   switch (dtype) {
     case at::kFloat:
       return all[0];
@@ -124,9 +135,10 @@ Gemm fit_forced(at::ScalarType dtype, bool constant) {
 bool is_packable(const at::Tensor& weight) {
   if (weight.layout() != at::kStrided || !weight.has_storage()) return false;
   if (weight.stride(0) != 1 && weight.stride(1) != 1) return false;
-  const int64_t last =
-      weight.storage_offset() + (weight.size(0) - 1) * weight.stride(0) + (weight.size(1) - 1) * weight.stride(1);
-  return static_cast<int64_t>(weight.storage().nbytes()) >= (last + 1) * weight.element_size();  // FSDP frees some for a while
+  const int64_t last = weight.storage_offset() + (weight.size(0) - 1) * weight.stride(0) +
+                       (weight.size(1) - 1) * weight.stride(1);
+  return static_cast<int64_t>(weight.storage().nbytes()) >=
+         (last + 1) * weight.element_size();  // FSDP frees some for a while
 }
 
 }  // namespace
@@ -147,7 +159,8 @@ Gemm choose_gemm(const at::Tensor& weight, int64_t m, bool constant) {
 }
 
 void force_gemm(std::optional<Gemm> gemm) {
-  TORCH_CHECK_VALUE(!gemm || has_gemm_library(gemm->library), "this torch was built without MKL or oneDNN");
+  TORCH_CHECK_VALUE(!gemm || has_gemm_library(gemm->library),
+                    "this torch was built without MKL or oneDNN");
   forced = gemm;
 }
 

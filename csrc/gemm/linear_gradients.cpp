@@ -13,7 +13,9 @@ const at::Tensor& LinearGradients::Operand::as(bool opmath) {
   return converted;
 }
 
-LinearGradients::LinearGradients(const std::vector<at::Tensor>& dys, const at::Tensor& x, at::TensorList weights) : x_{x} {
+LinearGradients::LinearGradients(const std::vector<at::Tensor>& dys, const at::Tensor& x,
+                                 at::TensorList weights)
+    : x_{x} {
   const auto dtype = dys[0].scalar_type();
   int64_t elements = 0, k = 0;
   if (x.defined()) {
@@ -37,7 +39,8 @@ LinearGradients::LinearGradients(const std::vector<at::Tensor>& dys, const at::T
 at::Tensor LinearGradients::sum(int64_t begin, int64_t rows) {
   at::Tensor total;
   for (size_t i = 0; i < dys_.size(); i++) {
-    const auto dy = dys_[i].as(gemm_.opmath).narrow(0, begin, rows), weight = weights_[i].as(gemm_.opmath);
+    const auto dy = dys_[i].as(gemm_.opmath).narrow(0, begin, rows),
+               weight = weights_[i].as(gemm_.opmath);
     if (i > 0 && gemm_.library == GemmLibrary::aten) {
       total.addmm_(dy, weight);
       continue;
@@ -55,10 +58,13 @@ void LinearGradients::input_out(at::Tensor& out, int64_t begin) {
     return;
   }
   at::mm_out(out, dys_[0].own.narrow(0, begin, rows), weights_[0].own);
-  for (size_t i = 1; i < dys_.size(); i++) out.addmm_(dys_[i].own.narrow(0, begin, rows), weights_[i].own);
+  for (size_t i = 1; i < dys_.size(); i++)
+    out.addmm_(dys_[i].own.narrow(0, begin, rows), weights_[i].own);
 }
 
-at::Tensor LinearGradients::input() { return sum(0, dys_[0].own.size(0)).to(dys_[0].own.scalar_type()); }
+at::Tensor LinearGradients::input() {
+  return sum(0, dys_[0].own.size(0)).to(dys_[0].own.scalar_type());
+}
 
 at::Tensor LinearGradients::weight(size_t i) {
   const auto dy = dys_[i].as(gemm_.opmath), x = x_.as(gemm_.opmath);

@@ -9,13 +9,15 @@
 
 namespace tpkernels {
 
-// The gradients of y_i = x @ weight_i^T for layers i that read one x. An operand that is converted for one of them serves the others.
+// The gradients of y_i = x @ weight_i^T for layers i that read one x. An operand that is converted
+// for one of them serves the others.
 class LinearGradients {
  public:
   LinearGradients(const std::vector<at::Tensor>& dys,  // [M, N_i]
                   const at::Tensor& x,                 // [M, K], for weight()
                   at::TensorList weights);             // [N_i, K], for input() and input_out()
-  // out [rows, K] = the sum over layers of dy_i @ weight_i, for rows begin .. begin + rows. A sum in opmath is rounded once.
+  // out [rows, K] = the sum over layers of dy_i @ weight_i, for rows begin .. begin + rows. A sum
+  // in opmath is rounded once.
   void input_out(at::Tensor& out, int64_t begin);
   // The same for all rows: [M, K].
   at::Tensor input();

@@ -24,22 +24,25 @@ std::optional<c10::TypedOperatorHandle<Signature>> find_op(const char* name) {
 
 using OptionalTensor = const std::optional<at::Tensor>&;
 const auto& mkl_pack() {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, int64_t)>("mkl::_mkl_reorder_linear_weight");
+  static const auto op =
+      find_op<at::Tensor(const at::Tensor&, int64_t)>("mkl::_mkl_reorder_linear_weight");
   return op;
 }
 const auto& mkl_product() {
-  static const auto op =
-      find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, OptionalTensor, int64_t)>("mkl::_mkl_linear");
+  static const auto op = find_op<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                            OptionalTensor, int64_t)>("mkl::_mkl_linear");
   return op;
 }
 const auto& onednn_pack() {
-  static const auto op = find_op<at::Tensor(const at::Tensor&, std::optional<int64_t>)>("mkldnn::_reorder_linear_weight");
+  static const auto op = find_op<at::Tensor(const at::Tensor&, std::optional<int64_t>)>(
+      "mkldnn::_reorder_linear_weight");
   return op;
 }
 const auto& onednn_product() {
   static const auto op =
       find_op<at::Tensor(const at::Tensor&, const at::Tensor&, OptionalTensor, std::string_view,
-                         c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>)>("mkldnn::_linear_pointwise");
+                         c10::List<std::optional<at::Scalar>>, std::optional<std::string_view>)>(
+          "mkldnn::_linear_pointwise");
   return op;
 }
 
@@ -51,11 +54,16 @@ uint64_t mixed(uint64_t a, uint64_t b) {
 
 uint64_t fingerprint(const at::Tensor& weight) {
   constexpr int64_t LINE = 64;
-  static constexpr uint64_t FACTORS[LINE / 8] = {0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
-                                                 0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3};
-  const int64_t major = weight.stride(1) == 1 ? 0 : 1;  // rows as they lie in memory: a transposed weight's are its columns
+  static constexpr uint64_t FACTORS[LINE / 8] = {
+      0x9e3779b97f4a7c15, 0xbf58476d1ce4e5b9, 0x94d049bb133111eb, 0xd6e8feb86659fd93,
+      0xa0761d6478bd642f, 0xe7037ed1a0b428db, 0x8ebc6af09c88c6e3, 0x589965cc75374cc3};
+  const int64_t major =
+      weight.stride(1) == 1
+          ? 0
+          : 1;  // rows as they lie in memory: a transposed weight's are its columns
   const int64_t rows = weight.size(major), bytes = weight.size(1 - major) * weight.element_size();
-  const int64_t pitch = weight.stride(major) * weight.element_size(), lines = (bytes + LINE - 1) / LINE;
+  const int64_t pitch = weight.stride(major) * weight.element_size(),
+                lines = (bytes + LINE - 1) / LINE;
   const int64_t each = (lines + rows - 1) / rows;
   const auto* data = static_cast<const char*>(weight.const_data_ptr());
   const auto of_rows = [&](int64_t row, int64_t last, uint64_t sum) {
@@ -63,13 +71,15 @@ uint64_t fingerprint(const at::Tensor& weight) {
       for (int64_t i = 0; i < each; i++) {
         const int64_t begin = (row + i * rows) % lines * LINE;
         const char* source = data + row * pitch + begin;
-        uint64_t words[LINE / 8] = {}, line = static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(i);
+        uint64_t words[LINE / 8] = {},
+                              line = static_cast<uint64_t>(row) << 32 | static_cast<uint64_t>(i);
         if (bytes - begin >= LINE) {
           std::memcpy(words, source, LINE);
         } else {
           std::memcpy(words, source, bytes - begin);
         }
-        for (int64_t k = 0; k < LINE / 8; k += 2) line += mixed(words[k] ^ FACTORS[k], words[k + 1] ^ FACTORS[k + 1]);
+        for (int64_t k = 0; k < LINE / 8; k += 2)
+          line += mixed(words[k] ^ FACTORS[k], words[k + 1] ^ FACTORS[k + 1]);
         sum += mixed(line ^ FACTORS[0], FACTORS[1]);
       }
     }
@@ -81,12 +91,16 @@ uint64_t fingerprint(const at::Tensor& weight) {
 struct State {
   int64_t version;  // -1: an inference tensor, which has none
   uint64_t print;
-  bool operator==(const State& other) const { return version == other.version && print == other.print; }
+  bool operator==(const State& other) const {
+    return version == other.version && print == other.print;
+  }
 };
 
-using Key = std::tuple<const c10::StorageImpl*, int64_t, int64_t, int64_t, int64_t, int64_t, c10::ScalarType>;
+using Key = std::tuple<const c10::StorageImpl*, int64_t, int64_t, int64_t, int64_t, int64_t,
+                       c10::ScalarType>;
 
-// The weak reference keeps the storage's address from being given to another one while the entry exists.
+// The weak reference keeps the storage's address from being given to another one while the entry
+// exists.
 struct Entry {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   State state;
@@ -96,8 +110,9 @@ struct Entry {
   int64_t bytes() const { return packed.defined() ? packed.numel() * packed.element_size() : 0; }
 };
 
-std::mutex mutex;                           // held for moments: never while packing, nor while a tensor is freed
-auto& entries = *new std::map<Key, Entry>;  // never destroyed: at exit the libraries may be gone before it
+std::mutex mutex;  // held for moments: never while packing, nor while a tensor is freed
+auto& entries =
+    *new std::map<Key, Entry>;  // never destroyed: at exit the libraries may be gone before it
 std::atomic<bool> holds_any{false};
 
 Key key_of(const at::Tensor& weight) {
@@ -134,19 +149,24 @@ std::vector<Entry> take_expired() {
 
 at::Tensor pack(const at::Tensor& weight, GemmLibrary library, bool opmath) {
   const auto source = (opmath ? weight.to(at::kFloat) : weight).contiguous();
-  // Any number of rows is multiplied by either layout; it is a hint. 128 was the best, or as good, for 2 to 512 rows.
+  // Any number of rows is multiplied by either layout; it is a hint. 128 was the best, or as good,
+  // for 2 to 512 rows.
   constexpr int64_t rows = 128;
-  return library == GemmLibrary::mkl ? mkl_pack()->call(source, rows) : onednn_pack()->call(source, rows);
+  return library == GemmLibrary::mkl ? mkl_pack()->call(source, rows)
+                                     : onednn_pack()->call(source, rows);
 }
 
 }  // namespace
 
 bool has_gemm_library(GemmLibrary library) {
-  return library == GemmLibrary::aten || (library == GemmLibrary::mkl ? mkl_pack() && mkl_product() : onednn_pack() && onednn_product());
+  return library == GemmLibrary::aten ||
+         (library == GemmLibrary::mkl ? mkl_pack() && mkl_product()
+                                      : onednn_pack() && onednn_product());
 }
 
 at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmath) {
-  const State state{weight.is_inference() ? -1 : static_cast<int64_t>(weight._version()), fingerprint(weight)};
+  const State state{weight.is_inference() ? -1 : static_cast<int64_t>(weight._version()),
+                    fingerprint(weight)};
   const auto key = key_of(weight);
   std::vector<Entry> dead;
   at::Tensor old;
@@ -156,7 +176,8 @@ at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmat
     const auto found = entries.find(key);
     if (found == entries.end() || ++calls % 256 == 0) dead = take_expired();
     if (found == entries.end()) {
-      entries.emplace(key, Entry{weight.storage().getWeakStorageImpl(), state, library, opmath, {}});
+      entries.emplace(key,
+                      Entry{weight.storage().getWeakStorageImpl(), state, library, opmath, {}});
       holds_any = true;
       return {};
     }
@@ -166,7 +187,8 @@ at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmat
       entry.state = state;
       return {};
     }
-    if (entry.packed.defined() && entry.library == library && entry.opmath == opmath) return entry.packed;
+    if (entry.packed.defined() && entry.library == library && entry.opmath == opmath)
+      return entry.packed;
   }
   auto packed = pack(weight, library, opmath);
   std::lock_guard<std::mutex> lock(mutex);
@@ -180,14 +202,17 @@ at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmat
   return packed;
 }
 
-at::Tensor mkl_linear(const at::Tensor& input, const at::Tensor& packed, int64_t n, const std::optional<at::Tensor>& bias) {
+at::Tensor mkl_linear(const at::Tensor& input, const at::Tensor& packed, int64_t n,
+                      const std::optional<at::Tensor>& bias) {
   // The op asks for the weight as it was, too, but reads its shape only.
   const auto shape = at::empty({1}, input.options()).expand({n, input.size(1)});
   return mkl_product()->call(input, packed, shape, bias, input.size(0));
 }
 
-at::Tensor onednn_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  return onednn_product()->call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+at::Tensor onednn_linear(const at::Tensor& input, const at::Tensor& weight,
+                         const std::optional<at::Tensor>& bias) {
+  return onednn_product()->call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(),
+                                "");
 }
 
 void drop_packed(const at::Tensor& weight) {

@@ -11,8 +11,8 @@
 #include <torch/csrc/distributed/c10d/Utils.hpp>
 
 #include "../cpu/rows.h"
-#include "../op.h"
 #include "../engine/peer_all_reduce.h"
+#include "../op.h"
 #include "collectives.h"
 #include "queue.h"
 #include "segments.h"
@@ -34,7 +34,8 @@ class Done : public c10d::Work {
   bool wait(milliseconds) override { return true; }
   Tensors result() override { return outputs_; }
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
-    auto future = c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    auto future =
+        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
     future->markCompleted(outputs_);
     return future;
   }
@@ -45,8 +46,11 @@ class Done : public c10d::Work {
 
 std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
-  const bool integer = dtype == at::kLong || dtype == at::kInt || dtype == at::kShort || dtype == at::kChar || dtype == at::kByte;
-  if (!integer && dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf && dtype != at::kDouble) return std::nullopt;
+  const bool integer = dtype == at::kLong || dtype == at::kInt || dtype == at::kShort ||
+                       dtype == at::kChar || dtype == at::kByte;
+  if (!integer && dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf &&
+      dtype != at::kDouble)
+    return std::nullopt;
   switch (static_cast<c10d::ReduceOp::RedOpType>(op)) {
     case c10d::ReduceOp::SUM:
       return Reduction::sum;
@@ -82,7 +86,8 @@ class Contiguous {
 const at::Tensor& only(const Tensors& tensors, const char* op) {
   TORCH_CHECK_VALUE(tensors.size() == 1, op, " takes one tensor a rank, got ", tensors.size());
   TORCH_CHECK_VALUE(tensors[0].is_cpu() && tensors[0].layout() == at::kStrided, op,
-                    " on the shm transport takes dense CPU tensors, got ", tensors[0].device(), ", ", tensors[0].layout());
+                    " on the shm transport takes dense CPU tensors, got ", tensors[0].device(),
+                    ", ", tensors[0].layout());
   return tensors[0];
 }
 
@@ -92,12 +97,13 @@ class ShmGroup : public PeerAllReduce {
   ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, milliseconds timeout)
       : timeout(timeout),
         segments_(store, rank, size, HALF_BYTES),
-        ring_(segments_.addresses(), segments_.processes(), rank, segments_.half_bytes(), segments_.crowded(),
-              &Collectives::describe),
+        ring_(segments_.addresses(), segments_.processes(), rank, segments_.half_bytes(),
+              segments_.crowded(), &Collectives::describe),
         collectives_(ring_, segments_.threads()) {}
   ~ShmGroup() override { ring_.leave(); }
 
-  // Runs `body(collectives)` after everything that was called before it: now, or when somebody waits for it, or meanwhile.
+  // Runs `body(collectives)` after everything that was called before it: now, or when somebody
+  // waits for it, or meanwhile.
   template <typename F>
   WorkPointer run(const char* name, bool async, milliseconds limit, Tensors outputs, F body) {
     const auto wait = limit > milliseconds(0) ? limit : timeout;
@@ -124,10 +130,12 @@ class ShmGroup : public PeerAllReduce {
 
   bool belongs_to(c10d::ProcessGroup& group) const override {
     const auto types = group.getDeviceTypes();
-    return std::count(types.begin(), types.end(), c10::kCPU) && group.getBackend(c10::kCPU).get() == backend;
+    return std::count(types.begin(), types.end(), c10::kCPU) &&
+           group.getBackend(c10::kCPU).get() == backend;
   }
   bool supports(const at::Tensor& buffer) const override {
-    return buffer.is_cpu() && at::isFloatingType(buffer.scalar_type()) && buffer.element_size() > 1 &&
+    return buffer.is_cpu() && at::isFloatingType(buffer.scalar_type()) &&
+           buffer.element_size() > 1 &&
            buffer.size(1) * buffer.element_size() <= ring_.half_bytes();
   }
   int64_t max_rows(const at::Tensor& out) const override {
@@ -147,15 +155,16 @@ class ShmGroup : public PeerAllReduce {
         return collectives_.all_reduce(bytes_at(out), out.numel(), dtype, Reduction::sum);
       }
       collectives_.timeout = timeout;
-      collectives_.sum_rows({dtype,
-                             Reduction::sum,
-                             0,
-                             nullptr,
-                             out.data_ptr(),
-                             out.size(1),
-                             data_of(epilogue.bias),
-                             {epilogue.residual.defined() ? epilogue.residual.data_ptr() : nullptr, out.size(1)}},
-                            out.size(0));
+      collectives_.sum_rows(
+          {dtype,
+           Reduction::sum,
+           0,
+           nullptr,
+           out.data_ptr(),
+           out.size(1),
+           data_of(epilogue.bias),
+           {epilogue.residual.defined() ? epilogue.residual.data_ptr() : nullptr, out.size(1)}},
+          out.size(0));
     });
   }
   bool synchronous() const override { return true; }
@@ -181,13 +190,18 @@ class ShmGroup : public PeerAllReduce {
 
 class ShmBackend : public c10d::Backend {
  public:
-  ShmBackend(std::shared_ptr<ShmGroup> shared, int rank, int size, std::string group, c10::intrusive_ptr<c10d::Backend> rest)
-      : Backend(rank, size), shared_(std::move(shared)), group_(std::move(group)), rest_(std::move(rest)) {
+  ShmBackend(std::shared_ptr<ShmGroup> shared, int rank, int size, std::string group,
+             c10::intrusive_ptr<c10d::Backend> rest)
+      : Backend(rank, size),
+        shared_(std::move(shared)),
+        group_(std::move(group)),
+        rest_(std::move(rest)) {
     shared_->backend = this;
     set_peer_all_reduce(group_, shared_);
   }
   ~ShmBackend() override {
-    if (find_peer_all_reduce(group_) == shared_) set_peer_all_reduce(group_, nullptr);  // else a later group has the name
+    if (find_peer_all_reduce(group_) == shared_)
+      set_peer_all_reduce(group_, nullptr);  // else a later group has the name
   }
 
   const std::string getBackendName() const override { return "shm"; }
@@ -202,14 +216,17 @@ class ShmBackend : public c10d::Backend {
     const auto& tensor = only(tensors, "all_reduce");
     const auto reduction = reduction_of(options.reduceOp, tensor);
     if (!reduction) return rest_->allreduce(tensors, options);
-    return shared_->run("shm:all_reduce", options.asyncOp, options.timeout, tensors, [tensor, reduction](Collectives& c) {
-      const Contiguous memory(tensor);
-      c.all_reduce(memory.data(), tensor.numel(), tensor.scalar_type(), *reduction);
-      memory.write_back();
-    });
+    return shared_->run("shm:all_reduce", options.asyncOp, options.timeout, tensors,
+                        [tensor, reduction](Collectives& c) {
+                          const Contiguous memory(tensor);
+                          c.all_reduce(memory.data(), tensor.numel(), tensor.scalar_type(),
+                                       *reduction);
+                          memory.write_back();
+                        });
   }
 
-  WorkPointer allreduce_coalesced(Tensors& tensors, const c10d::AllreduceCoalescedOptions& options) override {
+  WorkPointer allreduce_coalesced(Tensors& tensors,
+                                  const c10d::AllreduceCoalescedOptions& options) override {
     return each(tensors.size(), [&](size_t i) {
       Tensors one{tensors[i]};
       return allreduce(one, options);
@@ -226,40 +243,49 @@ class ShmBackend : public c10d::Backend {
                         });
   }
 
-  WorkPointer allgather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
+  WorkPointer allgather(std::vector<Tensors>& outputs, Tensors& inputs,
+                        const c10d::AllgatherOptions& options) override {
     const auto& input = only(inputs, "all_gather");
-    TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == static_cast<size_t>(getSize()), "all_gather into ", getSize(),
-                      " ranks takes as many outputs");
+    TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == static_cast<size_t>(getSize()),
+                      "all_gather into ", getSize(), " ranks takes as many outputs");
     for (const auto& out : outputs[0])
-      if (out.nbytes() != input.nbytes()) return rest_->allgather(outputs, inputs, options);  // which can, or says why not
+      if (out.nbytes() != input.nbytes())
+        return rest_->allgather(outputs, inputs, options);  // which can, or says why not
     return shared_->run("shm:all_gather", options.asyncOp, options.timeout, outputs[0],
                         [input, outs = outputs[0]](Collectives& c) { gather(c, outs, input); });
   }
 
-  WorkPointer _allgather_base(at::Tensor& output, at::Tensor& input, const c10d::AllgatherOptions& options) override {
+  WorkPointer _allgather_base(at::Tensor& output, at::Tensor& input,
+                              const c10d::AllgatherOptions& options) override {
     only({input}, "all_gather");
-    TORCH_CHECK_VALUE(output.numel() == input.numel() * getSize() && output.scalar_type() == input.scalar_type(),
-                      "all_gather's output must have ", getSize(), " times the input's elements, and its dtype; got ",
-                      output.sizes(), " of ", output.scalar_type(), " for ", input.sizes(), " of ", input.scalar_type());
+    TORCH_CHECK_VALUE(
+        output.numel() == input.numel() * getSize() && output.scalar_type() == input.scalar_type(),
+        "all_gather's output must have ", getSize(),
+        " times the input's elements, and its dtype; got ", output.sizes(), " of ",
+        output.scalar_type(), " for ", input.sizes(), " of ", input.scalar_type());
     return shared_->run("shm:all_gather", options.asyncOp, options.timeout, {output},
                         [input, output, size = getSize()](Collectives& c) {
                           const Contiguous memory(output);
                           const Contiguous shard(input);
                           std::vector<char*> outs(size);
-                          for (int r = 0; r < size; r++) outs[r] = memory.data() + r * shard.bytes();
+                          for (int r = 0; r < size; r++)
+                            outs[r] = memory.data() + r * shard.bytes();
                           c.all_gather(outs, shard.data(), shard.bytes());
                           memory.write_back();
                         });
   }
 
-  WorkPointer allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
-    return each(inputs.size(), [&](size_t i) { return _allgather_base(outputs[i], inputs[i], options); });
+  WorkPointer allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
+                                              const c10d::AllgatherOptions& options) override {
+    return each(inputs.size(),
+                [&](size_t i) { return _allgather_base(outputs[i], inputs[i], options); });
   }
 
-  WorkPointer reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ReduceScatterOptions& options) override {
+  WorkPointer reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
+                             const c10d::ReduceScatterOptions& options) override {
     const auto& output = only(outputs, "reduce_scatter");
-    TORCH_CHECK_VALUE(inputs.size() == 1 && inputs[0].size() == static_cast<size_t>(getSize()), "reduce_scatter over ", getSize(),
-                      " ranks takes as many inputs");
+    TORCH_CHECK_VALUE(inputs.size() == 1 && inputs[0].size() == static_cast<size_t>(getSize()),
+                      "reduce_scatter over ", getSize(), " ranks takes as many inputs");
     const auto reduction = reduction_of(options.reduceOp, output);
     bool even = true;
     for (const auto& input : inputs[0])
@@ -271,16 +297,20 @@ class ShmBackend : public c10d::Backend {
                           std::vector<Contiguous> held(ins.begin(), ins.end());
                           std::vector<const char*> parts;
                           for (const auto& input : held) parts.push_back(input.data());
-                          c.reduce_scatter(memory.data(), parts, output.numel(), output.scalar_type(), *reduction);
+                          c.reduce_scatter(memory.data(), parts, output.numel(),
+                                           output.scalar_type(), *reduction);
                           memory.write_back();
                         });
   }
 
-  WorkPointer _reduce_scatter_base(at::Tensor& output, at::Tensor& input, const c10d::ReduceScatterOptions& options) override {
+  WorkPointer _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
+                                   const c10d::ReduceScatterOptions& options) override {
     only({input}, "reduce_scatter");
-    TORCH_CHECK_VALUE(input.numel() == output.numel() * getSize() && output.scalar_type() == input.scalar_type(),
-                      "reduce_scatter's input must have ", getSize(), " times the output's elements, and its dtype; got ",
-                      input.sizes(), " of ", input.scalar_type(), " for ", output.sizes(), " of ", output.scalar_type());
+    TORCH_CHECK_VALUE(
+        input.numel() == output.numel() * getSize() && output.scalar_type() == input.scalar_type(),
+        "reduce_scatter's input must have ", getSize(),
+        " times the output's elements, and its dtype; got ", input.sizes(), " of ",
+        input.scalar_type(), " for ", output.sizes(), " of ", output.scalar_type());
     Tensors outputs{output};
     std::vector<Tensors> inputs{input.contiguous().view({getSize(), -1}).unbind()};
     return reduce_scatter(outputs, inputs, options);
@@ -288,11 +318,13 @@ class ShmBackend : public c10d::Backend {
 
   WorkPointer reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                               const c10d::ReduceScatterOptions& options) override {
-    return each(inputs.size(), [&](size_t i) { return _reduce_scatter_base(outputs[i], inputs[i], options); });
+    return each(inputs.size(),
+                [&](size_t i) { return _reduce_scatter_base(outputs[i], inputs[i], options); });
   }
 
-  WorkPointer alltoall_base(at::Tensor& output, at::Tensor& input, std::vector<int64_t>& output_splits,
-                            std::vector<int64_t>& input_splits, const c10d::AllToAllOptions& options) override {
+  WorkPointer alltoall_base(at::Tensor& output, at::Tensor& input,
+                            std::vector<int64_t>& output_splits, std::vector<int64_t>& input_splits,
+                            const c10d::AllToAllOptions& options) override {
     only({input}, "all_to_all");
     c10d::checkSplitSizes(input_splits, input, getSize());
     c10d::checkSplitSizes(output_splits, output, getSize());
@@ -303,43 +335,64 @@ class ShmBackend : public c10d::Backend {
     return alltoall(outputs, inputs, options);
   }
 
-  WorkPointer alltoall(Tensors& outputs, Tensors& inputs, const c10d::AllToAllOptions& options) override {
-    TORCH_CHECK_VALUE(outputs.size() == static_cast<size_t>(getSize()) && inputs.size() == outputs.size(), "all_to_all over ",
-                      getSize(), " ranks takes as many inputs and outputs, got ", inputs.size(), " and ", outputs.size());
+  WorkPointer alltoall(Tensors& outputs, Tensors& inputs,
+                       const c10d::AllToAllOptions& options) override {
+    TORCH_CHECK_VALUE(
+        outputs.size() == static_cast<size_t>(getSize()) && inputs.size() == outputs.size(),
+        "all_to_all over ", getSize(), " ranks takes as many inputs and outputs, got ",
+        inputs.size(), " and ", outputs.size());
     for (const auto& t : inputs) only({t}, "all_to_all");
-    return shared_->run("shm:all_to_all", options.asyncOp, options.timeout, outputs, [outputs, inputs](Collectives& c) {
-      const std::vector<Contiguous> out(outputs.begin(), outputs.end()), in(inputs.begin(), inputs.end());
-      std::vector<char*> outs;
-      std::vector<const char*> ins;
-      std::vector<int64_t> out_bytes, in_bytes;
-      for (const auto& t : out) outs.push_back(t.data()), out_bytes.push_back(t.bytes());
-      for (const auto& t : in) ins.push_back(t.data()), in_bytes.push_back(t.bytes());
-      c.all_to_all(outs, out_bytes, ins, in_bytes);
-      for (const auto& t : out) t.write_back();
-    });
+    return shared_->run("shm:all_to_all", options.asyncOp, options.timeout, outputs,
+                        [outputs, inputs](Collectives& c) {
+                          const std::vector<Contiguous> out(outputs.begin(), outputs.end()),
+                              in(inputs.begin(), inputs.end());
+                          std::vector<char*> outs;
+                          std::vector<const char*> ins;
+                          std::vector<int64_t> out_bytes, in_bytes;
+                          for (const auto& t : out)
+                            outs.push_back(t.data()), out_bytes.push_back(t.bytes());
+                          for (const auto& t : in)
+                            ins.push_back(t.data()), in_bytes.push_back(t.bytes());
+                          c.all_to_all(outs, out_bytes, ins, in_bytes);
+                          for (const auto& t : out) t.write_back();
+                        });
   }
 
   WorkPointer barrier(const c10d::BarrierOptions& options) override {
-    return shared_->run("shm:barrier", options.asyncOp, options.timeout, {}, [](Collectives& c) { c.barrier(); });
+    return shared_->run("shm:barrier", options.asyncOp, options.timeout, {},
+                        [](Collectives& c) { c.barrier(); });
   }
 
   WorkPointer allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     return rest_->allreduce_sparse(tensors, options);
   }
-  WorkPointer allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::AllgatherOptions& options) override {
+  WorkPointer allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
+                                  const c10d::AllgatherOptions& options) override {
     return rest_->allgather_coalesced(outputs, inputs, options);
   }
-  WorkPointer reduce(Tensors& tensors, const c10d::ReduceOptions& options) override { return rest_->reduce(tensors, options); }
-  WorkPointer gather(std::vector<Tensors>& outputs, Tensors& inputs, const c10d::GatherOptions& options) override {
+  WorkPointer reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
+    return rest_->reduce(tensors, options);
+  }
+  WorkPointer gather(std::vector<Tensors>& outputs, Tensors& inputs,
+                     const c10d::GatherOptions& options) override {
     return rest_->gather(outputs, inputs, options);
   }
-  WorkPointer scatter(Tensors& outputs, std::vector<Tensors>& inputs, const c10d::ScatterOptions& options) override {
+  WorkPointer scatter(Tensors& outputs, std::vector<Tensors>& inputs,
+                      const c10d::ScatterOptions& options) override {
     return rest_->scatter(outputs, inputs, options);
   }
-  WorkPointer send(Tensors& tensors, int rank, int tag) override { return rest_->send(tensors, rank, tag); }
-  WorkPointer recv(Tensors& tensors, int rank, int tag) override { return rest_->recv(tensors, rank, tag); }
-  WorkPointer recvAnysource(Tensors& tensors, int tag) override { return rest_->recvAnysource(tensors, tag); }
-  void monitoredBarrier(const c10d::BarrierOptions& options, bool all) override { rest_->monitoredBarrier(options, all); }
+  WorkPointer send(Tensors& tensors, int rank, int tag) override {
+    return rest_->send(tensors, rank, tag);
+  }
+  WorkPointer recv(Tensors& tensors, int rank, int tag) override {
+    return rest_->recv(tensors, rank, tag);
+  }
+  WorkPointer recvAnysource(Tensors& tensors, int tag) override {
+    return rest_->recvAnysource(tensors, tag);
+  }
+  void monitoredBarrier(const c10d::BarrierOptions& options, bool all) override {
+    rest_->monitoredBarrier(options, all);
+  }
 
  private:
   static void gather(Collectives& c, const Tensors& outputs, const at::Tensor& input) {
@@ -366,8 +419,10 @@ class ShmBackend : public c10d::Backend {
 
 }  // namespace
 
-c10::intrusive_ptr<c10d::Backend> shm_backend(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, double seconds,
-                                              const std::string& group, const c10::intrusive_ptr<c10d::Backend>& rest) {
+c10::intrusive_ptr<c10d::Backend> shm_backend(const c10::intrusive_ptr<c10d::Store>& store,
+                                              int rank, int size, double seconds,
+                                              const std::string& group,
+                                              const c10::intrusive_ptr<c10d::Backend>& rest) {
   const milliseconds timeout(static_cast<int64_t>(seconds * 1000));
   auto shared = std::make_shared<ShmGroup>(store, rank, size, timeout);
   return c10::make_intrusive<ShmBackend>(std::move(shared), rank, size, group, rest);

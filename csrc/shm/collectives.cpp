@@ -12,19 +12,23 @@ namespace tpkernels {
 namespace {
 
 enum Kind { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kAllToAll, kBarrier, kRowLinear };
-constexpr const char* NAMES[] = {"all_reduce", "reduce_scatter", "all_gather", "broadcast", "all_to_all", "barrier", "row_linear"};
+constexpr const char* NAMES[] = {"all_reduce", "reduce_scatter", "all_gather", "broadcast",
+                                 "all_to_all", "barrier",        "row_linear"};
 constexpr const char* REDUCTIONS[] = {"sum", "mean", "min", "max"};
 constexpr int64_t LINE = 64;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 void copy(char* to, const char* from, int64_t bytes) {
-  at::parallel_for(0, bytes, GRAIN * 4, [&](int64_t i, int64_t last) { std::memcpy(to + i, from + i, last - i); });
+  at::parallel_for(0, bytes, GRAIN * 4,
+                   [&](int64_t i, int64_t last) { std::memcpy(to + i, from + i, last - i); });
 }
 
-void reduce(c10::ScalarType dtype, Reduction reduction, const std::vector<const char*>& parts, char* out, int64_t count) {
+void reduce(c10::ScalarType dtype, Reduction reduction, const std::vector<const char*>& parts,
+            char* out, int64_t count) {
   static auto* const kernel = TPKERNELS_KERNEL(reduce_parts);
-  const ReduceArgs args{dtype, reduction, static_cast<int>(parts.size()), parts.data(), out, 0, nullptr, {}};
+  const ReduceArgs args{dtype,   reduction, static_cast<int>(parts.size()), parts.data(), out, 0,
+                        nullptr, {}};
   at::parallel_for(0, count, GRAIN, [&](int64_t i, int64_t last) { kernel(args, i, last); });
 }
 
@@ -37,22 +41,27 @@ std::string Collectives::describe(uint64_t deed) {
   if (kind > kRowLinear) return "something unknown";
   std::string text = NAMES[kind];
   if (kind == kBarrier) return text;
-  if (kind == kAllReduce || kind == kReduceScatter) text += std::string(" (") + REDUCTIONS[detail & 3] + ")";
+  if (kind == kAllReduce || kind == kReduceScatter)
+    text += std::string(" (") + REDUCTIONS[detail & 3] + ")";
   text += " of " + bytes;
   if (kind == kBroadcast) text += " from rank " + std::to_string(detail);
-  if (kind == kAllReduce || kind == kReduceScatter || kind == kRowLinear) text += std::string(" of ") + c10::toString(dtype);
+  if (kind == kAllReduce || kind == kReduceScatter || kind == kRowLinear)
+    text += std::string(" of ") + c10::toString(dtype);
   return text;
 }
 
-// This rank's part is read where it came from: what memcpy wrote is in no cache of the writer's (twice as fast at 1 MB).
+// This rank's part is read where it came from: what memcpy wrote is in no cache of the writer's
+// (twice as fast at 1 MB).
 std::vector<const char*> Collectives::parts(int64_t offset, const char* own) const {
   std::vector<const char*> all(ring_.size());
   for (int r = 0; r < ring_.size(); r++) all[r] = r == ring_.rank() ? own : ring_.part(r) + offset;
   return all;
 }
 
-void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction) {
-  const int64_t size = c10::elementSize(dtype), bytes = count * size, piece = piece_bytes_ / size, ranks = ring_.size();
+void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
+                             Reduction reduction) {
+  const int64_t size = c10::elementSize(dtype), bytes = count * size, piece = piece_bytes_ / size,
+                ranks = ring_.size();
   const int detail = static_cast<int>(reduction), rank = ring_.rank();
   const bool one_shot = ranks == 2 || bytes < TWO_SHOT_BYTES;
   for (int64_t begin = 0; begin < count; begin += piece) {
@@ -71,7 +80,8 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype, R
     copy(ring_.mine(), here, first(rank));
     copy(ring_.mine() + first(rank + 1), here + first(rank + 1), n * size - first(rank + 1));
     exchange(kAllReduce, dtype, detail, bytes);
-    reduce(dtype, reduction, parts(first(rank), here + first(rank)), here + first(rank), length(rank) / size);
+    reduce(dtype, reduction, parts(first(rank), here + first(rank)), here + first(rank),
+           length(rank) / size);
     copy(ring_.mine() + first(rank), here + first(rank), length(rank));
     exchange(kAllReduce, dtype, detail, bytes);
     for (int r = 0; r < ranks; r++)
@@ -79,8 +89,8 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype, R
   }
 }
 
-void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count, c10::ScalarType dtype,
-                                 Reduction reduction) {
+void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count,
+                                 c10::ScalarType dtype, Reduction reduction) {
   const int64_t size = c10::elementSize(dtype), ranks = ring_.size(), rank = ring_.rank();
   const int64_t piece = std::max<int64_t>(1, piece_bytes_ / ranks / LINE) * LINE / size;
   for (int64_t begin = 0; begin < count; begin += piece) {
@@ -88,7 +98,8 @@ void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inpu
     for (int r = 0; r < ranks; r++)
       if (r != rank) copy(ring_.mine() + r * piece * size, inputs[r] + begin * size, n * size);
     exchange(kReduceScatter, dtype, static_cast<int>(reduction), count * size * ranks);
-    reduce(dtype, reduction, parts(rank * piece * size, inputs[rank] + begin * size), out + begin * size, n);
+    reduce(dtype, reduction, parts(rank * piece * size, inputs[rank] + begin * size),
+           out + begin * size, n);
   }
 }
 
@@ -114,7 +125,8 @@ void Collectives::broadcast(char* data, int64_t bytes, int root) {
 }
 
 void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes,
-                             const std::vector<const char*>& inputs, const std::vector<int64_t>& input_bytes) {
+                             const std::vector<const char*>& inputs,
+                             const std::vector<int64_t>& input_bytes) {
   const int ranks = ring_.size(), rank = ring_.rank();
   // First what each has for each, so that all agree on the number of steps, and on whether it fits.
   const int64_t table = ranks * static_cast<int64_t>(sizeof(int64_t));
@@ -122,18 +134,25 @@ void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<i
   std::memcpy(said, input_bytes.data(), table);
   std::memcpy(said + table, out_bytes.data(), table);
   exchange(kAllToAll, c10::ScalarType::Byte, 0, 0);
-  const auto sent = [&](int from, int to) { return reinterpret_cast<const int64_t*>(ring_.part(from))[to]; };
-  const auto wanted = [&](int by, int from) { return reinterpret_cast<const int64_t*>(ring_.part(by) + table)[from]; };
+  const auto sent = [&](int from, int to) {
+    return reinterpret_cast<const int64_t*>(ring_.part(from))[to];
+  };
+  const auto wanted = [&](int by, int from) {
+    return reinterpret_cast<const int64_t*>(ring_.part(by) + table)[from];
+  };
   int64_t most = 0;
   for (int r = 0; r < ranks; r++) {
     for (int to = 0; to < ranks; to++) {
-      TORCH_CHECK_VALUE(sent(r, to) == wanted(to, r), "all_to_all: rank ", r, " sends ", sent(r, to), " bytes to rank ", to,
-                        ", which expects ", wanted(to, r), ": input and output split sizes must match");
+      TORCH_CHECK_VALUE(sent(r, to) == wanted(to, r), "all_to_all: rank ", r, " sends ",
+                        sent(r, to), " bytes to rank ", to, ", which expects ", wanted(to, r),
+                        ": input and output split sizes must match");
       most = std::max(most, sent(r, to));
     }
   }
   const int64_t piece = std::max<int64_t>(1, piece_bytes_ / ranks / LINE) * LINE;
-  const auto left = [&](int64_t bytes, int64_t begin) { return std::clamp<int64_t>(bytes - begin, 0, piece); };
+  const auto left = [&](int64_t bytes, int64_t begin) {
+    return std::clamp<int64_t>(bytes - begin, 0, piece);
+  };
   for (int64_t begin = 0; begin < most; begin += piece) {
     for (int r = 0; r < ranks; r++)
       if (r != rank) copy(ring_.mine() + r * piece, inputs[r] + begin, left(input_bytes[r], begin));
@@ -148,7 +167,8 @@ void Collectives::barrier() { exchange(kBarrier, c10::ScalarType::Byte, 0, 0); }
 
 void Collectives::sum_rows(ReduceArgs args, int64_t rows) {
   static auto* const kernel = TPKERNELS_KERNEL(sum_rows);
-  const int64_t row_bytes = args.columns * c10::elementSize(args.dtype), bytes = rows * row_bytes, ranks = ring_.size();
+  const int64_t row_bytes = args.columns * c10::elementSize(args.dtype), bytes = rows * row_bytes,
+                ranks = ring_.size();
   exchange(kRowLinear, args.dtype, 0, bytes);
   const auto all = parts(0, ring_.part(ring_.rank()));
   args.parts = static_cast<int>(ranks);

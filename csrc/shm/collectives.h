@@ -1,4 +1,5 @@
-// The collectives of the shared-memory transport, on raw memory. Every rank makes the same calls in the same order.
+// The collectives of the shared-memory transport, on raw memory. Every rank makes the same calls in
+// the same order.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -13,34 +14,41 @@ namespace tpkernels {
 class Collectives {
  public:
   // `threads`: the most that any of the ranks has, so that all cut messages alike.
-  Collectives(Ring& ring, int threads) : ring_(ring), piece_bytes_(std::min(ring.half_bytes(), PIECE_BYTES * threads)) {}
+  Collectives(Ring& ring, int threads)
+      : ring_(ring), piece_bytes_(std::min(ring.half_bytes(), PIECE_BYTES * threads)) {}
 
   std::chrono::milliseconds timeout{};  // of each wait
 
-  // Sums in rank order, in the arithmetic's type and rounded once: the same bits on all ranks, whatever the message's size.
+  // Sums in rank order, in the arithmetic's type and rounded once: the same bits on all ranks,
+  // whatever the message's size.
   void all_reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction);
   // `input`: size() parts of `count`; `out`: the sum of the parts of this rank.
-  void reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count, c10::ScalarType dtype, Reduction reduction);
+  void reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count,
+                      c10::ScalarType dtype, Reduction reduction);
   void all_gather(const std::vector<char*>& outs, const char* input, int64_t bytes);
   void broadcast(char* data, int64_t bytes, int root);
   // inputs[r] of input_bytes[r] goes to rank r; outs[r] of out_bytes[r] comes from it.
-  void all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes, const std::vector<const char*>& inputs,
-                  const std::vector<int64_t>& input_bytes);
+  void all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes,
+                  const std::vector<const char*>& inputs, const std::vector<int64_t>& input_bytes);
   void barrier();
 
   // Rows that sum_rows takes at once.
   int64_t rows_at_once(int64_t row_bytes) const { return ring_.half_bytes() / row_bytes; }
-  // `args` without the parts: what every rank has put into ring.mine(), summed into args.out, with bias and residual.
+  // `args` without the parts: what every rank has put into ring.mine(), summed into args.out, with
+  // bias and residual.
   void sum_rows(ReduceArgs args, int64_t rows);
 
   static std::string describe(uint64_t deed);
 
  private:
   static constexpr int64_t PIECE_BYTES = 256 << 10;
-  static constexpr int64_t TWO_SHOT_BYTES = 32 << 10;  // from here on three ranks and more each reduce a share
+  static constexpr int64_t TWO_SHOT_BYTES =
+      32 << 10;  // from here on three ranks and more each reduce a share
 
   void exchange(int kind, c10::ScalarType dtype, int detail, int64_t bytes) {
-    ring_.exchange({static_cast<uint8_t>(kind), static_cast<uint8_t>(dtype), static_cast<uint16_t>(detail), bytes}, timeout);
+    ring_.exchange({static_cast<uint8_t>(kind), static_cast<uint8_t>(dtype),
+                    static_cast<uint16_t>(detail), bytes},
+                   timeout);
   }
   std::vector<const char*> parts(int64_t offset, const char* own) const;
 

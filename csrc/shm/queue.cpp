@@ -3,7 +3,8 @@
 namespace tpkernels {
 
 namespace {
-// What the thread leaves to the caller, which mostly waits at once, and then needs no other thread to take the core.
+// What the thread leaves to the caller, which mostly waits at once, and then needs no other thread
+// to take the core.
 constexpr auto HEAD_START = std::chrono::microseconds(200);
 }  // namespace
 
@@ -11,7 +12,9 @@ Queue::Work::Work(Queue& queue, std::function<void()> run, std::vector<at::Tenso
     : queue_(queue),
       run_(std::move(run)),
       outputs_(std::move(outputs)),
-      future_(c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {}
+      future_(
+          c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()))) {
+}
 
 void Queue::Work::run() {
   std::exception_ptr error;
@@ -49,7 +52,8 @@ Queue::~Queue() {
   while (!works_.empty()) run_front(lock);  // which fails, the ring having been left
 }
 
-c10::intrusive_ptr<c10d::Work> Queue::push(std::function<void()> run, std::vector<at::Tensor> outputs) {
+c10::intrusive_ptr<c10d::Work> Queue::push(std::function<void()> run,
+                                           std::vector<at::Tensor> outputs) {
   auto work = c10::make_intrusive<Work>(*this, std::move(run), std::move(outputs));
   {
     std::lock_guard<std::mutex> lock(mutex_);

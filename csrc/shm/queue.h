@@ -1,4 +1,5 @@
-// Collectives of one group, in the order in which they were called: by the caller, or if it does something else, by a thread.
+// Collectives of one group, in the order in which they were called: by the caller, or if it does
+// something else, by a thread.
 #pragma once
 
 #include <condition_variable>
@@ -12,7 +13,8 @@ namespace tpkernels {
 
 class Queue {
  public:
-  // An asynchronous collective. Whoever waits for it runs it, with what was called before it, unless the thread has begun.
+  // An asynchronous collective. Whoever waits for it runs it, with what was called before it,
+  // unless the thread has begun.
   class Work : public c10d::Work {
    public:
     Work(Queue& queue, std::function<void()> run, std::vector<at::Tensor> outputs);

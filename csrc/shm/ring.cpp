@@ -18,8 +18,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-// A peer that is running arrives within the spins; one that waits for this core, while we yield it; beyond that it computes, and a
-// sleeper costs it nothing.
+// A peer that is running arrives within the spins; one that waits for this core, while we yield it;
+// beyond that it computes, and a sleeper costs it nothing.
 constexpr int SPINS = 2000;
 constexpr auto YIELDING = std::chrono::milliseconds(5), NAP = std::chrono::milliseconds(50);
 
@@ -38,12 +38,16 @@ uint32_t* low_half(std::atomic<uint64_t>& counter) {
   return __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__ ? halves : halves + 1;
 }
 
-void sleep_while(std::atomic<uint64_t>& counter, uint64_t value, std::chrono::nanoseconds duration) {
+void sleep_while(std::atomic<uint64_t>& counter, uint64_t value,
+                 std::chrono::nanoseconds duration) {
   const timespec time{duration.count() / 1000000000, duration.count() % 1000000000};
-  syscall(SYS_futex, low_half(counter), FUTEX_WAIT, static_cast<uint32_t>(value), &time, nullptr, 0);
+  syscall(SYS_futex, low_half(counter), FUTEX_WAIT, static_cast<uint32_t>(value), &time, nullptr,
+          0);
 }
 
-void wake(std::atomic<uint64_t>& counter) { syscall(SYS_futex, low_half(counter), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+void wake(std::atomic<uint64_t>& counter) {
+  syscall(SYS_futex, low_half(counter), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
 
 bool has_exited(int process) {
   pollfd entry{process, POLLIN, 0};
@@ -52,8 +56,8 @@ bool has_exited(int process) {
 
 }  // namespace
 
-Ring::Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t half_bytes, bool crowded,
-           std::string (*describe)(uint64_t))
+Ring::Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t half_bytes,
+           bool crowded, std::string (*describe)(uint64_t))
     : segments_(std::move(segments)),
       processes_(std::move(processes)),
       rank_(rank),
@@ -76,7 +80,8 @@ void Ring::exchange(Deed deed, std::chrono::milliseconds timeout) {
   const uint64_t packed = deed.packed();
   step_++;
   own.deeds[step_ & 1].store(packed, std::memory_order_relaxed);
-  // Sequentially consistent, as is a sleeper's count before its last look at `posted`: one of the two sees the other.
+  // Sequentially consistent, as is a sleeper's count before its last look at `posted`: one of the
+  // two sees the other.
   own.posted.store(step_, std::memory_order_seq_cst);
   if (own.sleepers.load(std::memory_order_seq_cst)) wake(own.posted);
   bool same = true;
@@ -88,7 +93,8 @@ void Ring::exchange(Deed deed, std::chrono::milliseconds timeout) {
   if (same) return;
   std::string what = "the ranks of the group made different calls:";
   for (int r = 0; r < size(); r++)
-    what += "\n  rank " + std::to_string(r) + ": " + describe_(header(r).deeds[step_ & 1].load(std::memory_order_relaxed));
+    what += "\n  rank " + std::to_string(r) + ": " +
+            describe_(header(r).deeds[step_ & 1].load(std::memory_order_relaxed));
   fail(-1, what);
 }
 
@@ -110,19 +116,24 @@ void Ring::wait_for(int rank, std::chrono::milliseconds timeout) {
     if (seen < step_) sleep_while(peer.posted, seen, NAP);
     peer.sleepers.fetch_sub(1, std::memory_order_relaxed);
     if (there()) return;
-    if (header(rank_).left.load(std::memory_order_acquire)) fail(-1, "this rank has left the group");
+    if (header(rank_).left.load(std::memory_order_acquire))
+      fail(-1, "this rank has left the group");
     check_alive();
     if (Clock::now() - start > timeout) {
-      fail(rank, "rank " + std::to_string(rank) + " did not come to " + describe_(header(rank_).deeds[step_ & 1].load()) +
-                     " within " + std::to_string(timeout.count()) +
+      fail(rank, "rank " + std::to_string(rank) + " did not come to " +
+                     describe_(header(rank_).deeds[step_ & 1].load()) + " within " +
+                     std::to_string(timeout.count()) +
                      " ms; its process is alive, and may be doing something else, or be stuck");
     }
   }
 }
 
 void Ring::check_alive() {
-  const auto gone = [&](int r) { return has_exited(processes_[r]) || header(r).left.load(std::memory_order_acquire); };
-  // Any rank, not only the one that is waited for: that one may itself be waiting for the lost one in vain.
+  const auto gone = [&](int r) {
+    return has_exited(processes_[r]) || header(r).left.load(std::memory_order_acquire);
+  };
+  // Any rank, not only the one that is waited for: that one may itself be waiting for the lost one
+  // in vain.
   int lost = -1;
   for (int r = 0; r < size() && lost < 0; r++)
     if (r != rank_ && gone(r) && header(r).posted.load(std::memory_order_acquire) < step_) lost = r;
@@ -130,16 +141,19 @@ void Ring::check_alive() {
   const int culprit = static_cast<int>(header(0).culprit.load(std::memory_order_acquire)) - 1;
   if (culprit >= 0 && culprit != rank_) lost = culprit;
   const std::string name = "rank " + std::to_string(lost);
-  const std::string waiting =
-      " while rank " + std::to_string(rank_) + " waited for it in " + describe_(header(rank_).deeds[step_ & 1].load());
-  if (has_exited(processes_[lost])) fail(lost, name + " has died (its process has ended)" + waiting);
-  fail(lost, name + " has left the group, by destroy_process_group or for an error of its own," + waiting);
+  const std::string waiting = " while rank " + std::to_string(rank_) + " waited for it in " +
+                              describe_(header(rank_).deeds[step_ & 1].load());
+  if (has_exited(processes_[lost]))
+    fail(lost, name + " has died (its process has ended)" + waiting);
+  fail(lost, name + " has left the group, by destroy_process_group or for an error of its own," +
+                 waiting);
 }
 
 void Ring::fail(int culprit, const std::string& what) {
   broken_ = what;
   uint32_t none = 0;
-  if (culprit >= 0) header(0).culprit.compare_exchange_strong(none, culprit + 1, std::memory_order_acq_rel);
+  if (culprit >= 0)
+    header(0).culprit.compare_exchange_strong(none, culprit + 1, std::memory_order_acq_rel);
   leave();
   throw RingError(broken_);
 }

@@ -1,14 +1,15 @@
 // The protocol of the shared-memory transport, without torch.
 //
-// Each rank owns a segment that all ranks have mapped: a header and two halves of data. A collective is a number of steps; the
-// steps of all ranks are the same, and each is
+// Each rank owns a segment that all ranks have mapped: a header and two halves of data. A
+// collective is a number of steps; the steps of all ranks are the same, and each is
 //
 //     mine()      where this rank puts what the others shall read in this step
 //     exchange()  says that it is there, and waits until every rank's is
 //     part(r)     what rank r put there, to be read until this rank's next exchange()
 //
-// Step s uses half s % 2. A rank that writes its half again, for step s + 2, has seen every rank's step s + 1; and those had
-// finished reading step s before. So one counter a rank, and one wait a step, are all the synchronisation there is.
+// Step s uses half s % 2. A rank that writes its half again, for step s + 2, has seen every rank's
+// step s + 1; and those had finished reading step s before. So one counter a rank, and one wait a
+// step, are all the synchronisation there is.
 #pragma once
 
 #include <atomic>
@@ -34,7 +35,8 @@ struct Deed {
   int64_t bytes;    // of the whole collective, up to 2^40
 
   uint64_t packed() const {
-    return uint64_t(kind) << 60 | uint64_t(dtype & 63) << 54 | uint64_t(detail & 1023) << 44 | uint64_t(bytes);
+    return uint64_t(kind) << 60 | uint64_t(dtype & 63) << 54 | uint64_t(detail & 1023) << 44 |
+           uint64_t(bytes);
   }
 };
 
@@ -45,16 +47,17 @@ class Ring {
     std::atomic<uint64_t> deeds[2];             // what they were
     std::atomic<uint32_t> sleepers;             // ranks that sleep until `posted` moves
     alignas(128) std::atomic<uint32_t> left;    // this rank takes no more steps
-    std::atomic<uint32_t> culprit;              // in the first rank's: 1 + the rank that broke the group
-    char token[64];                             // of the group
+    std::atomic<uint32_t> culprit;  // in the first rank's: 1 + the rank that broke the group
+    char token[64];                 // of the group
   };
   static constexpr int64_t HEADER_BYTES = 4096;
   static constexpr int64_t bytes_of(int64_t half_bytes) { return HEADER_BYTES + 2 * half_bytes; }
 
-  // `segments`: every rank's, zeroed but for the token; `processes`: their pidfds, -1 where there is none to watch. `describe` puts
-  // a packed deed in words. `crowded`: there are more ranks than cores, so that spinning only keeps a peer from its work.
-  Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t half_bytes, bool crowded,
-       std::string (*describe)(uint64_t deed));
+  // `segments`: every rank's, zeroed but for the token; `processes`: their pidfds, -1 where there
+  // is none to watch. `describe` puts a packed deed in words. `crowded`: there are more ranks than
+  // cores, so that spinning only keeps a peer from its work.
+  Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t half_bytes,
+       bool crowded, std::string (*describe)(uint64_t deed));
   ~Ring();
   Ring(const Ring&) = delete;
 
@@ -63,7 +66,8 @@ class Ring {
   int64_t half_bytes() const { return half_bytes_; }
 
   char* mine() const { return half(rank_, step_ + 1); }
-  // Waits for `timeout` at most, and raises RingError; the ring is then broken, and every later exchange raises it again.
+  // Waits for `timeout` at most, and raises RingError; the ring is then broken, and every later
+  // exchange raises it again.
   void exchange(Deed deed, std::chrono::milliseconds timeout);
   const char* part(int rank) const { return half(rank, step_); }
   // Takes this rank out: whoever waits for it raises, this rank itself included. From any thread.
@@ -71,7 +75,9 @@ class Ring {
 
  private:
   Header& header(int rank) const { return *reinterpret_cast<Header*>(segments_[rank]); }
-  char* half(int rank, uint64_t step) const { return segments_[rank] + HEADER_BYTES + (step & 1) * half_bytes_; }
+  char* half(int rank, uint64_t step) const {
+    return segments_[rank] + HEADER_BYTES + (step & 1) * half_bytes_;
+  }
   void wait_for(int rank, std::chrono::milliseconds timeout);
   // Raises if a rank that has not come yet never will.
   void check_alive();

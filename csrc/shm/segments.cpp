@@ -37,9 +37,11 @@ std::string link_of(const char* path) {
 
 std::string random_token() {
   std::array<unsigned char, 16> bytes;
-  TORCH_CHECK(getrandom(bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size()), "getrandom: ", reason());
+  TORCH_CHECK(getrandom(bytes.data(), bytes.size(), 0) == static_cast<ssize_t>(bytes.size()),
+              "getrandom: ", reason());
   std::ostringstream text;
-  for (const int byte : bytes) text << "0123456789abcdef"[byte >> 4] << "0123456789abcdef"[byte & 15];
+  for (const int byte : bytes)
+    text << "0123456789abcdef"[byte >> 4] << "0123456789abcdef"[byte & 15];
   return text.str();
 }
 
@@ -57,7 +59,8 @@ std::string allowed_cores() {
 // One value of every rank's.
 class Exchange {
  public:
-  Exchange(c10::intrusive_ptr<c10d::Store> store, int rank, int size) : store_(std::move(store)), rank_(rank), size_(size) {}
+  Exchange(c10::intrusive_ptr<c10d::Store> store, int rank, int size)
+      : store_(std::move(store)), rank_(rank), size_(size) {}
 
   std::vector<std::string> operator()(const std::string& key, const std::string& mine) const {
     store_->set(key + "/" + std::to_string(rank_), std::vector<uint8_t>(mine.begin(), mine.end()));
@@ -72,7 +75,8 @@ class Exchange {
   // Raises on every rank the first rank's error.
   void raise_any(const std::string& key, const std::string& error) const {
     const auto all = (*this)(key, error);
-    for (int r = 0; r < size_; r++) TORCH_CHECK(all[r].empty(), "the shm transport cannot start: rank ", r, ": ", all[r]);
+    for (int r = 0; r < size_; r++)
+      TORCH_CHECK(all[r].empty(), "the shm transport cannot start: rank ", r, ": ", all[r]);
   }
 
  private:
@@ -91,15 +95,16 @@ std::string error_of(const std::function<void()>& step) {
 
 }  // namespace
 
-// The kernel that was booted, its processes as they are seen from here, the file system. And the network, since ranks in namespaces
-// of their own are hosts for the purpose of whoever made those.
+// The kernel that was booted, its processes as they are seen from here, the file system. And the
+// network, since ranks in namespaces of their own are hosts for the purpose of whoever made those.
 std::string shm_host() {
   std::ifstream file("/proc/sys/kernel/random/boot_id");
   std::string boot;
   file >> boot;
   struct stat folder{};
   if (stat(FOLDER, &folder) != 0) return "no " + std::string(FOLDER) + ": " + reason();
-  return boot + " " + link_of("/proc/self/ns/pid") + " " + link_of("/proc/self/ns/net") + " " + std::to_string(folder.st_dev);
+  return boot + " " + link_of("/proc/self/ns/pid") + " " + link_of("/proc/self/ns/net") + " " +
+         std::to_string(folder.st_dev);
 }
 
 int64_t shm_free_bytes() {
@@ -113,17 +118,23 @@ File::~File() {
   if (descriptor_ >= 0) close(descriptor_);
 }
 
-Segments::Segments(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, int64_t half_bytes)
+Segments::Segments(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                   int64_t half_bytes)
     : mappings_(size), processes_(size) {
   const Exchange exchange(store, rank, size);
   const auto hosts = exchange("host", shm_host());
   for (int r = 1; r < size; r++)
-    TORCH_CHECK(hosts[r] == hosts[0], "the shm transport cannot start: ranks 0 and ", r,
-                " share no memory, being on two hosts, in two containers or two network namespaces (", hosts[0], "; ", hosts[r],
-                "): take gloo for this group");
-  int64_t room = std::numeric_limits<int64_t>::max();  // as all saw it before any of them took of it
-  for (const auto& free : exchange("free", std::to_string(shm_free_bytes()))) room = std::min<int64_t>(room, std::stoll(free));
-  for (half_bytes_ = half_bytes; half_bytes_ > LEAST_HALF_BYTES && size * Ring::bytes_of(half_bytes_) > room;) half_bytes_ /= 2;
+    TORCH_CHECK(
+        hosts[r] == hosts[0], "the shm transport cannot start: ranks 0 and ", r,
+        " share no memory, being on two hosts, in two containers or two network namespaces (",
+        hosts[0], "; ", hosts[r], "): take gloo for this group");
+  int64_t room =
+      std::numeric_limits<int64_t>::max();  // as all saw it before any of them took of it
+  for (const auto& free : exchange("free", std::to_string(shm_free_bytes())))
+    room = std::min<int64_t>(room, std::stoll(free));
+  for (half_bytes_ = half_bytes;
+       half_bytes_ > LEAST_HALF_BYTES && size * Ring::bytes_of(half_bytes_) > room;)
+    half_bytes_ /= 2;
   const auto token = exchange("token", random_token())[0];  // the first rank's is the group's
   File file;
   exchange.raise_any("created", error_of([&] { file = create(rank, token); }));
@@ -149,7 +160,8 @@ Segments::Segments(const c10::intrusive_ptr<c10d::Store>& store, int rank, int s
 }
 
 Segments::Mapping Segments::map(const File& file, int64_t length) {
-  void* address = mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file.get(), 0);
+  void* address =
+      mmap(nullptr, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file.get(), 0);
   TORCH_CHECK(address != MAP_FAILED, "cannot map ", length, " bytes of shared memory: ", reason());
   return {static_cast<char*>(address), [length](char* mapped) { munmap(mapped, length); }};
 }
@@ -157,11 +169,13 @@ Segments::Mapping Segments::map(const File& file, int64_t length) {
 File Segments::create(int rank, const std::string& token) {
   File file(::open(FOLDER, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600));
   TORCH_CHECK(file.get() >= 0, "cannot make a file in ", FOLDER, ": ", reason());
-  // Reserved here and now: a page that is not there at the first write to it is a SIGBUS in the midst of training.
+  // Reserved here and now: a page that is not there at the first write to it is a SIGBUS in the
+  // midst of training.
   const auto length = Ring::bytes_of(half_bytes_);
   const int error = posix_fallocate(file.get(), 0, length);
-  TORCH_CHECK(error == 0, FOLDER, ": ", std::strerror(error), ": it has ", shm_free_bytes(), " bytes free, and the ",
-              mappings_.size(), " ranks need ", mappings_.size() * length, ": make room (`mount -o remount,size=1G ", FOLDER,
+  TORCH_CHECK(error == 0, FOLDER, ": ", std::strerror(error), ": it has ", shm_free_bytes(),
+              " bytes free, and the ", mappings_.size(), " ranks need ", mappings_.size() * length,
+              ": make room (`mount -o remount,size=1G ", FOLDER,
               "`, `docker run --shm-size=1g`), or take gloo (TPKERNELS_TRANSPORT=gloo)");
   mappings_[rank] = map(file, length);
   auto& header = *new (mappings_[rank].get()) Ring::Header{};
@@ -172,13 +186,15 @@ File Segments::create(int rank, const std::string& token) {
 void Segments::open(int rank, int64_t process, int64_t descriptor, const std::string& token) {
   const auto path = "/proc/" + std::to_string(process) + "/fd/" + std::to_string(descriptor);
   const File file(::open(path.c_str(), O_RDWR | O_CLOEXEC));
-  TORCH_CHECK(file.get() >= 0, "cannot open the memory of rank ", rank, " at ", path, ": ", reason(),
-              " (do the ranks run as one user, in one container?)");
+  TORCH_CHECK(file.get() >= 0, "cannot open the memory of rank ", rank, " at ", path, ": ",
+              reason(), " (do the ranks run as one user, in one container?)");
   mappings_[rank] = map(file, Ring::bytes_of(half_bytes_));
   const auto& header = *reinterpret_cast<Ring::Header*>(mappings_[rank].get());
   TORCH_CHECK(token == header.token, path, " is not the memory of rank ", rank, " of this group");
-  processes_[rank] = File(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(process), 0)));
-  TORCH_CHECK(processes_[rank].get() >= 0, "cannot watch the process of rank ", rank, ": pidfd_open: ", reason());
+  processes_[rank] =
+      File(static_cast<int>(syscall(SYS_pidfd_open, static_cast<pid_t>(process), 0)));
+  TORCH_CHECK(processes_[rank].get() >= 0, "cannot watch the process of rank ", rank,
+              ": pidfd_open: ", reason());
 }
 
 std::vector<char*> Segments::addresses() const {

@@ -1,4 +1,5 @@
-// The shared memory of a group's ranks on one host: made, exchanged through the group's store, mapped.
+// The shared memory of a group's ranks on one host: made, exchanged through the group's store,
+// mapped.
 #pragma once
 
 #include <functional>
@@ -28,13 +29,15 @@ class File {
   int descriptor_;
 };
 
-// Every rank's segment, mapped, and a descriptor of its process. A segment never has a name in /dev/shm: it is an unnamed file
-// (O_TMPFILE, mode 0600), which the other ranks open through its owner's /proc/PID/fd. So however a process ends nothing is left,
-// and no other user's process, nor another job's, can come upon it.
+// Every rank's segment, mapped, and a descriptor of its process. A segment never has a name in
+// /dev/shm: it is an unnamed file (O_TMPFILE, mode 0600), which the other ranks open through its
+// owner's /proc/PID/fd. So however a process ends nothing is left, and no other user's process, nor
+// another job's, can come upon it.
 class Segments {
  public:
-  // The ranks must all call it. Raises on all of them, in the same words, where any of them cannot: they are not on one host, or
-  // /dev/shm has no room. Halves of up to `half_bytes`, less (by powers of two) where /dev/shm is small.
+  // The ranks must all call it. Raises on all of them, in the same words, where any of them cannot:
+  // they are not on one host, or /dev/shm has no room. Halves of up to `half_bytes`, less (by
+  // powers of two) where /dev/shm is small.
   Segments(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, int64_t half_bytes);
 
   std::vector<char*> addresses() const;

@@ -1,5 +1,5 @@
-// Three ranks run random sequences of launches and check every result: what the sanitizers and the mutants run.
-// Exit status: 0 right, 1 a wrong result, 2 the ranks hang.
+// Three ranks run random sequences of launches and check every result: what the sanitizers and the
+// mutants run. Exit status: 0 right, 1 a wrong result, 2 the ranks hang.
 #include <cuda_bf16.h>
 #include <unistd.h>
 
@@ -16,7 +16,8 @@
 namespace {
 constexpr int kRanks = 3, kLaunches = 8;
 constexpr size_t kHalf = 4096;
-constexpr int kShapes[][2] = {{1, 1}, {1, 7}, {5, 24}, {4, 19}, {7, 40}, {1, 200}, {1, 1017}, {3, 136}};
+constexpr int kShapes[][2] = {{1, 1},  {1, 7},   {5, 24},   {4, 19},
+                              {7, 40}, {1, 200}, {1, 1017}, {3, 136}};
 
 float to_float(float x) { return x; }
 float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -44,10 +45,12 @@ struct Case {
 
   Case(std::mt19937& rng, int kernel, const int (&shape)[2], int dtype, Buffers& buffers) {
     const auto draw = [&](int n) { return static_cast<int>(rng() % n); };
-    const int rows = shape[0], columns = shape[1], blocks = 1 + draw(3), threads = 64, terms = draw(8);
+    const int rows = shape[0], columns = shape[1], blocks = 1 + draw(3), threads = 64,
+              terms = draw(8);
     const bool in_place = draw(2);
     const size_t size = static_cast<size_t>(rows) * columns;
-    // The switch's order is its own, so sums that it makes must be exact in any order. The others are made to depend on the order.
+    // The switch's order is its own, so sums that it makes must be exact in any order. The others
+    // are made to depend on the order.
     const auto value = [&] {
       return kernel == kTwoShotMultimem ? static_cast<float>(draw(7) - 3)
                                         : std::ldexp(static_cast<float>(draw(7) - 3), draw(2) * 24);
@@ -94,7 +97,9 @@ struct Case {
       if (!(terms & 4)) continue;
       for (int column = 0; column < columns; ++column) {
         const size_t i = static_cast<size_t>(row) * columns + column;
-        from_float(to_float(expected[i]) / std::sqrt(squares / columns + 1e-3f) * to_float(weight[column]), &expected_normed[i]);
+        from_float(
+            to_float(expected[i]) / std::sqrt(squares / columns + 1e-3f) * to_float(weight[column]),
+            &expected_normed[i]);
       }
     }
   }
@@ -105,12 +110,15 @@ struct Case {
       const T* output = static_cast<const T*>(spec.kept_output);
       const T* normed = static_cast<const T*>(spec.kept_normed);
       for (size_t i = 0; i < expected.size(); ++i) {
-        if (std::memcmp(output + i, &expected[i], sizeof(T)) && !(to_float(output[i]) == 0 && to_float(expected[i]) == 0))
+        if (std::memcmp(output + i, &expected[i], sizeof(T)) &&
+            !(to_float(output[i]) == 0 && to_float(expected[i]) == 0))
           return false;
       }
       for (size_t i = 0; i < expected_normed.size(); ++i) {
         const float want = to_float(expected_normed[i]);
-        if (!(std::fabs(to_float(normed[i]) - want) <= 1e-6f + std::fabs(want) * (sizeof(T) == 2 ? 0.01f : 1e-5f))) return false;
+        if (!(std::fabs(to_float(normed[i]) - want) <=
+              1e-6f + std::fabs(want) * (sizeof(T) == 2 ? 0.01f : 1e-5f)))
+          return false;
         if (std::memcmp(normed + i, first + i, sizeof(T))) return false;
       }
     }

@@ -38,7 +38,8 @@ World* world_create(int ranks, size_t half_bytes, uint64_t epoch) {
     std::memset(world->memory[rank] + kFlagBytes, 0xff, bytes - kFlagBytes);  // NaN
     world->epochs.emplace_back(kMaxBlocks, epoch);
   }
-  world->multicast = static_cast<char*>(mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+  world->multicast =
+      static_cast<char*>(mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
   return world;
 }
 
@@ -61,7 +62,8 @@ void call(int kernel, const Arguments<T>& arguments) {
 }
 
 template <typename T, int... kRanks>
-void append(World* world, int rank, const Spec& spec, std::vector<simt::Launch>& stream, std::integer_sequence<int, kRanks...>) {
+void append(World* world, int rank, const Spec& spec, std::vector<simt::Launch>& stream,
+            std::integer_sequence<int, kRanks...>) {
   if (spec.dtype != dtype_of<T>()) return;
   const size_t bytes = sizeof(T) * spec.rows * spec.columns;
   const auto copy = [&](void* to, const void* from) {
@@ -87,9 +89,11 @@ void append(World* world, int rank, const Spec& spec, std::vector<simt::Launch>&
     if (world->ranks != ranks) return;
     const int kernel = spec.kernel;
     if (spec.norm) {
-      stream.push_back({spec.blocks, spec.threads, [=] { call<T, decltype(ranks)::value, true>(kernel, a); }});
+      stream.push_back(
+          {spec.blocks, spec.threads, [=] { call<T, decltype(ranks)::value, true>(kernel, a); }});
     } else {
-      stream.push_back({spec.blocks, spec.threads, [=] { call<T, decltype(ranks)::value, false>(kernel, a); }});
+      stream.push_back(
+          {spec.blocks, spec.threads, [=] { call<T, decltype(ranks)::value, false>(kernel, a); }});
     }
   };
   (launch(std::integral_constant<int, kRanks>{}), ...);
@@ -98,11 +102,13 @@ void append(World* world, int rank, const Spec& spec, std::vector<simt::Launch>&
 }
 
 template <typename... T>
-void append_any(World* world, int rank, const Spec& spec, std::vector<simt::Launch>& stream, std::tuple<T...>*) {
+void append_any(World* world, int rank, const Spec& spec, std::vector<simt::Launch>& stream,
+                std::tuple<T...>*) {
   const size_t before = stream.size();
   (append<T>(world, rank, spec, stream, std::integer_sequence<int, TEST_RANKS>{}), ...);
   if (stream.size() == before) {
-    std::fprintf(stderr, "harness: nothing was compiled for %d ranks, type %d\n", world->ranks, spec.dtype);
+    std::fprintf(stderr, "harness: nothing was compiled for %d ranks, type %d\n", world->ranks,
+                 spec.dtype);
     std::abort();
   }
 }
@@ -112,7 +118,8 @@ bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uin
   std::vector<std::vector<simt::Launch>> streams(world->ranks);
   for (int i = 0; i < launches; ++i) {
     for (int rank = 0; rank < world->ranks; ++rank) {
-      append_any(world, rank, specs[i * world->ranks + rank], streams[rank], static_cast<std::tuple<TEST_TYPES>*>(nullptr));
+      append_any(world, rank, specs[i * world->ranks + rank], streams[rank],
+                 static_cast<std::tuple<TEST_TYPES>*>(nullptr));
     }
   }
   const simt::Outcome outcome = simt::run(streams, seed);
@@ -124,4 +131,6 @@ bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uin
 int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm) {
   return grid_size(rows, columns, element_size, norm);
 }
-size_t device_half_bytes(int64_t rows, int64_t columns, int element_size) { return half_bytes(rows, columns, element_size); }
+size_t device_half_bytes(int64_t rows, int64_t columns, int element_size) {
+  return half_bytes(rows, columns, element_size);
+}

@@ -1,4 +1,5 @@
-// Ranks with symmetric memory, and launches on them. Used from Python through ctypes and from check.cpp.
+// Ranks with symmetric memory, and launches on them. Used from Python through ctypes and from
+// check.cpp.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +10,9 @@ extern "C" {
 enum Kernel { kOneShot, kTwoShot, kTwoShotMultimem };
 enum Dtype { kFloat, kHalf, kBfloat16 };
 
-// One rank's part of one launch. Before it `fresh` is copied into `input`, after it the results are copied to where they are kept,
-// all in the order of the rank's stream: so launches with the same arguments see changing data with no synchronisation between
-// ranks.
+// One rank's part of one launch. Before it `fresh` is copied into `input`, after it the results are
+// copied to where they are kept, all in the order of the rank's stream: so launches with the same
+// arguments see changing data with no synchronisation between ranks.
 struct Spec {
   int kernel, dtype, norm, blocks, threads, rows, columns;
   float epsilon;

@@ -72,7 +72,8 @@ struct Gelu {
   // Abramowitz and Stegun 7.1.26, absolute error 7.5e-8, whose exp the slope has too
   static ValueAndSlope<Vectorized<float>> tail(const Vectorized<float>& x) {
     using V = Vectorized<float>;
-    const V bell = exp(x * x * V(-0.5f)), t = V(1) / at::vec::fmadd(x.abs(), V(0.3275911f * float(SQRT_HALF)), V(1));
+    const V bell = exp(x * x * V(-0.5f)),
+            t = V(1) / at::vec::fmadd(x.abs(), V(0.3275911f * float(SQRT_HALF)), V(1));
     V p = at::vec::fmadd(V(0.5f * 1.061405429f), t, V(0.5f * -1.453152027f));
     p = at::vec::fmadd(p, t, V(0.5f * 1.421413741f));
     p = at::vec::fmadd(p, t, V(0.5f * -0.284496736f));
@@ -81,7 +82,8 @@ struct Gelu {
   }
   template <typename V>
   static V value(const V& x) {
-    const V limited = at::vec::clamp_max(x.abs(), V(100));  // the tail is 0 long before; infinity times it were NaN
+    const V limited = at::vec::clamp_max(
+        x.abs(), V(100));  // the tail is 0 long before; infinity times it were NaN
     return at::vec::fnmadd(limited, tail(x).value, at::vec::clamp_min(x, V(0)));
   }
   template <typename V>
@@ -126,9 +128,11 @@ void visit_activation(Activation activation, const F& f) {
 
 template <typename F, typename T>
 void forward(const ActivationArgs& args, int64_t row, int64_t last) {
-  const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias), *up_bias = static_cast<const Wide<T>*>(args.up_bias);
+  const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias),
+             *up_bias = static_cast<const Wide<T>*>(args.up_bias);
   for (; row < last; row++) {
-    const T *gate = row_of<T>(args.gate, row), *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
+    const T *gate = row_of<T>(args.gate, row),
+            *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
     T* out = row_of<T>(args.out, row);
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto y = map([](const auto& v) { return F::value(v); }, biased(gate, gate_bias, i, n));
@@ -140,9 +144,11 @@ void forward(const ActivationArgs& args, int64_t row, int64_t last) {
 
 template <typename F, typename T>
 void backward(const ActivationArgs& args, int64_t row, int64_t last, Wide<T>* bias_grad) {
-  const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias), *up_bias = static_cast<const Wide<T>*>(args.up_bias);
+  const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias),
+             *up_bias = static_cast<const Wide<T>*>(args.up_bias);
   for (; row < last; row++) {
-    const T *gate = row_of<T>(args.gate, row), *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
+    const T *gate = row_of<T>(args.gate, row),
+            *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
     const T* grad = row_of<T>(args.out, row);
     T *gate_grad = row_of<T>(args.gate_grad, row), *up_grad = row_of<T>(args.up_grad, row);
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
@@ -169,14 +175,17 @@ void backward(const ActivationArgs& args, int64_t row, int64_t last, Wide<T>* bi
 }  // namespace
 
 void activation_forward(const ActivationArgs& args, int64_t row, int64_t last) {
-  visit_activation(args.activation,
-                   [&](auto f) { visit(args.dtype, [&](auto t) { forward<decltype(f), decltype(t)>(args, row, last); }); });
+  visit_activation(args.activation, [&](auto f) {
+    visit(args.dtype, [&](auto t) { forward<decltype(f), decltype(t)>(args, row, last); });
+  });
 }
 
 void activation_backward(const ActivationArgs& args, int64_t row, int64_t last, void* bias_grad) {
   visit_activation(args.activation, [&](auto f) {
-    visit(args.dtype,
-          [&](auto t) { backward<decltype(f), decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(bias_grad)); });
+    visit(args.dtype, [&](auto t) {
+      backward<decltype(f), decltype(t)>(args, row, last,
+                                         static_cast<Wide<decltype(t)>*>(bias_grad));
+    });
   });
 }
 

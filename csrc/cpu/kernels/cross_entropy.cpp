@@ -1,4 +1,5 @@
-// A rank's part of a cross-entropy over a split vocabulary: each row of logits is read from memory once.
+// A rank's part of a cross-entropy over a split vocabulary: each row of logits is read from memory
+// once.
 #include <cmath>
 #include <limits>
 
@@ -8,13 +9,15 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-// Columns that stay in the first cache between their maximum and their sum of exponentials, and so few that the running sums of a
-// block, and then of the blocks, lose no accuracy to their length: over a vocabulary, torch's single running sum is off by 1e-5.
+// Columns that stay in the first cache between their maximum and their sum of exponentials, and so
+// few that the running sums of a block, and then of the blocks, lose no accuracy to their length:
+// over a vocabulary, torch's single running sum is off by 1e-5.
 constexpr int64_t BLOCK = 512;
 
 // Milakov and Gimelshein, "Online normalizer calculation for softmax", a block at a time
 template <typename T>
-void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows, Wide<T>* stats) {
+void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows,
+              Wide<T>* stats) {
   using W = Wide<T>;
   using V = typename Lanes<T>::V;
   constexpr W INF = std::numeric_limits<W>::infinity();
@@ -25,7 +28,8 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
     auto exps = broadcast<T>(0), total = broadcast<T>(0);
     for (int64_t start = 0; start < args.columns; start += BLOCK) {
       const int64_t columns = std::min(BLOCK, args.columns - start);
-      auto block_max = broadcast<T>(-INF), block_total = broadcast<T>(0), block_exps = broadcast<T>(0);
+      auto block_max = broadcast<T>(-INF), block_total = broadcast<T>(0),
+           block_exps = broadcast<T>(0);
       for_each_vector<T>(columns, [&](int64_t i, auto n) {
         const auto x = load(z + start + i, n);
         block_max = map(larger, block_max, first(x, n, -INF));
@@ -54,8 +58,8 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
 }
 
 template <typename T>
-void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide<T>* log_norm, const Wide<T>* scale,
-             double on_target, double everywhere, const Rows& grad) {
+void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide<T>* log_norm,
+             const Wide<T>* scale, double on_target, double everywhere, const Rows& grad) {
   using W = Wide<T>;
   using V = typename Lanes<T>::V;
   const V constant(static_cast<W>(everywhere));
@@ -75,22 +79,29 @@ void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide
       store(out + i, map([&](const V& x) { return slope(x) * factor; }, load(z + i, n)), n);
     });
     if (here)
-      store(out + target, map([&](const V& x) { return (slope(x) - V(static_cast<W>(on_target))) * factor; }, at_target), 1);
+      store(out + target,
+            map([&](const V& x) { return (slope(x) - V(static_cast<W>(on_target))) * factor; },
+                at_target),
+            1);
   }
 }
 
 }  // namespace
 
-void cross_entropy_stats(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows, void* stats) {
-  visit(args.dtype, [&](auto t) { stats_of<decltype(t)>(args, row, last, rows, static_cast<Wide<decltype(t)>*>(stats)); });
+void cross_entropy_stats(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows,
+                         void* stats) {
+  visit(args.dtype, [&](auto t) {
+    stats_of<decltype(t)>(args, row, last, rows, static_cast<Wide<decltype(t)>*>(stats));
+  });
 }
 
-void cross_entropy_grad(const CrossEntropyArgs& args, int64_t row, int64_t last, const void* log_norm, const void* scale,
-                        double on_target, double everywhere, Rows grad) {
+void cross_entropy_grad(const CrossEntropyArgs& args, int64_t row, int64_t last,
+                        const void* log_norm, const void* scale, double on_target,
+                        double everywhere, Rows grad) {
   visit(args.dtype, [&](auto t) {
     using W = Wide<decltype(t)>;
-    grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm), static_cast<const W*>(scale), on_target, everywhere,
-                         grad);
+    grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm),
+                         static_cast<const W*>(scale), on_target, everywhere, grad);
   });
 }
 

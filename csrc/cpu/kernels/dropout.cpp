@@ -1,4 +1,5 @@
-// Dropout by counter-based random numbers: the mask is computed where it is used, forward and backward.
+// Dropout by counter-based random numbers: the mask is computed where it is used, forward and
+// backward.
 #include "../../philox.h"
 #include "lanes.h"
 
@@ -6,8 +7,8 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-// Counters at a time, each of which gives four columns. The loops over them are left to the compiler, which vectorises loops of
-// more than 16 rounds and unrolls shorter ones.
+// Counters at a time, each of which gives four columns. The loops over them are left to the
+// compiler, which vectorises loops of more than 16 rounds and unrolls shorter ones.
 constexpr int GROUPS = 32, SPAN = 4 * GROUPS;
 
 // bits[i]: the random bits of column 4 * group + i
@@ -57,7 +58,10 @@ void apply(const DropoutArgs& args, int64_t row, int64_t last) {
       const int64_t columns = std::min(SPAN - skip, args.columns - start);
       for_each_vector<T>(columns, [&](int64_t i, auto n) {
         const auto mask = load_wide<T>(reinterpret_cast<const W*>(kept + skip + i), n);
-        store(out + start + i, map([&](const V& v, const V& m) { return (v * scale) & m; }, load(x + start + i, n), mask), n);
+        store(out + start + i,
+              map([&](const V& v, const V& m) { return (v * scale) & m; }, load(x + start + i, n),
+                  mask),
+              n);
       });
       start += columns;
       skip = 0;

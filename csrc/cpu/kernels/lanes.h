@@ -1,4 +1,5 @@
-// at::vec for kernels that compute in a wider dtype than they store: the lanes that one vector of T fills.
+// at::vec for kernels that compute in a wider dtype than they store: the lanes that one vector of T
+// fills.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -48,7 +49,8 @@ template <typename T>
 inline Lanes<T> load_wide(const Wide<T>* p, int64_t n) {
   constexpr int64_t step = Lanes<T>::V::size();
   Lanes<T> x;
-  for (int k = 0; k < Lanes<T>::vectors; k++) x.v[k] = Lanes<T>::V::loadu(p + k * step, std::clamp<int64_t>(n - k * step, 0, step));
+  for (int k = 0; k < Lanes<T>::vectors; k++)
+    x.v[k] = Lanes<T>::V::loadu(p + k * step, std::clamp<int64_t>(n - k * step, 0, step));
   return x;
 }
 
@@ -68,7 +70,8 @@ inline Lanes<T> first(const Lanes<T>& x, int64_t n, Wide<T> rest = 0) {
   if (n == Lanes<T>::size) return x;
   Lanes<T> out;
   for (int k = 0; k < Lanes<T>::vectors; k++)
-    out.v[k] = Lanes<T>::V::set(typename Lanes<T>::V(rest), x.v[k], std::clamp<int64_t>(n - k * step, 0, step));
+    out.v[k] = Lanes<T>::V::set(typename Lanes<T>::V(rest), x.v[k],
+                                std::clamp<int64_t>(n - k * step, 0, step));
   return out;
 }
 
@@ -109,7 +112,8 @@ inline Lanes<T> broadcast(Wide<T> value) {
   return out;
 }
 
-// f(i, n) for each i where a vector of T starts in [0, columns), n of its lanes used: a constant, in its type, but for the last.
+// f(i, n) for each i where a vector of T starts in [0, columns), n of its lanes used: a constant,
+// in its type, but for the last.
 template <typename T, typename F>
 inline void for_each_vector(int64_t columns, const F& f) {
   constexpr std::integral_constant<int64_t, Lanes<T>::size> step;
@@ -140,7 +144,8 @@ inline void visit(c10::ScalarType dtype, const F& f) {
 
 inline Vectorized<double> exp(const Vectorized<double>& x) { return x.exp(); }
 
-// 2^n e^r, |r| <= ln(2) / 2: relative error below 2^-23, 0 below -87 (no subnormal results). at::vec's calls a library.
+// 2^n e^r, |r| <= ln(2) / 2: relative error below 2^-23, 0 below -87 (no subnormal results).
+// at::vec's calls a library.
 inline Vectorized<float> exp(const Vectorized<float>& x) {
   using V = Vectorized<float>;
   using I = Vectorized<int32_t>;
@@ -155,7 +160,8 @@ inline Vectorized<float> exp(const Vectorized<float>& x) {
   q = at::vec::fmadd(q, r, V(0.16666576266288757f));
   q = at::vec::fmadd(q, r, V(0.5f));
   const V e = at::vec::fmadd(r * r, q, r) + V(1.0f);
-  const I exponent = (at::vec::cast<int32_t>(shifted) << I(23)) + I(126 << 23);  // 2^(n-1), so that n = 128 does not overflow
+  const I exponent = (at::vec::cast<int32_t>(shifted) << I(23)) +
+                     I(126 << 23);  // 2^(n-1), so that n = 128 does not overflow
   return (e + e) * at::vec::cast<float>(exponent);
 }
 

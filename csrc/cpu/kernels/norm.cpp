@@ -7,7 +7,9 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-constexpr auto square_add = [](const auto& x, const auto& sum) { return at::vec::fmadd(x, x, sum); };
+constexpr auto square_add = [](const auto& x, const auto& sum) {
+  return at::vec::fmadd(x, x, sum);
+};
 
 template <typename T>
 void forward(const NormArgs& args, int64_t row, int64_t last) {
@@ -61,24 +63,30 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* 
     const T *grad = row_of<T>(args.grad, row), *h = row_of<T>(args.sum, row);
     const T* grad_sum = args.grad_sum.data ? row_of<T>(args.grad_sum, row) : nullptr;
     T* input_grad = row_of<T>(args.input_grad, row);
-    const V mean(args.rms ? 0 : static_cast<const W*>(args.mean)[row]), rstd(static_cast<const W*>(args.rstd)[row]);
+    const V mean(args.rms ? 0 : static_cast<const W*>(args.mean)[row]),
+        rstd(static_cast<const W*>(args.rstd)[row]);
     const auto normed = [&](const V& x) { return (x - mean) * rstd; };
-    auto along = broadcast<T>(0), total = broadcast<T>(0);  // sums of the normed row's gradient times itself, and of the gradient
+    auto along = broadcast<T>(0),
+         total = broadcast<T>(
+             0);  // sums of the normed row's gradient times itself, and of the gradient
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
-      const auto dy = load(grad + i, n), x = map(normed, load(h + i, n)), product = map(times, dy, x);
+      const auto dy = load(grad + i, n), x = map(normed, load(h + i, n)),
+                 product = map(times, dy, x);
       if (param_grads) {
         add_wide<T>(param_grads + i, product, n);
         add_wide<T>(param_grads + args.columns + i, dy, n);
       }
       const auto dx = weight ? map(times, dy, load_wide<T>(weight + i, n)) : dy;
-      along = map([](const V& a, const V& b, const V& c) { return at::vec::fmadd(a, b, c); }, dx, x, along);
+      along = map([](const V& a, const V& b, const V& c) { return at::vec::fmadd(a, b, c); }, dx, x,
+                  along);
       total = map(plus, total, dx);
     });
     const V slope(reduce_sum(along) / count), shift(args.rms ? 0 : reduce_sum(total) / count);
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto dx = load(grad + i, n);
       if (weight) dx = map(times, dx, load_wide<T>(weight + i, n));
-      dx = map([&](const V& d, const V& x) { return (d - normed(x) * slope - shift) * rstd; }, dx, load(h + i, n));
+      dx = map([&](const V& d, const V& x) { return (d - normed(x) * slope - shift) * rstd; }, dx,
+               load(h + i, n));
       if (grad_sum) dx = map(plus, dx, load(grad_sum + i, n));
       store(input_grad + i, dx, n);
     });
@@ -92,7 +100,9 @@ void norm_forward(const NormArgs& args, int64_t row, int64_t last) {
 }
 
 void norm_backward(const NormBackwardArgs& args, int64_t row, int64_t last, void* param_grads) {
-  visit(args.dtype, [&](auto t) { backward<decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(param_grads)); });
+  visit(args.dtype, [&](auto t) {
+    backward<decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(param_grads));
+  });
 }
 
 }  // namespace tpkernels::CPU_CAPABILITY

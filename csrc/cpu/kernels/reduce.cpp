@@ -26,10 +26,11 @@ struct Min {
   }
 };
 
-// Of `count` elements from `offset` on. kParts is the number of parts, or 0 for any. finish(x, i, n): what follows, before the
-// rounding.
+// Of `count` elements from `offset` on. kParts is the number of parts, or 0 for any. finish(x, i,
+// n): what follows, before the rounding.
 template <typename T, int kParts, typename Op, typename F>
-void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op, const F& finish) {
+void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op,
+                 const F& finish) {
   const int parts = kParts ? kParts : args.parts;
   const T* part[kParts ? kParts : 1];
   if constexpr (kParts)
@@ -47,7 +48,8 @@ void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op
 }
 
 template <typename T, typename Op, typename F>
-void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op, const F& finish) {
+void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op,
+                 const F& finish) {
   switch (args.parts) {
     case 2:
       return reduce_span<T, 2>(args, offset, count, op, finish);

@@ -17,7 +17,8 @@ Pair<V> rotate(const V& x1, const V& x2, const V& c, const V& s) {
 
 // Pairs (i, i + half)
 template <typename T>
-void rotate_halves(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse, int64_t half) {
+void rotate_halves(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse,
+                   int64_t half) {
   for_each_vector<T>(half, [&](int64_t i, auto n) {
     auto x1 = load(x + i, n), x2 = load(x + half + i, n);
     const auto c = load_wide<T>(cos + i, n), s = load_wide<T>(sin + i, n);
@@ -32,9 +33,11 @@ void rotate_halves(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, b
 
 // Pairs (2i, 2i + 1)
 template <typename T>
-void rotate_interleaved(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse, int64_t half) {
+void rotate_interleaved(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse,
+                        int64_t half) {
   using V = typename Lanes<T>::V;
-  constexpr int64_t size = Lanes<T>::size, pairs = V::size(), loads = 2 / Lanes<T>::vectors;  // of T, to fill two vectors
+  constexpr int64_t size = Lanes<T>::size, pairs = V::size(),
+                    loads = 2 / Lanes<T>::vectors;  // of T, to fill two vectors
   for (int64_t i = 0; i < half; i += pairs) {
     const int64_t n = std::min(pairs, half - i);
     V both[2];
@@ -56,14 +59,20 @@ void rotate_interleaved(const T* x, T* out, const Wide<T>* cos, const Wide<T>* s
 
 template <typename T>
 void apply(const RotaryArgs& args, int64_t step, int64_t last) {
-  const auto offset = [&](const int64_t* strides, int64_t batch, int64_t t) { return batch * strides[0] + t * strides[1]; };
+  const auto offset = [&](const int64_t* strides, int64_t batch, int64_t t) {
+    return batch * strides[0] + t * strides[1];
+  };
   for (; step < last; step++) {
-    const int64_t batch = step / args.steps, t = step % args.steps, table = batch * args.table_batch_stride + t * args.half;
+    const int64_t batch = step / args.steps, t = step % args.steps,
+                  table = batch * args.table_batch_stride + t * args.half;
     const T* x = static_cast<const T*>(args.input) + offset(args.input_strides, batch, t);
     T* out = static_cast<T*>(args.out) + offset(args.out_strides, batch, t);
-    const auto *cos = static_cast<const Wide<T>*>(args.cos) + table, *sin = static_cast<const Wide<T>*>(args.sin) + table;
-    for (int64_t head = 0; head < args.heads; head++, x += args.input_strides[2], out += args.out_strides[2]) {
-      (args.interleaved ? rotate_interleaved<T> : rotate_halves<T>)(x, out, cos, sin, args.inverse, args.half);
+    const auto *cos = static_cast<const Wide<T>*>(args.cos) + table,
+               *sin = static_cast<const Wide<T>*>(args.sin) + table;
+    for (int64_t head = 0; head < args.heads;
+         head++, x += args.input_strides[2], out += args.out_strides[2]) {
+      (args.interleaved ? rotate_interleaved<T> : rotate_halves<T>)(x, out, cos, sin, args.inverse,
+                                                                    args.half);
       std::copy(x + 2 * args.half, x + args.features, out + 2 * args.half);
     }
   }

@@ -1,11 +1,14 @@
-// All-reduce of small messages over peer memory, with what follows a row-parallel layer's: bias, residual, RMSNorm.
+// All-reduce of small messages over peer memory, with what follows a row-parallel layer's: bias,
+// residual, RMSNorm.
 //
-//   one_shot            copy in | barrier | sum all slots                                          W * n read per rank
-//   two_shot            copy in | barrier | sum own slice | barrier | gather the slices            2 * n read per rank
-//   two_shot_multimem   the same, the sum and the spreading of a slice done by the NVLink switch   sm_90+, NVLS only
+//   one_shot            copy in | barrier | sum all slots W * n read per rank two_shot copy in |
+//   barrier | sum own slice | barrier | gather the slices            2 * n read per rank
+//   two_shot_multimem   the same, the sum and the spreading of a slice done by the NVLink switch
+//   sm_90+, NVLS only
 //
-// A launch is kernel<T, kRanks, kNorm><<<grid_size(...), kThreads, 0, stream>>>(arguments), with the same shape, grid and kernel on
-// every rank and no programmatic dependent launch; launches that share a buffer share a stream. It may be captured in a graph.
+// A launch is kernel<T, kRanks, kNorm><<<grid_size(...), kThreads, 0, stream>>>(arguments), with
+// the same shape, grid and kernel on every rank and no programmatic dependent launch; launches that
+// share a buffer share a stream. It may be captured in a graph.
 #pragma once
 
 #include "barrier.cuh"
@@ -17,12 +20,15 @@ namespace tpkernels {
 
 template <typename T>
 struct Arguments {
-  char* const* peers;  // in device memory: the ranks' symmetric buffers, of buffer_bytes(half_bytes), 16-byte aligned
+  char* const* peers;  // in device memory: the ranks' symmetric buffers, of
+                       // buffer_bytes(half_bytes), 16-byte aligned
   char* multicast;     // the same buffers behind one multicast address; two_shot_multimem only
   Epoch* epochs;       // in device memory, this rank's own: kMaxBlocks words, zero at first
-  size_t half_bytes;   // the same for the buffer's life: at least half_bytes(...) of every launch, a multiple of 16
+  size_t half_bytes;  // the same for the buffer's life: at least half_bytes(...) of every launch, a
+                      // multiple of 16
   int rank;
-  int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous, fewer than 2^31 elements
+  int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous, fewer than
+                      // 2^31 elements
   const T* input;
   T* output;          // sum + bias + residual, rounded once; may be `input`
   const T* bias;      // or null
@@ -43,19 +49,24 @@ constexpr size_t half_bytes(int64_t rows, int64_t columns, int element_size) {
   return rows * ceil_div<int64_t>(columns * element_size, kVectorBytes) * kVectorBytes;
 }
 
-// Bytes of a rank's symmetric buffer whose halves have that many. To be zeroed, on all ranks, before the first launch.
+// Bytes of a rank's symmetric buffer whose halves have that many. To be zeroed, on all ranks,
+// before the first launch.
 constexpr size_t buffer_bytes(size_t half_bytes) { return kFlagBytes + 2 * half_bytes; }
 
-// Blocks of a launch, of what all ranks share; 0: nothing to do, do not launch. With the norm a block works on whole rows.
+// Blocks of a launch, of what all ranks share; 0: nothing to do, do not launch. With the norm a
+// block works on whole rows.
 constexpr int grid_size(int64_t rows, int64_t columns, int element_size, bool norm) {
   const int64_t blocks =
-      norm && columns ? rows : ceil_div<int64_t>(half_bytes(rows, columns, element_size), kThreads * kVectorBytes);
+      norm && columns
+          ? rows
+          : ceil_div<int64_t>(half_bytes(rows, columns, element_size), kThreads * kVectorBytes);
   return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// Which vectors a block works on: the same on every rank, in all phases, so that block b waits for no block but b of its peers.
-// The vectors, row after row, are cut into segments: segment s belongs to block s modulo the grid. With the norm a segment is a
-// row, without it there is one for each block.
+// Which vectors a block works on: the same on every rank, in all phases, so that block b waits for
+// no block but b of its peers. The vectors, row after row, are cut into segments: segment s belongs
+// to block s modulo the grid. With the norm a segment is a row, without it there is one for each
+// block.
 template <typename T, bool kNorm>
 struct Layout {
   int columns, row_vectors, vectors, segments, length, slice;
@@ -68,7 +79,9 @@ struct Layout {
         length(kNorm ? row_vectors : ceil_div<int>(vectors, gridDim.x)),
         slice(ceil_div(length, ranks)) {}
 
-  __device__ __forceinline__ int end(int segment) const { return min(length, vectors - segment * length); }
+  __device__ __forceinline__ int end(int segment) const {
+    return min(length, vectors - segment * length);
+  }
 };
 
 // Where a vector of the slots lies in the tensors.
@@ -86,16 +99,18 @@ struct Place {
   }
 };
 
-// body(vector) for this thread's share of the block's vectors; it is the same in every phase that uses it, so that `output` may
-// be `input` and a thread may read again what it wrote.
+// body(vector) for this thread's share of the block's vectors; it is the same in every phase that
+// uses it, so that `output` may be `input` and a thread may read again what it wrote.
 template <typename T, bool kNorm, typename Body>
-__device__ __forceinline__ void for_each_vector(const Layout<T, kNorm>& layout, int segment, Body body) {
+__device__ __forceinline__ void for_each_vector(const Layout<T, kNorm>& layout, int segment,
+                                                Body body) {
   const int first = segment * layout.length, end = layout.end(segment);
   for (int i = threadIdx.x; i < end; i += blockDim.x) body(first + i);
 }
 
 template <typename T, bool kNorm>
-__device__ __forceinline__ void copy_in(const Arguments<T>& a, const Layout<T, kNorm>& layout, Vector<T>* slot) {
+__device__ __forceinline__ void copy_in(const Arguments<T>& a, const Layout<T, kNorm>& layout,
+                                        Vector<T>* slot) {
   for (int segment = blockIdx.x; segment < layout.segments; segment += gridDim.x) {
     for_each_vector(layout, segment, [&](int vector) {
       const Place<T> place(layout, vector);
@@ -116,9 +131,11 @@ __device__ __forceinline__ Accumulator<T> sum_slots(Vector<T>* const (&slots)[kR
   return sum;
 }
 
-// sum() + bias + residual in fp32, rounded once. What is added is asked for first, to be under way together with the peers' parts.
+// sum() + bias + residual in fp32, rounded once. What is added is asked for first, to be under way
+// together with the peers' parts.
 template <typename T, typename Sum>
-__device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a, const Place<T>& place, Sum sum) {
+__device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a, const Place<T>& place,
+                                                       Sum sum) {
   Vector<T> bias{}, residual{};
   if (a.bias != nullptr) bias = load_vector(a.bias + place.column, place.count);
   if (a.residual != nullptr) residual = load_vector(a.residual + place.offset, place.count);
@@ -130,7 +147,8 @@ __device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a, co
 
 // result(vector, place) to `output`, and its norm to `normed`.
 template <typename T, bool kNorm, typename Result>
-__device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kNorm>& layout, Result result) {
+__device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kNorm>& layout,
+                                       Result result) {
   for (int segment = blockIdx.x; segment < layout.segments; segment += gridDim.x) {
     float squares = 0.f;
     for_each_vector(layout, segment, [&](int vector) {
@@ -138,7 +156,8 @@ __device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kN
       const Vector<T> h = result(vector, place);
       store_vector(a.output + place.offset, h, place.count);
       if constexpr (kNorm) {
-        const Accumulator<T> wide(h);  // past the row's end h is zero, as the slots and all that is added are
+        const Accumulator<T> wide(
+            h);  // past the row's end h is zero, as the slots and all that is added are
 #pragma unroll
         for (float x : wide.lanes) squares += x * x;
       }
@@ -157,28 +176,33 @@ __device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kN
   }
 }
 
-// The phases of both two-shots. Rank r owns slice r of every segment: sum(vector) gives its sum over ranks, publish(vector, h)
-// puts the finished value where gather(owner, vector) finds it. Only the owner touches its slice between the barriers.
+// The phases of both two-shots. Rank r owns slice r of every segment: sum(vector) gives its sum
+// over ranks, publish(vector, h) puts the finished value where gather(owner, vector) finds it. Only
+// the owner touches its slice between the barriers.
 template <typename T, int kRanks, bool kNorm, typename Sum, typename Publish, typename Gather>
-__device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>* slot, Epoch epoch, Sum sum, Publish publish,
-                                                Gather gather) {
+__device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>* slot, Epoch epoch,
+                                                Sum sum, Publish publish, Gather gather) {
   const Layout<T, kNorm> layout(a, kRanks);
   copy_in(a, layout, slot);
   barrier<kRanks>(a.peers, a.rank, epoch + 1);
   const int segments = ceil_div<int>(layout.segments - blockIdx.x, gridDim.x);
   for (int i = threadIdx.x; i < segments * layout.slice; i += blockDim.x) {
-    const int segment = blockIdx.x + i / layout.slice * gridDim.x, in_segment = a.rank * layout.slice + i % layout.slice;
+    const int segment = blockIdx.x + i / layout.slice * gridDim.x,
+              in_segment = a.rank * layout.slice + i % layout.slice;
     if (in_segment < layout.end(segment)) {
       const int vector = segment * layout.length + in_segment;
       publish(vector, add_bias_residual(a, Place<T>(layout, vector), [&] { return sum(vector); }));
     }
   }
   barrier<kRanks>(a.peers, a.rank, epoch + 2);
-  finish(a, layout, [&](int vector, const Place<T>&) { return gather(vector % layout.length / layout.slice, vector); });
+  finish(a, layout, [&](int vector, const Place<T>&) {
+    return gather(vector % layout.length / layout.slice, vector);
+  });
   advance_epochs(a.epochs, epoch);
 }
 
-// One block an SM is enough: told so, ptxas has the loads from all peers in flight at once instead of saving registers.
+// One block an SM is enough: told so, ptxas has the loads from all peers in flight at once instead
+// of saving registers.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
@@ -186,7 +210,8 @@ __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
   const Layout<T, kNorm> layout(a, kRanks);
   Vector<T>* slots[kRanks];
 #pragma unroll
-  for (int rank = 0; rank < kRanks; ++rank) slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + half);
+  for (int rank = 0; rank < kRanks; ++rank)
+    slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + half);
   copy_in(a, layout, reinterpret_cast<Vector<T>*>(a.peers[a.rank] + half));
   barrier<kRanks>(a.peers, a.rank, epoch + 1);
   finish(a, layout, [&](int vector, const Place<T>& place) {
@@ -201,12 +226,15 @@ __global__ void __launch_bounds__(kThreads, 1) two_shot(const Arguments<T> a) {
   const size_t half = half_offset(epoch, a.half_bytes);
   Vector<T>* slots[kRanks];
 #pragma unroll
-  for (int rank = 0; rank < kRanks; ++rank) slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + half);
+  for (int rank = 0; rank < kRanks; ++rank)
+    slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + half);
   Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + half);
   two_shot_phases<T, kRanks, kNorm>(
       a, slot, epoch, [&](int vector) { return sum_slots<T, kRanks>(slots, vector); },
       [&](int vector, const Vector<T>& h) { store(slot + vector, h); },
-      [&](int owner, int vector) { return load(reinterpret_cast<Vector<T>*>(a.peers[owner] + half) + vector); });
+      [&](int owner, int vector) {
+        return load(reinterpret_cast<Vector<T>*>(a.peers[owner] + half) + vector);
+      });
 }
 
 // The switch rounds the sum to T before bias and residual are added: with those, twice rounded.

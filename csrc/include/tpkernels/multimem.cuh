@@ -1,4 +1,5 @@
-// NVLink SHARP: loads that sum over all ranks and stores that reach all of them, done by the switch. From sm_90 on.
+// NVLink SHARP: loads that sum over all ranks and stores that reach all of them, done by the
+// switch. From sm_90 on.
 #pragma once
 
 #include "vector.cuh"
@@ -12,18 +13,19 @@ namespace tpkernels {
 #define TPKERNELS_MULTIMEM(...) asm volatile(__VA_ARGS__)
 #endif
 
-// The sum over the ranks in fp32, rounded to T once, in the switch's order: ranks agree, since one of them reads and shares what
-// it read, but two runs may differ in the last bit.
+// The sum over the ranks in fp32, rounded to T once, in the switch's order: ranks agree, since one
+// of them reads and shares what it read, but two runs may differ in the last bit.
 template <typename T>
 __device__ __forceinline__ Vector<T> multimem_sum(const Vector<T>* address);
 
-#define TPKERNELS_MULTIMEM_SUM(T, type)                                                                                          \
-  template <>                                                                                                                    \
-  __device__ __forceinline__ Vector<T> multimem_sum<T>(const Vector<T>* address) {                                               \
-    uint4 bits{};                                                                                                                \
-    TPKERNELS_MULTIMEM("multimem.ld_reduce.relaxed.sys.global.add" type " {%0, %1, %2, %3}, [%4];" : "=r"(bits.x), "=r"(bits.y), \
-                       "=r"(bits.z), "=r"(bits.w) : "l"(address) : "memory");                                                    \
-    return reinterpret_cast<Vector<T>&>(bits);                                                                                   \
+#define TPKERNELS_MULTIMEM_SUM(T, type)                                                     \
+  template <>                                                                               \
+  __device__ __forceinline__ Vector<T> multimem_sum<T>(const Vector<T>* address) {          \
+    uint4 bits{};                                                                           \
+    TPKERNELS_MULTIMEM("multimem.ld_reduce.relaxed.sys.global.add" type                     \
+                       " {%0, %1, %2, %3}, [%4];" : "=r"(bits.x),                           \
+                       "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) : "l"(address) : "memory"); \
+    return reinterpret_cast<Vector<T>&>(bits);                                              \
   }
 TPKERNELS_MULTIMEM_SUM(float, ".v4.f32")
 TPKERNELS_MULTIMEM_SUM(__half, ".acc::f32.v4.f16x2")
@@ -33,12 +35,13 @@ TPKERNELS_MULTIMEM_SUM(__nv_bfloat16, ".acc::f32.v4.bf16x2")
 template <typename T>
 __device__ __forceinline__ void multimem_store(Vector<T>* address, const Vector<T>& vector) {
   const uint4& bits = reinterpret_cast<const uint4&>(vector);
-  TPKERNELS_MULTIMEM("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x), "r"(bits.y),
-                     "r"(bits.z), "r"(bits.w) : "memory");
+  TPKERNELS_MULTIMEM("multimem.st.relaxed.sys.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address),
+                     "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w) : "memory");
 }
 #undef TPKERNELS_MULTIMEM
 #else
-// The CPU has no switch: the test harness knows whose memory lies behind a multicast address, in an order of its own.
+// The CPU has no switch: the test harness knows whose memory lies behind a multicast address, in an
+// order of its own.
 template <typename T>
 Vector<T> multimem_sum(const Vector<T>* address) {
   float sum[Vector<T>::kSize] = {};

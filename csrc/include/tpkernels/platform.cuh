@@ -1,4 +1,5 @@
-// What nvcc and the CPU (tests/device/simt) spell differently: nothing else in these headers asks which of the two compiles it.
+// What nvcc and the CPU (tests/device/simt) spell differently: nothing else in these headers asks
+// which of the two compiles it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -12,12 +13,13 @@
 
 namespace tpkernels {
 
-// Counts the barriers of a buffer's life. 64 bits never wrap: with 32, a flag of a lane that no grid used for 2^31 epochs would
-// pass for one that is ahead.
+// Counts the barriers of a buffer's life. 64 bits never wrap: with 32, a flag of a lane that no
+// grid used for 2^31 epochs would pass for one that is ahead.
 using Epoch = uint64_t;
 
-// A release makes what this thread wrote, and what it knows of from a __syncthreads, visible to who acquires it: on this GPU, on
-// another one of the node, hence the system's scope. A plain store, unlike an atomic, needs no native peer atomics.
+// A release makes what this thread wrote, and what it knows of from a __syncthreads, visible to who
+// acquires it: on this GPU, on another one of the node, hence the system's scope. A plain store,
+// unlike an atomic, needs no native peer atomics.
 __device__ __forceinline__ void store_release(Epoch* flag, Epoch value) {
 #ifdef __CUDACC__
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
@@ -44,8 +46,9 @@ __device__ __forceinline__ void spin() {
 #endif
 }
 
-// All reads of tensors and of peers' memory. On the host the const is cast away because GCC's ThreadSanitizer does not look at
-// reads through pointers to const; on the GPU these are plain loads, never ld.global.nc: a peer writes what they read.
+// All reads of tensors and of peers' memory. On the host the const is cast away because GCC's
+// ThreadSanitizer does not look at reads through pointers to const; on the GPU these are plain
+// loads, never ld.global.nc: a peer writes what they read.
 template <typename V>
 __device__ __forceinline__ V load(const V* address) {
 #ifdef __CUDACC__

@@ -32,21 +32,27 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-__device__ __forceinline__ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0; }
+__device__ __forceinline__ bool is_aligned(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
+}
 
-// The first `count` elements at `address`, then zeros. Where rows or tensors begin off a 16-byte boundary, element by element.
+// The first `count` elements at `address`, then zeros. Where rows or tensors begin off a 16-byte
+// boundary, element by element.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* address, int count) {
-  if (count == Vector<T>::kSize && is_aligned(address)) return load(reinterpret_cast<const Vector<T>*>(address));
+  if (count == Vector<T>::kSize && is_aligned(address))
+    return load(reinterpret_cast<const Vector<T>*>(address));
   Vector<T> vector;
 #pragma unroll
-  for (int i = 0; i < Vector<T>::kSize; ++i) vector.lanes[i] = i < count ? load(address + i) : from_float<T>(0.f);
+  for (int i = 0; i < Vector<T>::kSize; ++i)
+    vector.lanes[i] = i < count ? load(address + i) : from_float<T>(0.f);
   return vector;
 }
 
 template <typename T>
 __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector, int count) {
-  if (count == Vector<T>::kSize && is_aligned(address)) return store(reinterpret_cast<Vector<T>*>(address), vector);
+  if (count == Vector<T>::kSize && is_aligned(address))
+    return store(reinterpret_cast<Vector<T>*>(address), vector);
 #pragma unroll
   for (int i = 0; i < Vector<T>::kSize; ++i) {
     if (i < count) store(address + i, vector.lanes[i]);

@@ -1,5 +1,6 @@
-// The scheduler. Built without -fsanitize=thread, so that ThreadSanitizer knows of nothing here but what it is told. What runs on a
-// fiber must not allocate nor copy with memmove: ThreadSanitizer sees those whoever calls them.
+// The scheduler. Built without -fsanitize=thread, so that ThreadSanitizer knows of nothing here but
+// what it is told. What runs on a fiber must not allocate nor copy with memmove: ThreadSanitizer
+// sees those whoever calls them.
 #include "simt.h"
 
 #include <ucontext.h>
@@ -41,7 +42,8 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr int kWarp = 32, kMaxRanks = 8, kMaxBlocks = 64;
 constexpr size_t kSharedBytes = 1024;
-char arenas[kMaxRanks][kMaxBlocks][kSharedBytes];  // not from malloc, which ThreadSanitizer takes for a write by who asks first
+char arenas[kMaxRanks][kMaxBlocks][kSharedBytes];  // not from malloc, which ThreadSanitizer takes
+                                                   // for a write by who asks first
 
 struct Fiber;
 struct Rank;
@@ -97,7 +99,8 @@ void* scheduler_tsan;
 const void* scheduler_stack;
 size_t scheduler_stack_bytes;
 std::vector<std::unique_ptr<Rank>> ranks;
-std::vector<std::unique_ptr<Fiber>> fibers[kMaxRanks];  // a rank's next launch uses them again: its stream orders them too
+std::vector<std::unique_ptr<Fiber>>
+    fibers[kMaxRanks];  // a rank's next launch uses them again: its stream orders them too
 Fiber* spinning = nullptr;
 uint64_t random_state;
 const char* multicast_base;
@@ -186,7 +189,8 @@ void entry() {
     __tsan_release(&rank.clocks[(launch + 1) % 2]);
     Block& block = *fiber->block;
     --rank.alive;
-    if (--block.alive > 0 && block.meeting.arrived == block.alive) release_all(block.meeting);  // who has left counts as arrived
+    if (--block.alive > 0 && block.meeting.arrived == block.alive)
+      release_all(block.meeting);  // who has left counts as arrived
     to_scheduler();
   }
 }
@@ -199,7 +203,8 @@ void start_next(Rank& rank) {
   for (int b = 0; b < launch.blocks; ++b) {
     rank.blocks.emplace_back(new Block{&rank, launch.threads, arenas[rank.id][b], {}, {}, {}});
     rank.blocks.back()->warps.resize((launch.threads + kWarp - 1) / kWarp);
-    std::fill_n(static_cast<volatile char*>(arenas[rank.id][b]), kSharedBytes, '\xff');  // NaN; volatile: no memset for TSan to see
+    std::fill_n(static_cast<volatile char*>(arenas[rank.id][b]), kSharedBytes,
+                '\xff');  // NaN; volatile: no memset for TSan to see
     for (int t = 0; t < launch.threads; ++t) {
       const size_t index = static_cast<size_t>(b) * launch.threads + t;
       if (index == fibers[rank.id].size()) {
@@ -289,7 +294,8 @@ Multicast multicast(const void* address) {
   }
   Multicast result{{}, static_cast<int>(multicast_ranks.size())};
   const uint64_t first = draw();
-  for (int i = 0; i < result.ranks; ++i) result.memory[i] = multicast_ranks[(first + i) % result.ranks] + offset;
+  for (int i = 0; i < result.ranks; ++i)
+    result.memory[i] = multicast_ranks[(first + i) % result.ranks] + offset;
   return result;
 }
 
@@ -304,7 +310,8 @@ Outcome run(const std::vector<std::vector<Launch>>& streams, uint64_t seed) {
     ranks.back()->launches = &launches;
     if (!launches.empty()) start_next(*ranks.back());
   }
-  // How long a rank runs on while it can: seeds range from ranks in step to one that is as far ahead as the protocol lets it be.
+  // How long a rank runs on while it can: seeds range from ranks in step to one that is as far
+  // ahead as the protocol lets it be.
   const uint64_t patience[] = {1, 16, 512, 1 << 20};
   const uint64_t leave = patience[seed % 4];
   Outcome outcome{true, 14695981039346656037ull};
@@ -322,7 +329,8 @@ Outcome run(const std::vector<std::vector<Launch>>& streams, uint64_t seed) {
     std::swap(rank->runnable[draw() % rank->runnable.size()], rank->runnable.back());
     Fiber* fiber = rank->runnable.back();
     rank->runnable.pop_back();
-    const uint64_t who = (fiber->block_index.x * 1024 + fiber->thread_index.x) * kMaxRanks + rank->id;
+    const uint64_t who =
+        (fiber->block_index.x * 1024 + fiber->thread_index.x) * kMaxRanks + rank->id;
     outcome.trace = (outcome.trace ^ who) * 1099511628211ull;
     to_fiber(fiber);
     if (rank->alive == 0 && rank->next < rank->launches->size()) start_next(*rank);
@@ -331,7 +339,8 @@ Outcome run(const std::vector<std::vector<Launch>>& streams, uint64_t seed) {
   for (const auto& rank : ranks) {
     __tsan_acquire(&rank->clocks[rank->next % 2]);
     if (!outcome.finished)
-      new auto(std::move(fibers[rank->id]));  // they are in the middle of something: never to be used again, nor freed
+      new auto(std::move(fibers[rank->id]));  // they are in the middle of something: never to be
+                                              // used again, nor freed
   }
   ranks.clear();
   spinning = nullptr;

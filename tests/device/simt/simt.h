@@ -1,5 +1,6 @@
-// CUDA kernels on the CPU, for tests: every thread of every block of every rank is a fiber, and one OS thread runs them all in an
-// order that a seed picks. All blocks are resident at once. ThreadSanitizer sees only the happens-before that CUDA promises:
+// CUDA kernels on the CPU, for tests: every thread of every block of every rank is a fiber, and one
+// OS thread runs them all in an order that a seed picks. All blocks are resident at once.
+// ThreadSanitizer sees only the happens-before that CUDA promises:
 // __syncthreads, release -> acquire, and the order of a rank's stream.
 #pragma once
 
@@ -38,7 +39,8 @@ void preempt();         // here another thread may run
 void stored();          // a flag was stored: those who wait look again
 void wait_for_store();  // until the next flag is stored, anywhere
 
-// The ranks' memory behind an address of the multicast range, in an order that changes from call to call, as a switch's may.
+// The ranks' memory behind an address of the multicast range, in an order that changes from call to
+// call, as a switch's may.
 struct Multicast {
   void* memory[8];
   int ranks;
