@@ -72,7 +72,7 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def("empty_comm_buffer(Tensor like, int[] size) -> Tensor");
   m.def(
       "open_peer_memory(str group, Tensor buffer, int peers, int multicast, int rank, int size, "
-      "int half_bytes, int one_shot_bytes) -> ()");
+      "int slot_bytes, int one_shot_bytes) -> ()");
 
   // Memory-bound work, without communication
   m.def("bias_act(Tensor input, Tensor? bias, str activation) -> Tensor");

@@ -5,16 +5,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from mutation import markers, replace
 
 ROOT = Path(__file__).resolve().parent.parent
-POST = "own.posted.store(step_, std::memory_order_seq_cst);"
-ARRIVED = "return peer.posted.load(std::memory_order_acquire) >= step_;"
-HALF = "(step & 1) * half_bytes_"
 
 
 @pytest.fixture(scope="module")
 def sanitizer(tmp_path_factory):
-    """sanitizer(ranks, steps, old, new, ...): what the protocol does, with these texts replaced."""
+    """sanitizer(ranks, steps, *edits): (exit code, stdout, stderr) of the protocol with these edits."""
     if shutil.which("setarch") is None:
         pytest.skip(
             "needs setarch (util-linux): ThreadSanitizer wants addresses that are not randomised"
@@ -26,8 +24,8 @@ def sanitizer(tmp_path_factory):
         (folder / "tests/shm").mkdir(parents=True, exist_ok=True)
         for name in ("ring.h", "ring.cpp"):
             text = (ROOT / "csrc/shm" / name).read_text()
-            for old, new in zip(edits[::2], edits[1::2], strict=True):
-                text = text.replace(old, new)
+            for edit in edits:
+                text = edit.apply(text) if edit.markers <= markers(text) else text
             (folder / "csrc/shm" / name).write_text(text)
         shutil.copy(ROOT / "tests/shm/ring.cpp", folder / "tests/shm")
         sources = ["tests/shm/ring.cpp", "csrc/shm/ring.cpp"]
@@ -64,17 +62,17 @@ def test_every_read_is_ordered(sanitizer, ranks):
 @pytest.mark.parametrize(
     "edits",
     [
-        (
-            POST,
-            POST.replace("seq_cst", "relaxed"),
-            "own.sleepers.load(std::memory_order_seq_cst)",
-            "true",
-        ),
-        (ARRIVED, ARRIVED.replace("acquire", "relaxed")),
-        (HALF, "0 * (step & 1)"),  # one half: the next step's data over what is being read
-        (ARRIVED, ARRIVED.replace(">= step_", ">= step_ - 1")),  # reads what is not there yet
+        [
+            replace("ring.post", "seq_cst", "relaxed"),
+            replace("ring.wake", r"\(own.*?\)\)", "(true)"),
+        ],
+        [replace("ring.arrived", "acquire", "relaxed")],
+        # One slot: the next step's data over what is being read.
+        [replace("ring.slot", r"\(step & 1\)", "0 * (step & 1)")],
+        # Reads what is not there yet.
+        [replace("ring.arrived", r">= step_", ">= step_ - 1")],
     ],
-    ids=["posted without release", "seen without acquire", "one half", "a step early"],
+    ids=["posted without release", "seen without acquire", "one slot", "a step early"],
 )
 def test_what_is_taken_out_is_noticed(sanitizer, edits):
     code, out, err = sanitizer(3, 600, *edits)

@@ -61,14 +61,14 @@ void launch(const Arguments<T>& arguments, int size, bool one, cudaStream_t stre
 class SymmetricMemory : public PeerAllReduce {
  public:
   SymmetricMemory(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank, int64_t size,
-                  int64_t half_bytes, int64_t one_shot_bytes)
+                  int64_t slot_bytes, int64_t one_shot_bytes)
       : buffer_(std::move(buffer)),
         epochs_(at::zeros({kMaxBlocks}, buffer_.options().dtype(at::kLong))),
         peers_(reinterpret_cast<char* const*>(peers)),
         multicast_(reinterpret_cast<char*>(multicast)),
         rank_(rank),
         size_(size),
-        half_bytes_(half_bytes),
+        slot_bytes_(slot_bytes),
         one_shot_bytes_(one_shot_bytes),
         stream_(at::cuda::getCurrentCUDAStream(buffer_.device().index())) {}
 
@@ -79,7 +79,7 @@ class SymmetricMemory : public PeerAllReduce {
     const auto dtype = buffer.scalar_type();
     return buffer.is_cuda() &&
            (dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16) &&
-           bytes_of(buffer) <= half_bytes_;
+           bytes_of(buffer) <= slot_bytes_;
   }
 
   bool fuses_norm() const override { return true; }
@@ -110,7 +110,7 @@ class SymmetricMemory : public PeerAllReduce {
 
  private:
   static int64_t bytes_of(const at::Tensor& buffer) {
-    return tpkernels::half_bytes(buffer.size(0), buffer.size(1),
+    return tpkernels::slot_bytes(buffer.size(0), buffer.size(1),
                                  static_cast<int>(buffer.element_size()));
   }
 
@@ -121,7 +121,7 @@ class SymmetricMemory : public PeerAllReduce {
     arguments.peers = peers_;
     arguments.multicast = one ? nullptr : multicast_;
     arguments.epochs = static_cast<Epoch*>(epochs_.data_ptr());
-    arguments.half_bytes = half_bytes_;
+    arguments.slot_bytes = slot_bytes_;
     arguments.rank = rank_;
     arguments.rows = buffer.size(0);
     arguments.columns = buffer.size(1);
@@ -138,27 +138,27 @@ class SymmetricMemory : public PeerAllReduce {
   char* const* const peers_;
   char* const multicast_;
   const int rank_, size_;
-  const int64_t half_bytes_, one_shot_bytes_;
+  const int64_t slot_bytes_, one_shot_bytes_;
   c10::cuda::CUDAStream stream_;  // of the last launch
 };
 
 // `buffer`: this rank's symmetric buffer, zeroed on all ranks; `peers`: the ranks' addresses of
 // theirs, an array in device memory.
 void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_t peers,
-                      int64_t multicast, int64_t rank, int64_t size, int64_t half_bytes,
+                      int64_t multicast, int64_t rank, int64_t size, int64_t slot_bytes,
                       int64_t one_shot_bytes) {
   TORCH_CHECK(size >= 2 && size <= kMaxRanks, "peer memory is for 2 to ", kMaxRanks, " ranks, got ",
               size);
-  TORCH_CHECK(static_cast<size_t>(buffer.nbytes()) >= buffer_bytes(half_bytes), "the buffer has ",
-              buffer.nbytes(), " bytes, two halves of ", half_bytes, " and flags need ",
-              buffer_bytes(half_bytes));
-  TORCH_CHECK(half_bytes % kVectorBytes == 0, "half_bytes must be a multiple of ", kVectorBytes,
-              ", got ", half_bytes);
+  TORCH_CHECK(static_cast<size_t>(buffer.nbytes()) >= buffer_bytes(slot_bytes), "the buffer has ",
+              buffer.nbytes(), " bytes, two slots of ", slot_bytes, " and flags need ",
+              buffer_bytes(slot_bytes));
+  TORCH_CHECK(slot_bytes % kVectorBytes == 0, "slot_bytes must be a multiple of ", kVectorBytes,
+              ", got ", slot_bytes);
   TORCH_CHECK(multicast == 0 || at::cuda::getDeviceProperties(buffer.device().index())->major >= 9,
               "multimem needs sm_90 or newer");
   const c10::cuda::CUDAGuard guard(buffer.device());
   set_peer_all_reduce(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size,
-                                                               half_bytes, one_shot_bytes));
+                                                               slot_bytes, one_shot_bytes));
 }
 
 }  // namespace

@@ -55,9 +55,9 @@ std::shared_ptr<PeerAllReduce> find_peer_all_reduce(
     const std::string& group);  // null if there is none
 void set_peer_all_reduce(const std::string& group, std::shared_ptr<PeerAllReduce> peers);
 
-// Bytes of a rank's symmetric buffer for all-reduces of up to `half_bytes`: flags and two halves,
+// Bytes of a rank's symmetric buffer for all-reduces of up to `slot_bytes`: flags and two slots,
 // as include/tpkernels/barrier.cuh lays them out. Only device compilers read that header;
 // cuda/peer_all_reduce.cu checks that the two agree.
-constexpr int64_t peer_buffer_bytes(int64_t half_bytes) { return 2304 + 2 * half_bytes; }
+constexpr int64_t peer_buffer_bytes(int64_t slot_bytes) { return 2304 + 2 * slot_bytes; }
 
 }  // namespace tpkernels

@@ -1,48 +1,18 @@
 #include "backend.h"
 
-#include <ATen/Parallel.h>
-#include <ATen/ThreadLocalState.h>
-#include <ATen/ops/from_blob.h>
-#include <ATen/record_function.h>
 #include <c10/util/Exception.h>
 
 #include <optional>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Utils.hpp>
 
-#include "../cpu/rows.h"
-#include "../engine/peer_all_reduce.h"
-#include "../op.h"
-#include "collectives.h"
-#include "queue.h"
-#include "segments.h"
+#include "group.h"
 
 namespace tpkernels {
 
 namespace {
 
-using Tensors = std::vector<at::Tensor>;
-using WorkPointer = c10::intrusive_ptr<c10d::Work>;
 using std::chrono::milliseconds;
-
-constexpr int64_t HALF_BYTES = 8 << 20;
-
-// A collective that was done when its call returned.
-class Done : public c10d::Work {
- public:
-  explicit Done(Tensors outputs) : outputs_(std::move(outputs)) { completed_ = true; }
-  bool wait(milliseconds) override { return true; }
-  Tensors result() override { return outputs_; }
-  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
-    auto future =
-        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
-    future->markCompleted(outputs_);
-    return future;
-  }
-
- private:
-  Tensors outputs_;
-};
 
 std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor& tensor) {
   const auto dtype = tensor.scalar_type();
@@ -67,13 +37,12 @@ std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor
   }
 }
 
-char* bytes_at(const at::Tensor& t) { return static_cast<char*>(t.data_ptr()); }
-
-// A tensor as contiguous memory; written back where that is a copy.
-class Contiguous {
+// A tensor as contiguous memory. write_back() matters where that is a copy.
+class ContiguousMemory {
  public:
-  explicit Contiguous(const at::Tensor& tensor) : tensor_(tensor), memory_(tensor.contiguous()) {}
-  char* data() const { return bytes_at(memory_); }
+  explicit ContiguousMemory(const at::Tensor& tensor)
+      : tensor_(tensor), memory_(tensor.contiguous()) {}
+  char* data() const { return static_cast<char*>(memory_.data_ptr()); }
   int64_t bytes() const { return memory_.nbytes(); }
   void write_back() const {
     if (!memory_.is_same(tensor_)) tensor_.copy_(memory_);
@@ -83,7 +52,7 @@ class Contiguous {
   at::Tensor tensor_, memory_;
 };
 
-const at::Tensor& only(const Tensors& tensors, const char* op) {
+const at::Tensor& only_tensor(const Tensors& tensors, const char* op) {
   TORCH_CHECK_VALUE(tensors.size() == 1, op, " takes one tensor a rank, got ", tensors.size());
   TORCH_CHECK_VALUE(tensors[0].is_cpu() && tensors[0].layout() == at::kStrided, op,
                     " on the shm transport takes dense CPU tensors, got ", tensors[0].device(),
@@ -91,111 +60,14 @@ const at::Tensor& only(const Tensors& tensors, const char* op) {
   return tensors[0];
 }
 
-// What a group's ranks share, and their collectives in order.
-class ShmGroup : public PeerAllReduce {
- public:
-  ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size, milliseconds timeout)
-      : timeout(timeout),
-        segments_(store, rank, size, HALF_BYTES),
-        ring_(segments_.addresses(), segments_.processes(), rank, segments_.half_bytes(),
-              segments_.crowded(), &Collectives::describe),
-        collectives_(ring_, segments_.threads()) {}
-  ~ShmGroup() override { ring_.leave(); }
-
-  // Runs `body(collectives)` after everything that was called before it: now, or when somebody
-  // waits for it, or meanwhile.
-  template <typename F>
-  WorkPointer run(const char* name, bool async, milliseconds limit, Tensors outputs, F body) {
-    const auto wait = limit > milliseconds(0) ? limit : timeout;
-    auto call = [this, name, wait, body = std::move(body)] {
-      const BelowAutograd below;
-      RECORD_FUNCTION(name, std::vector<c10::IValue>());
-      translate([&] {
-        collectives_.timeout = wait;
-        body(collectives_);
-      });
-    };
-    if (!async) {
-      const Queue::Turn turn(queue_);
-      call();
-      return c10::make_intrusive<Done>(std::move(outputs));
-    }
-    return queue_.push(
-        [call = std::move(call), state = at::ThreadLocalState()] {
-          const at::ThreadLocalStateGuard guard(state);
-          call();
-        },
-        std::move(outputs));
-  }
-
-  bool belongs_to(c10d::ProcessGroup& group) const override {
-    const auto types = group.getDeviceTypes();
-    return std::count(types.begin(), types.end(), c10::kCPU) &&
-           group.getBackend(c10::kCPU).get() == backend;
-  }
-  bool supports(const at::Tensor& buffer) const override {
-    return buffer.is_cpu() && at::isFloatingType(buffer.scalar_type()) &&
-           buffer.element_size() > 1 &&
-           buffer.size(1) * buffer.element_size() <= ring_.half_bytes();
-  }
-  int64_t max_rows(const at::Tensor& out) const override {
-    return collectives_.rows_at_once(std::max<int64_t>(1, out.size(1)) * out.element_size());
-  }
-  StagedTerm stage(const at::Tensor& out) override {
-    auto turn = std::make_shared<Queue::Turn>(queue_);
-    return {at::from_blob(ring_.mine(), out.sizes(), out.options()), std::move(turn)};
-  }
-  void all_reduce(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) override {
-    RECORD_FUNCTION("shm:all_reduce", std::vector<c10::IValue>());
-    translate([&] {
-      const auto dtype = out.scalar_type();
-      if (!staged.lock) {
-        const Queue::Turn turn(queue_);
-        collectives_.timeout = timeout;
-        return collectives_.all_reduce(bytes_at(out), out.numel(), dtype, Reduction::sum);
-      }
-      collectives_.timeout = timeout;
-      collectives_.sum_rows(
-          {dtype,
-           Reduction::sum,
-           0,
-           nullptr,
-           out.data_ptr(),
-           out.size(1),
-           data_of(epilogue.bias),
-           {epilogue.residual.defined() ? epilogue.residual.data_ptr() : nullptr, out.size(1)}},
-          out.size(0));
-    });
-  }
-  bool synchronous() const override { return true; }
-
-  milliseconds timeout;
-  const c10d::Backend* backend = nullptr;
-
- private:
-  template <typename F>
-  static void translate(const F& f) {
-    try {
-      f();
-    } catch (const RingError& error) {
-      TORCH_CHECK_WITH(DistBackendError, false, "shm transport: ", error.what());
-    }
-  }
-
-  const Segments segments_;
-  Ring ring_;
-  Collectives collectives_;
-  Queue queue_;
-};
-
 class ShmBackend : public c10d::Backend {
  public:
   ShmBackend(std::shared_ptr<ShmGroup> shared, int rank, int size, std::string group,
-             c10::intrusive_ptr<c10d::Backend> rest)
+             c10::intrusive_ptr<c10d::Backend> fallback)
       : Backend(rank, size),
         shared_(std::move(shared)),
         group_(std::move(group)),
-        rest_(std::move(rest)) {
+        fallback_(std::move(fallback)) {
     shared_->backend = this;
     set_peer_all_reduce(group_, shared_);
   }
@@ -207,18 +79,18 @@ class ShmBackend : public c10d::Backend {
   const std::string getBackendName() const override { return "shm"; }
   void setTimeout(milliseconds timeout) override {
     shared_->timeout = timeout;
-    rest_->setTimeout(timeout);
+    fallback_->setTimeout(timeout);
   }
-  void setSequenceNumberForGroup() override { rest_->setSequenceNumberForGroup(); }
-  uint64_t getSequenceNumberForGroup() override { return rest_->getSequenceNumberForGroup(); }
+  void setSequenceNumberForGroup() override { fallback_->setSequenceNumberForGroup(); }
+  uint64_t getSequenceNumberForGroup() override { return fallback_->getSequenceNumberForGroup(); }
 
   WorkPointer allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
-    const auto& tensor = only(tensors, "all_reduce");
+    const auto& tensor = only_tensor(tensors, "all_reduce");
     const auto reduction = reduction_of(options.reduceOp, tensor);
-    if (!reduction) return rest_->allreduce(tensors, options);
+    if (!reduction) return fallback_->allreduce(tensors, options);
     return shared_->run("shm:all_reduce", options.asyncOp, options.timeout, tensors,
                         [tensor, reduction](Collectives& c) {
-                          const Contiguous memory(tensor);
+                          const ContiguousMemory memory(tensor);
                           c.all_reduce(memory.data(), tensor.numel(), tensor.scalar_type(),
                                        *reduction);
                           memory.write_back();
@@ -227,17 +99,17 @@ class ShmBackend : public c10d::Backend {
 
   WorkPointer allreduce_coalesced(Tensors& tensors,
                                   const c10d::AllreduceCoalescedOptions& options) override {
-    return each(tensors.size(), [&](size_t i) {
+    return run_each(tensors.size(), [&](size_t i) {
       Tensors one{tensors[i]};
       return allreduce(one, options);
     });
   }
 
   WorkPointer broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override {
-    const auto& tensor = only(tensors, "broadcast");
+    const auto& tensor = only_tensor(tensors, "broadcast");
     return shared_->run("shm:broadcast", options.asyncOp, options.timeout, tensors,
                         [tensor, root = options.rootRank](Collectives& c) {
-                          const Contiguous memory(tensor);
+                          const ContiguousMemory memory(tensor);
                           c.broadcast(memory.data(), memory.bytes(), root);
                           memory.write_back();
                         });
@@ -245,19 +117,19 @@ class ShmBackend : public c10d::Backend {
 
   WorkPointer allgather(std::vector<Tensors>& outputs, Tensors& inputs,
                         const c10d::AllgatherOptions& options) override {
-    const auto& input = only(inputs, "all_gather");
+    const auto& input = only_tensor(inputs, "all_gather");
     TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == static_cast<size_t>(getSize()),
                       "all_gather into ", getSize(), " ranks takes as many outputs");
     for (const auto& out : outputs[0])
       if (out.nbytes() != input.nbytes())
-        return rest_->allgather(outputs, inputs, options);  // which can, or says why not
+        return fallback_->allgather(outputs, inputs, options);  // which takes them, or says why not
     return shared_->run("shm:all_gather", options.asyncOp, options.timeout, outputs[0],
                         [input, outs = outputs[0]](Collectives& c) { gather(c, outs, input); });
   }
 
   WorkPointer _allgather_base(at::Tensor& output, at::Tensor& input,
                               const c10d::AllgatherOptions& options) override {
-    only({input}, "all_gather");
+    only_tensor({input}, "all_gather");
     TORCH_CHECK_VALUE(
         output.numel() == input.numel() * getSize() && output.scalar_type() == input.scalar_type(),
         "all_gather's output must have ", getSize(),
@@ -265,8 +137,8 @@ class ShmBackend : public c10d::Backend {
         output.scalar_type(), " for ", input.sizes(), " of ", input.scalar_type());
     return shared_->run("shm:all_gather", options.asyncOp, options.timeout, {output},
                         [input, output, size = getSize()](Collectives& c) {
-                          const Contiguous memory(output);
-                          const Contiguous shard(input);
+                          const ContiguousMemory memory(output);
+                          const ContiguousMemory shard(input);
                           std::vector<char*> outs(size);
                           for (int r = 0; r < size; r++)
                             outs[r] = memory.data() + r * shard.bytes();
@@ -277,24 +149,24 @@ class ShmBackend : public c10d::Backend {
 
   WorkPointer allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                               const c10d::AllgatherOptions& options) override {
-    return each(inputs.size(),
-                [&](size_t i) { return _allgather_base(outputs[i], inputs[i], options); });
+    return run_each(inputs.size(),
+                    [&](size_t i) { return _allgather_base(outputs[i], inputs[i], options); });
   }
 
   WorkPointer reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
                              const c10d::ReduceScatterOptions& options) override {
-    const auto& output = only(outputs, "reduce_scatter");
+    const auto& output = only_tensor(outputs, "reduce_scatter");
     TORCH_CHECK_VALUE(inputs.size() == 1 && inputs[0].size() == static_cast<size_t>(getSize()),
                       "reduce_scatter over ", getSize(), " ranks takes as many inputs");
     const auto reduction = reduction_of(options.reduceOp, output);
     bool even = true;
     for (const auto& input : inputs[0])
       even = even && input.numel() == output.numel() && input.scalar_type() == output.scalar_type();
-    if (!reduction || !even) return rest_->reduce_scatter(outputs, inputs, options);
+    if (!reduction || !even) return fallback_->reduce_scatter(outputs, inputs, options);
     return shared_->run("shm:reduce_scatter", options.asyncOp, options.timeout, outputs,
                         [output, ins = inputs[0], reduction](Collectives& c) {
-                          const Contiguous memory(output);
-                          std::vector<Contiguous> held(ins.begin(), ins.end());
+                          const ContiguousMemory memory(output);
+                          std::vector<ContiguousMemory> held(ins.begin(), ins.end());
                           std::vector<const char*> parts;
                           for (const auto& input : held) parts.push_back(input.data());
                           c.reduce_scatter(memory.data(), parts, output.numel(),
@@ -305,7 +177,7 @@ class ShmBackend : public c10d::Backend {
 
   WorkPointer _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                    const c10d::ReduceScatterOptions& options) override {
-    only({input}, "reduce_scatter");
+    only_tensor({input}, "reduce_scatter");
     TORCH_CHECK_VALUE(
         input.numel() == output.numel() * getSize() && output.scalar_type() == input.scalar_type(),
         "reduce_scatter's input must have ", getSize(),
@@ -318,14 +190,14 @@ class ShmBackend : public c10d::Backend {
 
   WorkPointer reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                               const c10d::ReduceScatterOptions& options) override {
-    return each(inputs.size(),
-                [&](size_t i) { return _reduce_scatter_base(outputs[i], inputs[i], options); });
+    return run_each(inputs.size(),
+                    [&](size_t i) { return _reduce_scatter_base(outputs[i], inputs[i], options); });
   }
 
   WorkPointer alltoall_base(at::Tensor& output, at::Tensor& input,
                             std::vector<int64_t>& output_splits, std::vector<int64_t>& input_splits,
                             const c10d::AllToAllOptions& options) override {
-    only({input}, "all_to_all");
+    only_tensor({input}, "all_to_all");
     c10d::checkSplitSizes(input_splits, input, getSize());
     c10d::checkSplitSizes(output_splits, output, getSize());
     const auto split = [&](const at::Tensor& t, const std::vector<int64_t>& sizes) {
@@ -341,10 +213,10 @@ class ShmBackend : public c10d::Backend {
         outputs.size() == static_cast<size_t>(getSize()) && inputs.size() == outputs.size(),
         "all_to_all over ", getSize(), " ranks takes as many inputs and outputs, got ",
         inputs.size(), " and ", outputs.size());
-    for (const auto& t : inputs) only({t}, "all_to_all");
+    for (const auto& t : inputs) only_tensor({t}, "all_to_all");
     return shared_->run("shm:all_to_all", options.asyncOp, options.timeout, outputs,
                         [outputs, inputs](Collectives& c) {
-                          const std::vector<Contiguous> out(outputs.begin(), outputs.end()),
+                          const std::vector<ContiguousMemory> out(outputs.begin(), outputs.end()),
                               in(inputs.begin(), inputs.end());
                           std::vector<char*> outs;
                           std::vector<const char*> ins;
@@ -364,57 +236,57 @@ class ShmBackend : public c10d::Backend {
   }
 
   WorkPointer allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) override {
-    return rest_->allreduce_sparse(tensors, options);
+    return fallback_->allreduce_sparse(tensors, options);
   }
   WorkPointer allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
                                   const c10d::AllgatherOptions& options) override {
-    return rest_->allgather_coalesced(outputs, inputs, options);
+    return fallback_->allgather_coalesced(outputs, inputs, options);
   }
   WorkPointer reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
-    return rest_->reduce(tensors, options);
+    return fallback_->reduce(tensors, options);
   }
   WorkPointer gather(std::vector<Tensors>& outputs, Tensors& inputs,
                      const c10d::GatherOptions& options) override {
-    return rest_->gather(outputs, inputs, options);
+    return fallback_->gather(outputs, inputs, options);
   }
   WorkPointer scatter(Tensors& outputs, std::vector<Tensors>& inputs,
                       const c10d::ScatterOptions& options) override {
-    return rest_->scatter(outputs, inputs, options);
+    return fallback_->scatter(outputs, inputs, options);
   }
   WorkPointer send(Tensors& tensors, int rank, int tag) override {
-    return rest_->send(tensors, rank, tag);
+    return fallback_->send(tensors, rank, tag);
   }
   WorkPointer recv(Tensors& tensors, int rank, int tag) override {
-    return rest_->recv(tensors, rank, tag);
+    return fallback_->recv(tensors, rank, tag);
   }
   WorkPointer recvAnysource(Tensors& tensors, int tag) override {
-    return rest_->recvAnysource(tensors, tag);
+    return fallback_->recvAnysource(tensors, tag);
   }
   void monitoredBarrier(const c10d::BarrierOptions& options, bool all) override {
-    rest_->monitoredBarrier(options, all);
+    fallback_->monitoredBarrier(options, all);
   }
 
  private:
   static void gather(Collectives& c, const Tensors& outputs, const at::Tensor& input) {
-    const std::vector<Contiguous> memory(outputs.begin(), outputs.end());
+    const std::vector<ContiguousMemory> memory(outputs.begin(), outputs.end());
     std::vector<char*> outs;
     for (const auto& out : memory) outs.push_back(out.data());
-    const Contiguous shard(input);
+    const ContiguousMemory shard(input);
     c.all_gather(outs, shard.data(), shard.bytes());
     for (const auto& out : memory) out.write_back();
   }
 
-  // The last one's work stands for all: they run in order.
+  // Returns the last one's work, which stands for all: they run in order.
   template <typename F>
-  WorkPointer each(size_t count, const F& start) {
-    WorkPointer last = c10::make_intrusive<Done>(Tensors());
+  WorkPointer run_each(size_t count, const F& start) {
+    WorkPointer last = completed_work({});
     for (size_t i = 0; i < count; i++) last = start(i);
     return last;
   }
 
   const std::shared_ptr<ShmGroup> shared_;
   const std::string group_;
-  const c10::intrusive_ptr<c10d::Backend> rest_;
+  const c10::intrusive_ptr<c10d::Backend> fallback_;
 };
 
 }  // namespace
@@ -422,10 +294,10 @@ class ShmBackend : public c10d::Backend {
 c10::intrusive_ptr<c10d::Backend> shm_backend(const c10::intrusive_ptr<c10d::Store>& store,
                                               int rank, int size, double seconds,
                                               const std::string& group,
-                                              const c10::intrusive_ptr<c10d::Backend>& rest) {
+                                              const c10::intrusive_ptr<c10d::Backend>& fallback) {
   const milliseconds timeout(static_cast<int64_t>(seconds * 1000));
   auto shared = std::make_shared<ShmGroup>(store, rank, size, timeout);
-  return c10::make_intrusive<ShmBackend>(std::move(shared), rank, size, group, rest);
+  return c10::make_intrusive<ShmBackend>(std::move(shared), rank, size, group, fallback);
 }
 
 }  // namespace tpkernels

@@ -7,12 +7,12 @@
 
 namespace tpkernels {
 
-// The ranks must all call it; it raises on all of them or on none. `rest`, a gloo of the same
-// ranks, does what shm lacks: other collectives, reductions and dtypes. `group`: the name by which
-// the engine finds it.
+// Collective: every rank of the group must call it. It raises on all of them or on none.
+// `fallback`, a gloo backend of the same ranks, does what shm lacks: other collectives, reductions
+// and dtypes. The engine finds the group's shared memory by the name `group`.
 c10::intrusive_ptr<c10d::Backend> shm_backend(const c10::intrusive_ptr<c10d::Store>& store,
-                                              int rank, int size, double seconds,
+                                              int rank, int size, double timeout_seconds,
                                               const std::string& group,
-                                              const c10::intrusive_ptr<c10d::Backend>& rest);
+                                              const c10::intrusive_ptr<c10d::Backend>& fallback);
 
 }  // namespace tpkernels

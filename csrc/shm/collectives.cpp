@@ -34,10 +34,10 @@ void reduce(c10::ScalarType dtype, Reduction reduction, const std::vector<const 
 
 }  // namespace
 
-std::string Collectives::describe(uint64_t deed) {
-  const auto kind = deed >> 60, detail = deed >> 44 & 1023;
-  const auto dtype = static_cast<c10::ScalarType>(deed >> 54 & 63);
-  const auto bytes = std::to_string(deed & ((uint64_t(1) << 44) - 1)) + " bytes";
+std::string Collectives::describe(uint64_t signature) {
+  const auto kind = signature >> 60, detail = signature >> 44 & 1023;
+  const auto dtype = static_cast<c10::ScalarType>(signature >> 54 & 63);
+  const auto bytes = std::to_string(signature & ((uint64_t(1) << 44) - 1)) + " bytes";
   if (kind > kRowLinear) return "something unknown";
   std::string text = NAMES[kind];
   if (kind == kBarrier) return text;
@@ -54,7 +54,8 @@ std::string Collectives::describe(uint64_t deed) {
 // (twice as fast at 1 MB).
 std::vector<const char*> Collectives::parts(int64_t offset, const char* own) const {
   std::vector<const char*> all(ring_.size());
-  for (int r = 0; r < ring_.size(); r++) all[r] = r == ring_.rank() ? own : ring_.part(r) + offset;
+  for (int r = 0; r < ring_.size(); r++)
+    all[r] = r == ring_.rank() ? own : ring_.remote_slot(r) + offset;
   return all;
 }
 
@@ -68,8 +69,8 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
     const int64_t n = std::min(piece, count - begin);
     char* const here = data + begin * size;
     if (one_shot) {
-      copy(ring_.mine(), here, n * size);
-      exchange(kAllReduce, dtype, detail, bytes);
+      copy(ring_.local_slot(), here, n * size);
+      post_and_wait(kAllReduce, dtype, detail, bytes);
       reduce(dtype, reduction, parts(0, here), here, n);
       continue;
     }
@@ -77,15 +78,15 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
     const int64_t share = round_up((n + ranks - 1) / ranks, LINE / size) * size;
     const auto first = [&](int64_t r) { return std::min(n * size, r * share); };
     const auto length = [&](int64_t r) { return first(r + 1) - first(r); };
-    copy(ring_.mine(), here, first(rank));
-    copy(ring_.mine() + first(rank + 1), here + first(rank + 1), n * size - first(rank + 1));
-    exchange(kAllReduce, dtype, detail, bytes);
+    copy(ring_.local_slot(), here, first(rank));
+    copy(ring_.local_slot() + first(rank + 1), here + first(rank + 1), n * size - first(rank + 1));
+    post_and_wait(kAllReduce, dtype, detail, bytes);
     reduce(dtype, reduction, parts(first(rank), here + first(rank)), here + first(rank),
            length(rank) / size);
-    copy(ring_.mine() + first(rank), here + first(rank), length(rank));
-    exchange(kAllReduce, dtype, detail, bytes);
+    copy(ring_.local_slot() + first(rank), here + first(rank), length(rank));
+    post_and_wait(kAllReduce, dtype, detail, bytes);
     for (int r = 0; r < ranks; r++)
-      if (r != rank) copy(here + first(r), ring_.part(r) + first(r), length(r));
+      if (r != rank) copy(here + first(r), ring_.remote_slot(r) + first(r), length(r));
   }
 }
 
@@ -96,8 +97,9 @@ void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inpu
   for (int64_t begin = 0; begin < count; begin += piece) {
     const int64_t n = std::min(piece, count - begin);
     for (int r = 0; r < ranks; r++)
-      if (r != rank) copy(ring_.mine() + r * piece * size, inputs[r] + begin * size, n * size);
-    exchange(kReduceScatter, dtype, static_cast<int>(reduction), count * size * ranks);
+      if (r != rank)
+        copy(ring_.local_slot() + r * piece * size, inputs[r] + begin * size, n * size);
+    post_and_wait(kReduceScatter, dtype, static_cast<int>(reduction), count * size * ranks);
     reduce(dtype, reduction, parts(rank * piece * size, inputs[rank] + begin * size),
            out + begin * size, n);
   }
@@ -107,10 +109,10 @@ void Collectives::all_gather(const std::vector<char*>& outs, const char* input, 
   const int rank = ring_.rank();
   for (int64_t begin = 0; begin < bytes; begin += piece_bytes_) {
     const int64_t n = std::min(piece_bytes_, bytes - begin);
-    copy(ring_.mine(), input + begin, n);
-    exchange(kAllGather, c10::ScalarType::Byte, 0, bytes);
+    copy(ring_.local_slot(), input + begin, n);
+    post_and_wait(kAllGather, c10::ScalarType::Byte, 0, bytes);
     for (int r = 0; r < ring_.size(); r++)
-      if (r != rank) copy(outs[r] + begin, ring_.part(r), n);
+      if (r != rank) copy(outs[r] + begin, ring_.remote_slot(r), n);
   }
   if (outs[rank] != input) copy(outs[rank], input, bytes);
 }
@@ -118,9 +120,9 @@ void Collectives::all_gather(const std::vector<char*>& outs, const char* input, 
 void Collectives::broadcast(char* data, int64_t bytes, int root) {
   for (int64_t begin = 0; begin < bytes; begin += piece_bytes_) {
     const int64_t n = std::min(piece_bytes_, bytes - begin);
-    if (ring_.rank() == root) copy(ring_.mine(), data + begin, n);
-    exchange(kBroadcast, c10::ScalarType::Byte, root, bytes);
-    if (ring_.rank() != root) copy(data + begin, ring_.part(root), n);
+    if (ring_.rank() == root) copy(ring_.local_slot(), data + begin, n);
+    post_and_wait(kBroadcast, c10::ScalarType::Byte, root, bytes);
+    if (ring_.rank() != root) copy(data + begin, ring_.remote_slot(root), n);
   }
 }
 
@@ -130,15 +132,15 @@ void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<i
   const int ranks = ring_.size(), rank = ring_.rank();
   // First what each has for each, so that all agree on the number of steps, and on whether it fits.
   const int64_t table = ranks * static_cast<int64_t>(sizeof(int64_t));
-  auto* const said = ring_.mine();
+  auto* const said = ring_.local_slot();
   std::memcpy(said, input_bytes.data(), table);
   std::memcpy(said + table, out_bytes.data(), table);
-  exchange(kAllToAll, c10::ScalarType::Byte, 0, 0);
+  post_and_wait(kAllToAll, c10::ScalarType::Byte, 0, 0);
   const auto sent = [&](int from, int to) {
-    return reinterpret_cast<const int64_t*>(ring_.part(from))[to];
+    return reinterpret_cast<const int64_t*>(ring_.remote_slot(from))[to];
   };
   const auto wanted = [&](int by, int from) {
-    return reinterpret_cast<const int64_t*>(ring_.part(by) + table)[from];
+    return reinterpret_cast<const int64_t*>(ring_.remote_slot(by) + table)[from];
   };
   int64_t most = 0;
   for (int r = 0; r < ranks; r++) {
@@ -155,22 +157,24 @@ void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<i
   };
   for (int64_t begin = 0; begin < most; begin += piece) {
     for (int r = 0; r < ranks; r++)
-      if (r != rank) copy(ring_.mine() + r * piece, inputs[r] + begin, left(input_bytes[r], begin));
-    exchange(kAllToAll, c10::ScalarType::Byte, 0, most);
+      if (r != rank)
+        copy(ring_.local_slot() + r * piece, inputs[r] + begin, left(input_bytes[r], begin));
+    post_and_wait(kAllToAll, c10::ScalarType::Byte, 0, most);
     for (int r = 0; r < ranks; r++)
-      if (r != rank) copy(outs[r] + begin, ring_.part(r) + rank * piece, left(out_bytes[r], begin));
+      if (r != rank)
+        copy(outs[r] + begin, ring_.remote_slot(r) + rank * piece, left(out_bytes[r], begin));
   }
   copy(outs[rank], inputs[rank], input_bytes[rank]);
 }
 
-void Collectives::barrier() { exchange(kBarrier, c10::ScalarType::Byte, 0, 0); }
+void Collectives::barrier() { post_and_wait(kBarrier, c10::ScalarType::Byte, 0, 0); }
 
 void Collectives::sum_rows(ReduceArgs args, int64_t rows) {
   static auto* const kernel = TPKERNELS_KERNEL(sum_rows);
   const int64_t row_bytes = args.columns * c10::elementSize(args.dtype), bytes = rows * row_bytes,
                 ranks = ring_.size();
-  exchange(kRowLinear, args.dtype, 0, bytes);
-  const auto all = parts(0, ring_.part(ring_.rank()));
+  post_and_wait(kRowLinear, args.dtype, 0, bytes);
+  const auto all = parts(0, ring_.remote_slot(ring_.rank()));
   args.parts = static_cast<int>(ranks);
   args.part = all.data();
   if (ranks == 2 || bytes < TWO_SHOT_BYTES) {
@@ -183,10 +187,10 @@ void Collectives::sum_rows(ReduceArgs args, int64_t rows) {
   const auto at = [&](int64_t r) { return first(r) * row_bytes; };
   for_rows(first(rank + 1) - first(rank), args.columns,
            [&](int64_t row, int64_t last) { kernel(args, first(rank) + row, first(rank) + last); });
-  copy(ring_.mine() + at(rank), out + at(rank), at(rank + 1) - at(rank));
-  exchange(kRowLinear, args.dtype, 0, bytes);
+  copy(ring_.local_slot() + at(rank), out + at(rank), at(rank + 1) - at(rank));
+  post_and_wait(kRowLinear, args.dtype, 0, bytes);
   for (int r = 0; r < ranks; r++)
-    if (r != rank) copy(out + at(r), ring_.part(r) + at(r), at(r + 1) - at(r));
+    if (r != rank) copy(out + at(r), ring_.remote_slot(r) + at(r), at(r + 1) - at(r));
 }
 
 }  // namespace tpkernels

@@ -15,7 +15,7 @@ class Collectives {
  public:
   // `threads`: the most that any of the ranks has, so that all cut messages alike.
   Collectives(Ring& ring, int threads)
-      : ring_(ring), piece_bytes_(std::min(ring.half_bytes(), PIECE_BYTES * threads)) {}
+      : ring_(ring), piece_bytes_(std::min(ring.slot_bytes(), PIECE_BYTES * threads)) {}
 
   std::chrono::milliseconds timeout{};  // of each wait
 
@@ -32,23 +32,23 @@ class Collectives {
                   const std::vector<const char*>& inputs, const std::vector<int64_t>& input_bytes);
   void barrier();
 
-  // Rows that sum_rows takes at once.
-  int64_t rows_at_once(int64_t row_bytes) const { return ring_.half_bytes() / row_bytes; }
-  // `args` without the parts: what every rank has put into ring.mine(), summed into args.out, with
-  // bias and residual.
+  // The most rows that sum_rows takes at once.
+  int64_t max_rows(int64_t row_bytes) const { return ring_.slot_bytes() / row_bytes; }
+  // `args` without the parts: what every rank has put into ring.local_slot(), summed into args.out,
+  // with bias and residual.
   void sum_rows(ReduceArgs args, int64_t rows);
 
-  static std::string describe(uint64_t deed);
+  static std::string describe(uint64_t signature);
 
  private:
   static constexpr int64_t PIECE_BYTES = 256 << 10;
   static constexpr int64_t TWO_SHOT_BYTES =
       32 << 10;  // from here on three ranks and more each reduce a share
 
-  void exchange(int kind, c10::ScalarType dtype, int detail, int64_t bytes) {
-    ring_.exchange({static_cast<uint8_t>(kind), static_cast<uint8_t>(dtype),
-                    static_cast<uint16_t>(detail), bytes},
-                   timeout);
+  void post_and_wait(int kind, c10::ScalarType dtype, int detail, int64_t bytes) {
+    ring_.post_and_wait({static_cast<uint8_t>(kind), static_cast<uint8_t>(dtype),
+                         static_cast<uint16_t>(detail), bytes},
+                        timeout);
   }
   std::vector<const char*> parts(int64_t offset, const char* own) const;
 

@@ -31,12 +31,12 @@ class Queue {
   };
 
   // Nothing else of the group runs while one exists.
-  class Turn {
+  class Lock {
    public:
-    Turn() = default;
-    explicit Turn(Queue& queue) : queue_(&queue) { queue.begin(); }
-    Turn(Turn&& other) noexcept : queue_(std::exchange(other.queue_, nullptr)) {}
-    ~Turn() {
+    Lock() = default;
+    explicit Lock(Queue& queue) : queue_(&queue) { queue.begin(); }
+    Lock(Lock&& other) noexcept : queue_(std::exchange(other.queue_, nullptr)) {}
+    ~Lock() {
       if (queue_) queue_->end();
     }
 

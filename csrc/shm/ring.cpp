@@ -56,13 +56,13 @@ bool has_exited(int process) {
 
 }  // namespace
 
-Ring::Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t half_bytes,
-           bool crowded, std::string (*describe)(uint64_t))
+Ring::Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t slot_bytes,
+           bool oversubscribed, std::string (*describe)(uint64_t))
     : segments_(std::move(segments)),
       processes_(std::move(processes)),
       rank_(rank),
-      half_bytes_(half_bytes),
-      spins_(crowded ? 0 : SPINS),
+      slot_bytes_(slot_bytes),
+      spins_(oversubscribed ? 0 : SPINS),
       describe_(describe) {}
 
 Ring::~Ring() { leave(); }
@@ -73,34 +73,38 @@ void Ring::leave() {
   wake(own.posted);
 }
 
-void Ring::exchange(Deed deed, std::chrono::milliseconds timeout) {
+void Ring::post_and_wait(OpSignature signature, std::chrono::milliseconds timeout) {
   if (!broken_.empty()) throw RingError(broken_);
   auto& own = header(rank_);
   if (own.left.load(std::memory_order_relaxed)) fail(-1, "this rank has left the group");
-  const uint64_t packed = deed.packed();
+  const uint64_t packed = signature.packed();
   step_++;
-  own.deeds[step_ & 1].store(packed, std::memory_order_relaxed);
+  own.signatures[step_ & 1].store(packed, std::memory_order_relaxed);
   // Sequentially consistent, as is a sleeper's count before its last look at `posted`: one of the
   // two sees the other.
-  own.posted.store(step_, std::memory_order_seq_cst);
-  if (own.sleepers.load(std::memory_order_seq_cst)) wake(own.posted);
+  own.posted.store(step_, std::memory_order_seq_cst);                  // mutant:ring.post
+  if (own.sleepers.load(std::memory_order_seq_cst)) wake(own.posted);  // mutant:ring.wake
   bool same = true;
   for (int r = 0; r < size(); r++) {
     if (r == rank_) continue;
     wait_for(r, timeout);
-    same = same && header(r).deeds[step_ & 1].load(std::memory_order_relaxed) == packed;
+    same = same && header(r).signatures[step_ & 1].load(std::memory_order_relaxed) == packed;
   }
   if (same) return;
   std::string what = "the ranks of the group made different calls:";
-  for (int r = 0; r < size(); r++)
-    what += "\n  rank " + std::to_string(r) + ": " +
-            describe_(header(r).deeds[step_ & 1].load(std::memory_order_relaxed));
+  for (int r = 0; r < size(); r++) what += "\n  rank " + std::to_string(r) + ": " + current_step(r);
   fail(-1, what);
+}
+
+std::string Ring::current_step(int rank) const {
+  return describe_(header(rank).signatures[step_ & 1].load(std::memory_order_relaxed));
 }
 
 void Ring::wait_for(int rank, std::chrono::milliseconds timeout) {
   auto& peer = header(rank);
-  const auto there = [&] { return peer.posted.load(std::memory_order_acquire) >= step_; };
+  const auto there = [&] {
+    return peer.posted.load(std::memory_order_acquire) >= step_;  // mutant:ring.arrived
+  };
   for (int i = 0; i <= spins_; i++) {
     if (there()) return;
     pause();
@@ -120,9 +124,8 @@ void Ring::wait_for(int rank, std::chrono::milliseconds timeout) {
       fail(-1, "this rank has left the group");
     check_alive();
     if (Clock::now() - start > timeout) {
-      fail(rank, "rank " + std::to_string(rank) + " did not come to " +
-                     describe_(header(rank_).deeds[step_ & 1].load()) + " within " +
-                     std::to_string(timeout.count()) +
+      fail(rank, "rank " + std::to_string(rank) + " did not come to " + current_step(rank_) +
+                     " within " + std::to_string(timeout.count()) +
                      " ms; its process is alive, and may be doing something else, or be stuck");
     }
   }
@@ -138,22 +141,23 @@ void Ring::check_alive() {
   for (int r = 0; r < size() && lost < 0; r++)
     if (r != rank_ && gone(r) && header(r).posted.load(std::memory_order_acquire) < step_) lost = r;
   if (lost < 0) return;
-  const int culprit = static_cast<int>(header(0).culprit.load(std::memory_order_acquire)) - 1;
-  if (culprit >= 0 && culprit != rank_) lost = culprit;
+  const int failed_rank =
+      static_cast<int>(header(0).failed_rank.load(std::memory_order_acquire)) - 1;
+  if (failed_rank >= 0 && failed_rank != rank_) lost = failed_rank;
   const std::string name = "rank " + std::to_string(lost);
-  const std::string waiting = " while rank " + std::to_string(rank_) + " waited for it in " +
-                              describe_(header(rank_).deeds[step_ & 1].load());
+  const std::string waiting =
+      " while rank " + std::to_string(rank_) + " waited for it in " + current_step(rank_);
   if (has_exited(processes_[lost]))
     fail(lost, name + " has died (its process has ended)" + waiting);
   fail(lost, name + " has left the group, by destroy_process_group or for an error of its own," +
                  waiting);
 }
 
-void Ring::fail(int culprit, const std::string& what) {
+void Ring::fail(int failed_rank, const std::string& what) {
   broken_ = what;
   uint32_t none = 0;
-  if (culprit >= 0)
-    header(0).culprit.compare_exchange_strong(none, culprit + 1, std::memory_order_acq_rel);
+  if (failed_rank >= 0)
+    header(0).failed_rank.compare_exchange_strong(none, failed_rank + 1, std::memory_order_acq_rel);
   leave();
   throw RingError(broken_);
 }

@@ -1,13 +1,13 @@
 // The protocol of the shared-memory transport, without torch.
 //
-// Each rank owns a segment that all ranks have mapped: a header and two halves of data. A
-// collective is a number of steps; the steps of all ranks are the same, and each is
+// Each rank owns a segment that all ranks have mapped: a header and two slots of data. A collective
+// is a number of steps; the steps of all ranks are the same, and each is
 //
-//     mine()      where this rank puts what the others shall read in this step
-//     exchange()  says that it is there, and waits until every rank's is
-//     part(r)     what rank r put there, to be read until this rank's next exchange()
+//     local_slot()     where this rank puts the data that the others read in this step
+//     post_and_wait()  says that it is there, and waits until every rank's is
+//     remote_slot(r)   rank r's data, to be read until this rank's next post_and_wait()
 //
-// Step s uses half s % 2. A rank that writes its half again, for step s + 2, has seen every rank's
+// Step s uses slot s % 2. A rank that writes its slot again, for step s + 2, has seen every rank's
 // step s + 1; and those had finished reading step s before. So one counter a rank, and one wait a
 // step, are all the synchronisation there is.
 #pragma once
@@ -27,8 +27,8 @@ class RingError : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// What a rank is doing in a step; ranks that do different things are told so.
-struct Deed {
+// The signature of a step. A mismatch raises on all ranks.
+struct OpSignature {
   uint8_t kind;     // index into Ring's names
   uint8_t dtype;    // c10::ScalarType
   uint16_t detail;  // the reduction, or the root
@@ -43,50 +43,55 @@ struct Deed {
 class Ring {
  public:
   struct Header {
-    alignas(128) std::atomic<uint64_t> posted;  // steps whose part is in place; a futex
-    std::atomic<uint64_t> deeds[2];             // what they were
+    alignas(128) std::atomic<uint64_t> posted;  // steps whose data is in place; a futex
+    std::atomic<uint64_t> signatures[2];        // of the last two steps
     std::atomic<uint32_t> sleepers;             // ranks that sleep until `posted` moves
     alignas(128) std::atomic<uint32_t> left;    // this rank takes no more steps
-    std::atomic<uint32_t> culprit;  // in the first rank's: 1 + the rank that broke the group
-    char token[64];                 // of the group
+    std::atomic<uint32_t> failed_rank;  // in the first rank's: 1 + the rank that broke the group
+    char token[64];                     // of the group
   };
   static constexpr int64_t HEADER_BYTES = 4096;
-  static constexpr int64_t bytes_of(int64_t half_bytes) { return HEADER_BYTES + 2 * half_bytes; }
+  static constexpr int64_t bytes_of(int64_t slot_bytes) { return HEADER_BYTES + 2 * slot_bytes; }
 
-  // `segments`: every rank's, zeroed but for the token; `processes`: their pidfds, -1 where there
-  // is none to watch. `describe` puts a packed deed in words. `crowded`: there are more ranks than
-  // cores, so that spinning only keeps a peer from its work.
-  Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t half_bytes,
-       bool crowded, std::string (*describe)(uint64_t deed));
+  // `segments` are every rank's, zeroed but for the token. `processes` are their pidfds, -1 where
+  // there is none to watch. `describe` puts a packed signature in words. `oversubscribed` says that
+  // there are more ranks than cores, so that spinning only keeps a peer from its work.
+  Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t slot_bytes,
+       bool oversubscribed, std::string (*describe)(uint64_t signature));
   ~Ring();
   Ring(const Ring&) = delete;
 
   int rank() const { return rank_; }
   int size() const { return static_cast<int>(segments_.size()); }
-  int64_t half_bytes() const { return half_bytes_; }
+  int64_t slot_bytes() const { return slot_bytes_; }
 
-  char* mine() const { return half(rank_, step_ + 1); }
+  char* local_slot() const { return slot(rank_, step_ + 1); }
   // Waits for `timeout` at most, and raises RingError; the ring is then broken, and every later
-  // exchange raises it again.
-  void exchange(Deed deed, std::chrono::milliseconds timeout);
-  const char* part(int rank) const { return half(rank, step_); }
-  // Takes this rank out: whoever waits for it raises, this rank itself included. From any thread.
+  // post_and_wait raises it again.
+  void post_and_wait(OpSignature signature, std::chrono::milliseconds timeout);
+  const char* remote_slot(int rank) const { return slot(rank, step_); }
+  // Takes this rank out. Whoever waits for it raises, this rank itself included. Any thread may
+  // call it.
   void leave();
 
  private:
   Header& header(int rank) const { return *reinterpret_cast<Header*>(segments_[rank]); }
-  char* half(int rank, uint64_t step) const {
-    return segments_[rank] + HEADER_BYTES + (step & 1) * half_bytes_;
+  char* slot(int rank, uint64_t step) const {
+    return segments_[rank] + HEADER_BYTES + (step & 1) * slot_bytes_;  // mutant:ring.slot
   }
+  // The rank's step in words.
+  std::string current_step(int rank) const;
   void wait_for(int rank, std::chrono::milliseconds timeout);
   // Raises if a rank that has not come yet never will.
   void check_alive();
-  [[noreturn]] void fail(int culprit, const std::string& what);
+  // Breaks the ring for this rank, and names the rank that failed (-1: none) to those that come
+  // later.
+  [[noreturn]] void fail(int failed_rank, const std::string& what);
 
   const std::vector<char*> segments_;
   const std::vector<int> processes_;
   const int rank_;
-  const int64_t half_bytes_;
+  const int64_t slot_bytes_;
   const int spins_;
   std::string (*const describe_)(uint64_t);
   uint64_t step_ = 0;

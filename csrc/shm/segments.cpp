@@ -25,7 +25,7 @@ namespace tpkernels {
 namespace {
 
 constexpr const char* FOLDER = "/dev/shm";
-constexpr int64_t LEAST_HALF_BYTES = 64 << 10;
+constexpr int64_t MIN_SLOT_BYTES = 64 << 10;
 
 std::string reason() { return std::strerror(errno); }
 
@@ -56,14 +56,14 @@ std::string allowed_cores() {
   return text;
 }
 
-// One value of every rank's.
-class Exchange {
+// Gathers a value of every rank through the group's store.
+class StoreGather {
  public:
-  Exchange(c10::intrusive_ptr<c10d::Store> store, int rank, int size)
+  StoreGather(c10::intrusive_ptr<c10d::Store> store, int rank, int size)
       : store_(std::move(store)), rank_(rank), size_(size) {}
 
-  std::vector<std::string> operator()(const std::string& key, const std::string& mine) const {
-    store_->set(key + "/" + std::to_string(rank_), std::vector<uint8_t>(mine.begin(), mine.end()));
+  std::vector<std::string> operator()(const std::string& key, const std::string& own) const {
+    store_->set(key + "/" + std::to_string(rank_), std::vector<uint8_t>(own.begin(), own.end()));
     std::vector<std::string> all;
     for (int r = 0; r < size_; r++) {
       const auto value = store_->get(key + "/" + std::to_string(r));
@@ -72,7 +72,7 @@ class Exchange {
     return all;
   }
 
-  // Raises on every rank the first rank's error.
+  // Raises the first rank's error on every rank.
   void raise_any(const std::string& key, const std::string& error) const {
     const auto all = (*this)(key, error);
     for (int r = 0; r < size_; r++)
@@ -84,6 +84,24 @@ class Exchange {
   int rank_, size_;
 };
 
+void check_one_host(const std::vector<std::string>& hosts) {
+  for (size_t r = 1; r < hosts.size(); r++)
+    TORCH_CHECK(
+        hosts[r] == hosts[0], "the shm transport cannot start: ranks 0 and ", r,
+        " share no memory, being on two hosts, in two containers or two network namespaces (",
+        hosts[0], "; ", hosts[r], "): take gloo for this group");
+}
+
+// `slot_bytes`, halved until all ranks' segments fit into what is free.
+int64_t fitting_slot_bytes(int64_t slot_bytes, const std::vector<std::string>& free_bytes) {
+  const auto size = static_cast<int64_t>(free_bytes.size());
+  int64_t room = std::numeric_limits<int64_t>::max();
+  for (const auto& bytes : free_bytes) room = std::min<int64_t>(room, std::stoll(bytes));
+  while (slot_bytes > MIN_SLOT_BYTES && size * Ring::bytes_of(slot_bytes) > room) slot_bytes /= 2;
+  return slot_bytes;
+}
+
+// The message of the error that `step` raises, or "".
 std::string error_of(const std::function<void()>& step) {
   try {
     step();
@@ -95,8 +113,8 @@ std::string error_of(const std::function<void()>& step) {
 
 }  // namespace
 
-// The kernel that was booted, its processes as they are seen from here, the file system. And the
-// network, since ranks in namespaces of their own are hosts for the purpose of whoever made those.
+// It names the booted kernel, its process namespace and the file system. The network namespace
+// counts too: whoever gives ranks their own means them to be hosts.
 std::string shm_host() {
   std::ifstream file("/proc/sys/kernel/random/boot_id");
   std::string boot;
@@ -112,51 +130,46 @@ int64_t shm_free_bytes() {
   return statvfs(FOLDER, &room) == 0 ? static_cast<int64_t>(room.f_bavail) * room.f_frsize : 0;
 }
 
-int64_t shm_least_bytes(int size) { return size * Ring::bytes_of(LEAST_HALF_BYTES); }
+int64_t shm_least_bytes(int size) { return size * Ring::bytes_of(MIN_SLOT_BYTES); }
 
 File::~File() {
   if (descriptor_ >= 0) close(descriptor_);
 }
 
 Segments::Segments(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
-                   int64_t half_bytes)
+                   int64_t max_slot_bytes)
     : mappings_(size), processes_(size) {
-  const Exchange exchange(store, rank, size);
-  const auto hosts = exchange("host", shm_host());
-  for (int r = 1; r < size; r++)
-    TORCH_CHECK(
-        hosts[r] == hosts[0], "the shm transport cannot start: ranks 0 and ", r,
-        " share no memory, being on two hosts, in two containers or two network namespaces (",
-        hosts[0], "; ", hosts[r], "): take gloo for this group");
-  int64_t room =
-      std::numeric_limits<int64_t>::max();  // as all saw it before any of them took of it
-  for (const auto& free : exchange("free", std::to_string(shm_free_bytes())))
-    room = std::min<int64_t>(room, std::stoll(free));
-  for (half_bytes_ = half_bytes;
-       half_bytes_ > LEAST_HALF_BYTES && size * Ring::bytes_of(half_bytes_) > room;)
-    half_bytes_ /= 2;
-  const auto token = exchange("token", random_token())[0];  // the first rank's is the group's
+  const StoreGather gather(store, rank, size);
+  check_one_host(gather("host", shm_host()));
+  // All ranks see the room as it was before any of them took of it.
+  slot_bytes_ =
+      fitting_slot_bytes(max_slot_bytes, gather("free", std::to_string(shm_free_bytes())));
+  const auto token = gather("token", random_token())[0];  // the first rank's is the group's
   File file;
-  exchange.raise_any("created", error_of([&] { file = create(rank, token); }));
-  std::ostringstream mine;
-  mine << getpid() << " " << file.get() << " " << at::get_num_threads() << " " << allowed_cores();
-  const auto places = exchange("place", mine.str());
-  std::string cores;
-  const auto error = error_of([&] {
-    for (int r = 0; r < size; r++) {
-      std::istringstream place(places[r]);
-      int64_t process, descriptor;
-      std::string theirs;
-      int threads;
-      place >> process >> descriptor >> threads >> theirs;
-      threads_ = std::max(threads_, threads);
-      if (r != rank) open(r, process, descriptor, token);
-      cores.resize(theirs.size(), '0');
-      for (size_t i = 0; i < theirs.size(); i++) cores[i] = std::max(cores[i], theirs[i]);
-    }
-  });
-  exchange.raise_any("opened", error);  // after it nobody needs the descriptors
-  crowded_ = std::count(cores.begin(), cores.end(), '1') < size;
+  gather.raise_any("created", error_of([&] { file = create(rank, token); }));
+  std::ostringstream own;
+  own << getpid() << " " << file.get() << " " << at::get_num_threads() << " " << allowed_cores();
+  const auto processes = gather("place", own.str());
+  const auto error = error_of([&] { open_all(rank, processes, token); });
+  gather.raise_any("opened", error);  // after it nobody needs the descriptors
+}
+
+void Segments::open_all(int own_rank, const std::vector<std::string>& processes,
+                        const std::string& token) {
+  const int size = static_cast<int>(processes.size());
+  std::string all_cores;  // that any rank may run on
+  for (int r = 0; r < size; r++) {
+    std::istringstream text(processes[r]);
+    int64_t process, descriptor;
+    int threads;
+    std::string cores;
+    text >> process >> descriptor >> threads >> cores;
+    threads_ = std::max(threads_, threads);
+    if (r != own_rank) open(r, process, descriptor, token);
+    all_cores.resize(cores.size(), '0');
+    for (size_t i = 0; i < cores.size(); i++) all_cores[i] = std::max(all_cores[i], cores[i]);
+  }
+  oversubscribed_ = std::count(all_cores.begin(), all_cores.end(), '1') < size;
 }
 
 Segments::Mapping Segments::map(const File& file, int64_t length) {
@@ -171,7 +184,7 @@ File Segments::create(int rank, const std::string& token) {
   TORCH_CHECK(file.get() >= 0, "cannot make a file in ", FOLDER, ": ", reason());
   // Reserved here and now: a page that is not there at the first write to it is a SIGBUS in the
   // midst of training.
-  const auto length = Ring::bytes_of(half_bytes_);
+  const auto length = Ring::bytes_of(slot_bytes_);
   const int error = posix_fallocate(file.get(), 0, length);
   TORCH_CHECK(error == 0, FOLDER, ": ", std::strerror(error), ": it has ", shm_free_bytes(),
               " bytes free, and the ", mappings_.size(), " ranks need ", mappings_.size() * length,
@@ -188,7 +201,7 @@ void Segments::open(int rank, int64_t process, int64_t descriptor, const std::st
   const File file(::open(path.c_str(), O_RDWR | O_CLOEXEC));
   TORCH_CHECK(file.get() >= 0, "cannot open the memory of rank ", rank, " at ", path, ": ",
               reason(), " (do the ranks run as one user, in one container?)");
-  mappings_[rank] = map(file, Ring::bytes_of(half_bytes_));
+  mappings_[rank] = map(file, Ring::bytes_of(slot_bytes_));
   const auto& header = *reinterpret_cast<Ring::Header*>(mappings_[rank].get());
   TORCH_CHECK(token == header.token, path, " is not the memory of rank ", rank, " of this group");
   processes_[rank] =

@@ -15,7 +15,7 @@
 
 namespace {
 constexpr int kRanks = 3, kLaunches = 8;
-constexpr size_t kHalf = 4096;
+constexpr size_t kSlotBytes = 4096;
 constexpr int kShapes[][2] = {{1, 1},  {1, 7},   {5, 24},   {4, 19},
                               {7, 40}, {1, 200}, {1, 1017}, {3, 136}};
 
@@ -129,7 +129,7 @@ struct Case {
 template <typename T>
 void run(int seed, int dtype) {
   std::mt19937 rng(seed);
-  World* world = world_create(kRanks, kHalf, 0xfffffff8u);  // on to more than 32 bits
+  World* world = world_create(kRanks, kSlotBytes, 0xfffffff8u);  // on to more than 32 bits
   Tensors memory;
   Buffers buffers[std::size(kShapes)];
   for (size_t i = 0; i < std::size(kShapes); ++i) {

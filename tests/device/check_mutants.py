@@ -40,7 +40,7 @@ SYNCHRONISATION = (
     (r"epoch \+ 1\b", "epoch", "the first barrier counts as the last of the launch before"),
     (r"advance_epochs\(a\.epochs, epoch\);", ";", "the epoch stands still"),
     (r"if \(lane < kMaxBlocks\)", "if (threadIdx.x == 0)", "lanes without a block stay behind"),
-    (r"epoch \+ kEpochsPerLaunch", "epoch + 2 * kEpochsPerLaunch", "the same half twice in a row"),
+    (r"epoch \+ kEpochsPerLaunch", "epoch + 2 * kEpochsPerLaunch", "the same slot twice in a row"),
     (r"x \+= __shfl_xor_sync\(.*?\);", ";", "no sum over the warp"),
     (r"slots\[rank\] \+ vector", "slots[kRanks - 1 - rank] + vector", "another order of the sum"),
     (
@@ -86,12 +86,12 @@ MACHINE_CODE = (
     ),
     (r"\.acc::f32", "", "a switch that sums in half precision"),
     (
-        r"copy_in\(a, layout, reinterpret_cast<Vector<T>\*>\(a\.peers\[a\.rank\] \+ half\)",
+        r"copy_in\(a, layout, reinterpret_cast<Vector<T>\*>\(a\.peers\[a\.rank\] \+ offset\)",
         "copy_in(a, layout, slots[a.rank]",
         "slots indexed at run time",
     ),
     (
-        r"reinterpret_cast<Vector<T>\*>\(a\.peers\[owner\] \+ half\)",
+        r"reinterpret_cast<Vector<T>\*>\(a\.peers\[owner\] \+ offset\)",
         "slots[owner]",
         "slots indexed at run time",
     ),
@@ -136,7 +136,7 @@ def mutants(patterns) -> list[Mutant]:
         matches = [
             (file, m)
             for file in sorted(device_build.HEADERS.glob("*.cuh"))
-            for m in re.finditer(pattern, file.read_text())
+            for m in re.finditer(pattern.replace(" ", r"\s+"), file.read_text())
         ]
         assert matches, f"no {pattern} in the source: the pattern has to follow the code"
         found += [Mutant(file, *m.span(), m.expand(text), what) for file, m in matches]

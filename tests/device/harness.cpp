@@ -23,15 +23,15 @@ using namespace tpkernels;
 
 struct World {
   int ranks;
-  size_t half_bytes, bytes;
+  size_t slot_bytes, bytes;
   std::vector<char*> memory;  // peers[rank]
   std::vector<std::vector<Epoch>> epochs;
   char* multicast;  // addresses nobody can read or write
 };
 
-World* world_create(int ranks, size_t half_bytes, uint64_t epoch) {
-  const size_t bytes = buffer_bytes(half_bytes);
-  World* world = new World{ranks, half_bytes, bytes, {}, {}, nullptr};
+World* world_create(int ranks, size_t slot_bytes, uint64_t epoch) {
+  const size_t bytes = buffer_bytes(slot_bytes);
+  World* world = new World{ranks, slot_bytes, bytes, {}, {}, nullptr};
   for (int rank = 0; rank < ranks; ++rank) {
     world->memory.push_back(static_cast<char*>(std::aligned_alloc(kVectorBytes, bytes)));
     std::memset(world->memory[rank], 0, kFlagBytes);
@@ -73,7 +73,7 @@ void append(World* world, int rank, const Spec& spec, std::vector<simt::Launch>&
   a.peers = world->memory.data();
   a.multicast = world->multicast;
   a.epochs = world->epochs[rank].data();
-  a.half_bytes = world->half_bytes;
+  a.slot_bytes = world->slot_bytes;
   a.rank = rank;
   a.rows = spec.rows;
   a.columns = spec.columns;
@@ -131,6 +131,6 @@ bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uin
 int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm) {
   return grid_size(rows, columns, element_size, norm);
 }
-size_t device_half_bytes(int64_t rows, int64_t columns, int element_size) {
-  return half_bytes(rows, columns, element_size);
+size_t device_slot_bytes(int64_t rows, int64_t columns, int element_size) {
+  return slot_bytes(rows, columns, element_size);
 }

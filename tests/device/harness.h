@@ -22,11 +22,11 @@ struct Spec {
 
 struct World;
 // epoch: even; flags start at zero all the same, as they stay in lanes that no grid has used.
-World* world_create(int ranks, size_t half_bytes, uint64_t epoch);
+World* world_create(int ranks, size_t slot_bytes, uint64_t epoch);
 void world_destroy(World* world);
 // specs [launches][ranks]. Whether all ranks came to the end; if not the process can only give up.
 bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uint64_t* trace);
 
 int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm);
-size_t device_half_bytes(int64_t rows, int64_t columns, int element_size);
+size_t device_slot_bytes(int64_t rows, int64_t columns, int element_size);
 }

@@ -44,8 +44,8 @@ def library():
     ]
     lib.world_run.restype = ctypes.c_bool
     lib.device_grid_size.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_bool]
-    lib.device_half_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
-    lib.device_half_bytes.restype = ctypes.c_size_t
+    lib.device_slot_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
+    lib.device_slot_bytes.restype = ctypes.c_size_t
     return lib
 
 
@@ -53,8 +53,8 @@ def grid_size(rows: int, columns: int, dtype: torch.dtype, norm: bool) -> int:
     return library().device_grid_size(rows, columns, dtype.itemsize, norm)
 
 
-def half_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
-    return library().device_half_bytes(rows, columns, dtype.itemsize)
+def slot_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
+    return library().device_slot_bytes(rows, columns, dtype.itemsize)
 
 
 @dataclass
@@ -74,9 +74,9 @@ class Launch:
 
 
 class Ranks:
-    def __init__(self, count: int, half_bytes: int, epoch: int = 0):
+    def __init__(self, count: int, slot_bytes: int, epoch: int = 0):
         self.count, self.buffers = count, {}
-        self.world = library().world_create(count, half_bytes, epoch)
+        self.world = library().world_create(count, slot_bytes, epoch)
 
     def close(self) -> None:
         library().world_destroy(self.world)

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from ranks import DTYPES, KERNELS, Launch, Ranks, grid_size, half_bytes
+from ranks import DTYPES, KERNELS, Launch, Ranks, grid_size, slot_bytes
 
 WORLDS = (2, 3, 4, 8)
 SHAPES = ((1, 1), (1, 7), (3, 5), (1, 1031), (5, 64), (7, 136), (4, 129))
-HALF = 1 << 14
+SLOT_BYTES = 1 << 14
 every_world = pytest.mark.parametrize("world", WORLDS)
 every_dtype = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
@@ -104,7 +104,7 @@ def test_every_kernel_shape_and_epilogue(world, dtype, integers):
         )
         for i, (kernel, shape, terms) in enumerate(cases)
     ]
-    with Ranks(world, HALF) as ranks:
+    with Ranks(world, SLOT_BYTES) as ranks:
         results, _ = ranks.run(launches, seed=world)
     for launch, result in zip(launches, results, strict=True):
         check(launch, result, integers)
@@ -118,7 +118,7 @@ def test_changed_data_under_identical_arguments(world):
         launches = [
             make(kernel, world, (3, 72), torch.bfloat16, rng, True, "brn") for _ in range(4)
         ]
-        with Ranks(world, HALF) as ranks:
+        with Ranks(world, SLOT_BYTES) as ranks:
             results, _ = ranks.run(launches, seed)
         for launch, result in zip(launches, results, strict=True):
             check(launch, result, True)
@@ -153,7 +153,7 @@ def test_any_sequence_of_kernels_sizes_and_grids(world, epoch):
     rng = torch.Generator().manual_seed(world + epoch)
     for seed in range(4):
         launches = mixed(world, rng, 10)
-        with Ranks(world, HALF, epoch) as ranks:
+        with Ranks(world, SLOT_BYTES, epoch) as ranks:
             for part in (launches[:7], launches[7:]):
                 results, _ = ranks.run(part, seed)
                 for launch, result in zip(part, results, strict=True):
@@ -163,7 +163,7 @@ def test_any_sequence_of_kernels_sizes_and_grids(world, epoch):
 def test_the_seed_changes_the_order_and_nothing_else():
     def run(seed):
         launches = mixed(3, torch.Generator().manual_seed(0), 4)
-        with Ranks(3, HALF) as ranks:
+        with Ranks(3, SLOT_BYTES) as ranks:
             return ranks.run(launches, seed)
 
     runs = [run(seed) for seed in range(8)]
@@ -185,7 +185,7 @@ def test_rounds_once():
             .contiguous()
         )
         residual = torch.full((1, 40), -256.0, dtype=torch.bfloat16)
-        with Ranks(3, HALF) as ranks:
+        with Ranks(3, SLOT_BYTES) as ranks:
             ((out, _),), _ = ranks.run([Launch(kernel, inputs, residual=residual)])
         assert (out == 0.75).all()
 
@@ -195,7 +195,7 @@ def test_the_order_of_the_sum_is_the_ranks_order():
         torch.tensor([2.0**24, 1.0, 1.0, -(2.0**24)]).view(4, 1, 1).expand(4, 2, 33).contiguous()
     )
     for kernel in ("one_shot", "two_shot"):
-        with Ranks(4, HALF) as ranks:
+        with Ranks(4, SLOT_BYTES) as ranks:
             ((out, _),), _ = ranks.run([Launch(kernel, values)])
         assert (out == 0).all()
 
@@ -210,7 +210,7 @@ def test_the_launch_that_the_helpers_ask_for(norm):
         make(kernel, 2, shape, dtype, rng, True, "brn" if norm else "br", **options)
         for kernel in KERNELS
     ]
-    with Ranks(2, half_bytes(*shape, dtype)) as ranks:
+    with Ranks(2, slot_bytes(*shape, dtype)) as ranks:
         results, _ = ranks.run(launches)
     for launch, result in zip(launches, results, strict=True):
         check(launch, result, True)
@@ -229,4 +229,4 @@ def test_host_helpers():
     assert grid_size(1, 4097, bf16, False) == 2
     assert grid_size(5, 64, bf16, True) == 5
     assert grid_size(10_000, 8192, f32, True) == grid_size(10_000, 8192, f32, False) == 36
-    assert half_bytes(3, 5, bf16) == 3 * 16 and half_bytes(2, 9, f32) == 2 * 48
+    assert slot_bytes(3, 5, bf16) == 3 * 16 and slot_bytes(2, 9, f32) == 2 * 48

@@ -1,10 +1,11 @@
-// The ranges' header alone: how often 100 ranges call operator new, after one that lets NVTX look for a tool. Prints the count.
-#include "nvtx.h"
-
+// The ranges' header alone: how often 100 ranges call operator new, after one that lets NVTX look
+// for a tool. Prints the count.
 #include <cstdio>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
+
+#include "nvtx.h"
 
 static int allocations = 0;
 void* operator new(std::size_t size) {
@@ -21,6 +22,8 @@ int main() {
   } catch (const std::exception&) {
   }
   const int before = allocations;
-  for (int i = 0; i < 100; i++) const tpkernels::NvtxRange range("longer than the buffer inside a std::string", "all_reduce", i, 100);
+  for (int i = 0; i < 100; i++)
+    const tpkernels::NvtxRange range("longer than the buffer inside a std::string", "all_reduce", i,
+                                     100);
   std::printf("%d\n", allocations - before);
 }

@@ -21,10 +21,10 @@ namespace tpkernels {
 template <typename T>
 struct Arguments {
   char* const* peers;  // in device memory: the ranks' symmetric buffers, of
-                       // buffer_bytes(half_bytes), 16-byte aligned
+                       // buffer_bytes(slot_bytes), 16-byte aligned
   char* multicast;     // the same buffers behind one multicast address; two_shot_multimem only
   Epoch* epochs;       // in device memory, this rank's own: kMaxBlocks words, zero at first
-  size_t half_bytes;  // the same for the buffer's life: at least half_bytes(...) of every launch, a
+  size_t slot_bytes;  // the same for the buffer's life: at least slot_bytes(...) of every launch, a
                       // multiple of 16
   int rank;
   int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous, fewer than
@@ -44,14 +44,14 @@ __host__ __device__ constexpr Int ceil_div(Int a, Int b) {
   return (a + b - 1) / b;
 }
 
-// Bytes that a launch takes of each half: rows padded to 16 bytes.
-constexpr size_t half_bytes(int64_t rows, int64_t columns, int element_size) {
+// Bytes that a launch takes of each slot: rows padded to 16 bytes.
+constexpr size_t slot_bytes(int64_t rows, int64_t columns, int element_size) {
   return rows * ceil_div<int64_t>(columns * element_size, kVectorBytes) * kVectorBytes;
 }
 
-// Bytes of a rank's symmetric buffer whose halves have that many. To be zeroed, on all ranks,
+// Bytes of a rank's symmetric buffer whose slots have that many. To be zeroed, on all ranks,
 // before the first launch.
-constexpr size_t buffer_bytes(size_t half_bytes) { return kFlagBytes + 2 * half_bytes; }
+constexpr size_t buffer_bytes(size_t slot_bytes) { return kFlagBytes + 2 * slot_bytes; }
 
 // Blocks of a launch, of what all ranks share; 0: nothing to do, do not launch. With the norm a
 // block works on whole rows.
@@ -59,7 +59,7 @@ constexpr int grid_size(int64_t rows, int64_t columns, int element_size, bool no
   const int64_t blocks =
       norm && columns
           ? rows
-          : ceil_div<int64_t>(half_bytes(rows, columns, element_size), kThreads * kVectorBytes);
+          : ceil_div<int64_t>(slot_bytes(rows, columns, element_size), kThreads * kVectorBytes);
   return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
@@ -206,13 +206,13 @@ __device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
-  const size_t half = half_offset(epoch, a.half_bytes);
+  const size_t offset = slot_offset(epoch, a.slot_bytes);
   const Layout<T, kNorm> layout(a, kRanks);
   Vector<T>* slots[kRanks];
 #pragma unroll
   for (int rank = 0; rank < kRanks; ++rank)
-    slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + half);
-  copy_in(a, layout, reinterpret_cast<Vector<T>*>(a.peers[a.rank] + half));
+    slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + offset);
+  copy_in(a, layout, reinterpret_cast<Vector<T>*>(a.peers[a.rank] + offset));
   barrier<kRanks>(a.peers, a.rank, epoch + 1);
   finish(a, layout, [&](int vector, const Place<T>& place) {
     return add_bias_residual(a, place, [&] { return sum_slots<T, kRanks>(slots, vector); });
@@ -223,17 +223,17 @@ __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) two_shot(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
-  const size_t half = half_offset(epoch, a.half_bytes);
+  const size_t offset = slot_offset(epoch, a.slot_bytes);
   Vector<T>* slots[kRanks];
 #pragma unroll
   for (int rank = 0; rank < kRanks; ++rank)
-    slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + half);
-  Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + half);
+    slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + offset);
+  Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + offset);
   two_shot_phases<T, kRanks, kNorm>(
       a, slot, epoch, [&](int vector) { return sum_slots<T, kRanks>(slots, vector); },
       [&](int vector, const Vector<T>& h) { store(slot + vector, h); },
       [&](int owner, int vector) {
-        return load(reinterpret_cast<Vector<T>*>(a.peers[owner] + half) + vector);
+        return load(reinterpret_cast<Vector<T>*>(a.peers[owner] + offset) + vector);
       });
 }
 
@@ -241,9 +241,9 @@ __global__ void __launch_bounds__(kThreads, 1) two_shot(const Arguments<T> a) {
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) two_shot_multimem(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
-  const size_t half = half_offset(epoch, a.half_bytes);
-  Vector<T>* const everywhere = reinterpret_cast<Vector<T>*>(a.multicast + half);
-  Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + half);
+  const size_t offset = slot_offset(epoch, a.slot_bytes);
+  Vector<T>* const everywhere = reinterpret_cast<Vector<T>*>(a.multicast + offset);
+  Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + offset);
   two_shot_phases<T, kRanks, kNorm>(
       a, slot, epoch, [&](int vector) { return Accumulator<T>(multimem_sum(everywhere + vector)); },
       [&](int vector, const Vector<T>& h) { multimem_store(everywhere + vector, h); },

@@ -10,7 +10,7 @@ constexpr int kMaxRanks = 8;
 constexpr int kMaxBlocks = 36;
 constexpr int kThreads = 512;
 
-// A rank's symmetric buffer is [flags | half 0 | half 1]; flag [lane][p] is written by rank p's
+// A rank's symmetric buffer is [flags | slot 0 | slot 1]; flag [lane][p] is written by rank p's
 // block `lane` and zero at first.
 constexpr size_t kFlagBytes = (kMaxBlocks * kMaxRanks * sizeof(Epoch) + 127) / 128 * 128;
 
@@ -18,15 +18,15 @@ constexpr size_t kFlagBytes = (kMaxBlocks * kMaxRanks * sizeof(Epoch) + 127) / 1
 // count of launches modulo 2.
 constexpr Epoch kEpochsPerLaunch = 2;
 
-// Offset of the half that a launch uses. Launches take the halves in turn, and that spares a
-// barrier at the end of each: launch k + 2 of a rank writes the half of launch k, which peers read
+// Offset of the slot that a launch uses. Launches take the slots in turn, and that spares a
+// barrier at the end of each: launch k + 2 of a rank writes the slot of launch k, which peers read
 // in their launch k. It starts after all blocks of the rank's launch k + 1 have ended, and at least
 // one of them has passed a barrier there. So every peer has begun its launch k + 1, hence, by the
-// order of its stream, ended its launch k in all blocks: nobody reads that half any more. This
-// needs the same half in all blocks of a launch, whatever the grids before (see advance_epochs),
+// order of its stream, ended its launch k in all blocks: nobody reads that slot any more. This
+// needs the same slot in all blocks of a launch, whatever the grids before (see advance_epochs),
 // and says nothing of which kernels, shapes or grids the launches have.
-__device__ __forceinline__ size_t half_offset(Epoch epoch, size_t half_bytes) {
-  return kFlagBytes + (epoch / kEpochsPerLaunch % 2) * half_bytes;
+__device__ __forceinline__ size_t slot_offset(Epoch epoch, size_t slot_bytes) {
+  return kFlagBytes + (epoch / kEpochsPerLaunch % 2) * slot_bytes;
 }
 
 // All threads of block b of every rank call it with the same epoch. What all of them wrote before

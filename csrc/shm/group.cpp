@@ -1,0 +1,88 @@
+#include "group.h"
+
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+
+namespace tpkernels {
+
+namespace {
+
+constexpr int64_t MAX_SLOT_BYTES = 8 << 20;
+
+class CompletedWork : public c10d::Work {
+ public:
+  explicit CompletedWork(Tensors outputs) : outputs_(std::move(outputs)) { completed_ = true; }
+  bool wait(std::chrono::milliseconds) override { return true; }
+  Tensors result() override { return outputs_; }
+  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
+    auto future =
+        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
+    future->markCompleted(outputs_);
+    return future;
+  }
+
+ private:
+  Tensors outputs_;
+};
+
+void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+}  // namespace
+
+WorkPointer completed_work(Tensors outputs) {
+  return c10::make_intrusive<CompletedWork>(std::move(outputs));
+}
+
+ShmGroup::ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
+                   std::chrono::milliseconds timeout)
+    : timeout(timeout),
+      segments_(store, rank, size, MAX_SLOT_BYTES),
+      ring_(segments_.addresses(), segments_.processes(), rank, segments_.slot_bytes(),
+            segments_.oversubscribed(), &Collectives::describe),
+      collectives_(ring_, segments_.threads()) {}
+
+bool ShmGroup::belongs_to(c10d::ProcessGroup& group) const {
+  const auto types = group.getDeviceTypes();
+  const bool on_cpu = std::count(types.begin(), types.end(), c10::kCPU) > 0;
+  return on_cpu && group.getBackend(c10::kCPU).get() == backend;
+}
+
+bool ShmGroup::supports(const at::Tensor& buffer) const {
+  const bool floating = at::isFloatingType(buffer.scalar_type()) && buffer.element_size() > 1;
+  const int64_t row_bytes = buffer.size(1) * buffer.element_size();
+  return buffer.is_cpu() && floating && row_bytes <= ring_.slot_bytes();
+}
+
+int64_t ShmGroup::max_rows(const at::Tensor& out) const {
+  return collectives_.max_rows(std::max<int64_t>(1, out.size(1)) * out.element_size());
+}
+
+StagedTerm ShmGroup::stage(const at::Tensor& out) {
+  auto lock = std::make_shared<Queue::Lock>(queue_);
+  return {at::from_blob(ring_.local_slot(), out.sizes(), out.options()), std::move(lock)};
+}
+
+void ShmGroup::all_reduce(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) {
+  RECORD_FUNCTION("shm:all_reduce", std::vector<c10::IValue>());
+  translate([&] {
+    const auto dtype = out.scalar_type();
+    if (!staged.lock) {  // `out` is not in the segment yet
+      const Queue::Lock lock(queue_);
+      collectives_.timeout = timeout;
+      auto* const data = static_cast<char*>(out.data_ptr());
+      return collectives_.all_reduce(data, out.numel(), dtype, Reduction::sum);
+    }
+    collectives_.timeout = timeout;
+    ReduceArgs args{};
+    args.dtype = dtype;
+    args.reduction = Reduction::sum;
+    args.out = out.data_ptr();
+    args.columns = out.size(1);
+    args.bias = data_or_null(epilogue.bias);
+    args.residual = {data_or_null(epilogue.residual), out.size(1)};
+    collectives_.sum_rows(args, out.size(0));
+  });
+}
+
+}  // namespace tpkernels
