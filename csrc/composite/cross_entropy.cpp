@@ -42,11 +42,11 @@ at::Tensor vocab_ce_grad(const at::Tensor& logits, const at::Tensor& target,
                          const at::Tensor& log_norm, const at::Tensor& scale, int64_t first,
                          double on_target, double everywhere) {
   BelowAutograd guard;
-  const auto wide = at::toOpMathType(logits.scalar_type());
-  auto grad = (logits.to(wide) - log_norm.unsqueeze(1)).exp_().sub_(everywhere);
+  const auto opmath = at::toOpMathType(logits.scalar_type());
+  auto grad = (logits.to(opmath) - log_norm.unsqueeze(1)).exp_().sub_(everywhere);
   if (logits.size(1) > 0) {
     const auto [inside, column] = local_target(target, first, logits.size(1));
-    grad.scatter_add_(1, column, inside.to(wide).mul_(-on_target));
+    grad.scatter_add_(1, column, inside.to(opmath).mul_(-on_target));
   }
   const auto factor = scale.unsqueeze(1);
   return grad.mul_(factor).masked_fill_(factor == 0, 0).to(logits.scalar_type());

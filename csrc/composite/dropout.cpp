@@ -49,11 +49,11 @@ at::Tensor random_bits(const at::Tensor& seed, int64_t row, int64_t rows, int64_
 at::Tensor dropout(const at::Tensor& input, const at::Tensor& seed, double p, int64_t row,
                    int64_t column) {
   BelowAutograd guard;
-  const auto wide = at::toOpMathType(input.scalar_type());
+  const auto opmath = at::toOpMathType(input.scalar_type());
   const auto bits =
       random_bits(seed, row, rows_of(input), column, input.size(-1)).view(input.sizes());
   const auto kept = bits.ge(static_cast<int64_t>(philox::dropout_threshold(p)));
-  return at::where(kept, input.to(wide) * (1 / (1 - p)), 0).to(input.scalar_type());
+  return at::where(kept, input.to(opmath) * (1 / (1 - p)), 0).to(input.scalar_type());
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ struct Inputs {
 
 Inputs packed(const at::Tensor& input, const OptionalTensor& bias, bool gated) {
   checked_dtype(input);
-  const auto x = strided_rows(input), b = wide_vector(bias, x.size(1), input, "bias");
+  const auto x = strided_rows(input), b = opmath_vector(bias, x.size(1), input, "bias");
   if (!gated) return {x, {}, b, {}};
   TORCH_CHECK_VALUE(x.size(1) % 2 == 0,
                     "a gated activation splits the last dimension in two, got size ", x.size(1));
@@ -48,8 +48,8 @@ Inputs separate(const at::Tensor& gate, const at::Tensor& up, const OptionalTens
                 const OptionalTensor& up_bias) {
   const int64_t columns = gate.size(-1);
   return {strided_rows(gate), matching_rows(up, gate.sizes(), checked_dtype(gate), "up"),
-          wide_vector(gate_bias, columns, gate, "gate_bias"),
-          wide_vector(up_bias, columns, gate, "up_bias")};
+          opmath_vector(gate_bias, columns, gate, "gate_bias"),
+          opmath_vector(up_bias, columns, gate, "up_bias")};
 }
 
 at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activation) {
@@ -74,7 +74,7 @@ at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& 
   const auto kernel = TPKERNELS_KERNEL(activation_backward);
   if (bias_grad)
     return sum_over_rows(
-        rows, columns, columns * (up_grad.defined() ? 2 : 1), wide_options(grad),
+        rows, columns, columns * (up_grad.defined() ? 2 : 1), opmath_options(grad),
         [&](int64_t row, int64_t last, void* sums) { kernel(args, row, last, sums); });
   for_rows(rows, columns, [&](int64_t row, int64_t last) { kernel(args, row, last, nullptr); });
   return {};

@@ -20,7 +20,7 @@ at::Tensor vocab_ce_stats(const at::Tensor& logits, const at::Tensor& target, in
   const auto z = strided_rows(logits);
   const int64_t rows = z.size(0), columns = z.size(1);
   const auto column = local_target(target, first, rows),
-             stats = at::empty({4, rows}, wide_options(logits));
+             stats = at::empty({4, rows}, opmath_options(logits));
   const CrossEntropyArgs args{checked_dtype(logits), columns, rows_at(z),
                               column.const_data_ptr<int64_t>()};
   const auto kernel = TPKERNELS_KERNEL(cross_entropy_stats);
@@ -34,8 +34,8 @@ void grad_into(const at::Tensor& out, const at::Tensor& z, const at::Tensor& tar
                double everywhere) {
   const int64_t rows = z.size(0), columns = z.size(1);
   const auto column = local_target(target, first, rows);
-  const auto norm = wide_vector(log_norm, rows, z, "log_norm"),
-             factor = wide_vector(scale, rows, z, "scale");
+  const auto norm = opmath_vector(log_norm, rows, z, "log_norm"),
+             factor = opmath_vector(scale, rows, z, "scale");
   const CrossEntropyArgs args{checked_dtype(z), columns, rows_at(z),
                               column.const_data_ptr<int64_t>()};
   const auto kernel = TPKERNELS_KERNEL(cross_entropy_grad);

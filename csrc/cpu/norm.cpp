@@ -18,12 +18,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor
   const int64_t rows = x.size(0), columns = x.size(1);
   const auto r =
       residual ? matching_rows(*residual, input.sizes(), dtype, "residual") : at::Tensor();
-  const auto w = wide_vector(weight, columns, input, "weight"),
-             b = wide_vector(bias, columns, input, "bias");
+  const auto w = opmath_vector(weight, columns, input, "weight"),
+             b = opmath_vector(bias, columns, input, "bias");
   const auto out = at::empty({rows, columns}, input.options()),
              sum = residual ? at::empty_like(out) : at::empty({0}, input.options());
-  const auto mean = at::empty({rms ? 0 : rows}, wide_options(input)),
-             rstd = at::empty({rows}, wide_options(input));
+  const auto mean = at::empty({rms ? 0 : rows}, opmath_options(input)),
+             rstd = at::empty({rows}, opmath_options(input));
   NormArgs args{dtype, rms,          columns,    eps,        rows_at(x),      {},
                 {},    rows_at(out), data_of(w), data_of(b), mean.data_ptr(), rstd.data_ptr()};
   if (residual) args.residual = rows_at(r), args.sum = rows_at(sum);
@@ -42,9 +42,9 @@ std::vector<at::Tensor> norm_backward(const at::Tensor& grad, const OptionalTens
   const int64_t rows = h.size(0), columns = h.size(1);
   const auto dsum =
       grad_sum ? matching_rows(*grad_sum, sum.sizes(), dtype, "grad_sum") : at::Tensor();
-  const auto w = wide_vector(weight, columns, sum, "weight");
-  const auto row_mean = rms ? at::Tensor() : wide_vector(mean, rows, sum, "mean"),
-             row_rstd = wide_vector(rstd, rows, sum, "rstd");
+  const auto w = opmath_vector(weight, columns, sum, "weight");
+  const auto row_mean = rms ? at::Tensor() : opmath_vector(mean, rows, sum, "mean"),
+             row_rstd = opmath_vector(rstd, rows, sum, "rstd");
   const auto dx = at::empty({rows, columns}, sum.options());
   NormBackwardArgs args{dtype,      rms,         columns,    rows_at(dy),       {},
                         rows_at(h), rows_at(dx), data_of(w), data_of(row_mean), data_of(row_rstd)};
@@ -56,7 +56,7 @@ std::vector<at::Tensor> norm_backward(const at::Tensor& grad, const OptionalTens
     return grads;
   }
   const auto sums = sum_over_rows(
-      rows, columns, 2 * columns, wide_options(sum),
+      rows, columns, 2 * columns, opmath_options(sum),
       [&](int64_t row, int64_t last, void* param_grads) { kernel(args, row, last, param_grads); });
   const auto param_dtype = weight ? weight->scalar_type() : dtype;
   if (weight_grad)

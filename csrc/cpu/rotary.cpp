@@ -23,8 +23,8 @@ at::Tensor rotary(const at::Tensor& input, const at::Tensor& cos, const at::Tens
   const bool in_place_layout = input.stride(3) == 1 && out.stride(3) == 1;
   const auto x = in_place_layout ? input : input.contiguous(),
              y = in_place_layout ? out : at::empty_like(x);
-  const auto wide = at::toOpMathType(dtype);
-  const auto c = cos.to(wide).contiguous(), s = sin.to(wide).contiguous();
+  const auto opmath = at::toOpMathType(dtype);
+  const auto c = cos.to(opmath).contiguous(), s = sin.to(opmath).contiguous();
   const RotaryArgs args{dtype,
                         interleaved,
                         inverse,

@@ -34,7 +34,7 @@ inline c10::ScalarType checked_dtype(const at::Tensor& t) {
   return dtype;
 }
 
-inline at::TensorOptions wide_options(const at::Tensor& t) {
+inline at::TensorOptions opmath_options(const at::Tensor& t) {
   return t.options().dtype(at::toOpMathType(t.scalar_type()));
 }
 
@@ -51,11 +51,11 @@ inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10:
   return strided_rows(t.to(dtype));
 }
 
-inline Rows rows_at(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
+inline StridedRows rows_at(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
 
 // [size] in the arithmetic's dtype; undefined if there is none
-inline at::Tensor wide_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like,
-                              const char* name) {
+inline at::Tensor opmath_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like,
+                                const char* name) {
   if (!t) return {};
   TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, name, " must be of shape [", size,
                     "], got ", t->sizes());

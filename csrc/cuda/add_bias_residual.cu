@@ -21,10 +21,10 @@ static void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias,
                       .build();
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, self.scalar_type(), "add_bias_residual_", [&] {
-        using wide = at::opmath_type<scalar_t>;
+        using opmath = at::opmath_type<scalar_t>;
         at::native::gpu_kernel(
             iterator, [] GPU_LAMBDA(scalar_t y, scalar_t b, scalar_t r) -> scalar_t {
-              return static_cast<wide>(y) + static_cast<wide>(b) + static_cast<wide>(r);
+              return static_cast<opmath>(y) + static_cast<opmath>(b) + static_cast<opmath>(r);
             });
       });
 }

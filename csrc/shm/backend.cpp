@@ -167,9 +167,9 @@ class ShmBackend : public c10d::Backend {
                         [output, ins = inputs[0], reduction](Collectives& c) {
                           const ContiguousMemory memory(output);
                           std::vector<ContiguousMemory> held(ins.begin(), ins.end());
-                          std::vector<const char*> parts;
-                          for (const auto& input : held) parts.push_back(input.data());
-                          c.reduce_scatter(memory.data(), parts, output.numel(),
+                          std::vector<const char*> terms;
+                          for (const auto& input : held) terms.push_back(input.data());
+                          c.reduce_scatter(memory.data(), terms, output.numel(),
                                            output.scalar_type(), *reduction);
                           memory.write_back();
                         });

@@ -24,10 +24,10 @@ void copy(char* to, const char* from, int64_t bytes) {
                    [&](int64_t i, int64_t last) { std::memcpy(to + i, from + i, last - i); });
 }
 
-void reduce(c10::ScalarType dtype, Reduction reduction, const std::vector<const char*>& parts,
+void reduce(c10::ScalarType dtype, Reduction reduction, const std::vector<const char*>& terms,
             char* out, int64_t count) {
-  static auto* const kernel = TPKERNELS_KERNEL(reduce_parts);
-  const ReduceArgs args{dtype,   reduction, static_cast<int>(parts.size()), parts.data(), out, 0,
+  static auto* const kernel = TPKERNELS_KERNEL(reduce_terms);
+  const ReduceArgs args{dtype,   reduction, static_cast<int>(terms.size()), terms.data(), out, 0,
                         nullptr, {}};
   at::parallel_for(0, count, GRAIN, [&](int64_t i, int64_t last) { kernel(args, i, last); });
 }
@@ -52,7 +52,7 @@ std::string Collectives::describe(uint64_t signature) {
 
 // This rank's part is read where it came from: what memcpy wrote is in no cache of the writer's
 // (twice as fast at 1 MB).
-std::vector<const char*> Collectives::parts(int64_t offset, const char* own) const {
+std::vector<const char*> Collectives::terms(int64_t offset, const char* own) const {
   std::vector<const char*> all(ring_.size());
   for (int r = 0; r < ring_.size(); r++)
     all[r] = r == ring_.rank() ? own : ring_.remote_slot(r) + offset;
@@ -71,7 +71,7 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
     if (one_shot) {
       copy(ring_.local_slot(), here, n * size);
       post_and_wait(kAllReduce, dtype, detail, bytes);
-      reduce(dtype, reduction, parts(0, here), here, n);
+      reduce(dtype, reduction, terms(0, here), here, n);
       continue;
     }
     // Each rank reduces a share, of whole cache lines, and the others copy it.
@@ -81,7 +81,7 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
     copy(ring_.local_slot(), here, first(rank));
     copy(ring_.local_slot() + first(rank + 1), here + first(rank + 1), n * size - first(rank + 1));
     post_and_wait(kAllReduce, dtype, detail, bytes);
-    reduce(dtype, reduction, parts(first(rank), here + first(rank)), here + first(rank),
+    reduce(dtype, reduction, terms(first(rank), here + first(rank)), here + first(rank),
            length(rank) / size);
     copy(ring_.local_slot() + first(rank), here + first(rank), length(rank));
     post_and_wait(kAllReduce, dtype, detail, bytes);
@@ -100,7 +100,7 @@ void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inpu
       if (r != rank)
         copy(ring_.local_slot() + r * piece * size, inputs[r] + begin * size, n * size);
     post_and_wait(kReduceScatter, dtype, static_cast<int>(reduction), count * size * ranks);
-    reduce(dtype, reduction, parts(rank * piece * size, inputs[rank] + begin * size),
+    reduce(dtype, reduction, terms(rank * piece * size, inputs[rank] + begin * size),
            out + begin * size, n);
   }
 }
@@ -174,9 +174,9 @@ void Collectives::sum_rows(ReduceArgs args, int64_t rows) {
   const int64_t row_bytes = args.columns * c10::elementSize(args.dtype), bytes = rows * row_bytes,
                 ranks = ring_.size();
   post_and_wait(kRowLinear, args.dtype, 0, bytes);
-  const auto all = parts(0, ring_.remote_slot(ring_.rank()));
-  args.parts = static_cast<int>(ranks);
-  args.part = all.data();
+  const auto all = terms(0, ring_.remote_slot(ring_.rank()));
+  args.num_terms = static_cast<int>(ranks);
+  args.terms = all.data();
   if (ranks == 2 || bytes < TWO_SHOT_BYTES) {
     for_rows(rows, args.columns, [&](int64_t row, int64_t last) { kernel(args, row, last); });
     return;

@@ -50,7 +50,7 @@ class Collectives {
                          static_cast<uint16_t>(detail), bytes},
                         timeout);
   }
-  std::vector<const char*> parts(int64_t offset, const char* own) const;
+  std::vector<const char*> terms(int64_t offset, const char* own) const;
 
   Ring& ring_;
   const int64_t piece_bytes_;

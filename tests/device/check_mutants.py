@@ -72,7 +72,7 @@ BOUNDS = (
         "length",
         "the last segment as long as the others",
     ),
-    (r"in_segment < layout\.end\(segment\)", "true", "the last slice as long as the others"),
+    (r"in_segment < partition\.end\(segment\)", "true", "the last slice as long as the others"),
 )
 MACHINE_CODE = (
     (r"st\.release\.sys", "st.relaxed.sys", "a flag stored relaxed"),
@@ -86,8 +86,8 @@ MACHINE_CODE = (
     ),
     (r"\.acc::f32", "", "a switch that sums in half precision"),
     (
-        r"copy_in\(a, layout, reinterpret_cast<Vector<T>\*>\(a\.peers\[a\.rank\] \+ offset\)",
-        "copy_in(a, layout, slots[a.rank]",
+        r"copy_in\(a, partition, reinterpret_cast<Vector<T>\*>\(a\.peers\[a\.rank\] \+ offset\)",
+        "copy_in(a, partition, slots[a.rank]",
         "slots indexed at run time",
     ),
     (

@@ -128,8 +128,8 @@ void visit_activation(Activation activation, const F& f) {
 
 template <typename F, typename T>
 void forward(const ActivationArgs& args, int64_t row, int64_t last) {
-  const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias),
-             *up_bias = static_cast<const Wide<T>*>(args.up_bias);
+  const auto *gate_bias = static_cast<const Opmath<T>*>(args.gate_bias),
+             *up_bias = static_cast<const Opmath<T>*>(args.up_bias);
   for (; row < last; row++) {
     const T *gate = row_of<T>(args.gate, row),
             *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
@@ -143,9 +143,9 @@ void forward(const ActivationArgs& args, int64_t row, int64_t last) {
 }
 
 template <typename F, typename T>
-void backward(const ActivationArgs& args, int64_t row, int64_t last, Wide<T>* bias_grad) {
-  const auto *gate_bias = static_cast<const Wide<T>*>(args.gate_bias),
-             *up_bias = static_cast<const Wide<T>*>(args.up_bias);
+void backward(const ActivationArgs& args, int64_t row, int64_t last, Opmath<T>* bias_grad) {
+  const auto *gate_bias = static_cast<const Opmath<T>*>(args.gate_bias),
+             *up_bias = static_cast<const Opmath<T>*>(args.up_bias);
   for (; row < last; row++) {
     const T *gate = row_of<T>(args.gate, row),
             *up = args.up.data ? row_of<T>(args.up, row) : nullptr;
@@ -163,11 +163,11 @@ void backward(const ActivationArgs& args, int64_t row, int64_t last, Wide<T>* bi
         const auto dup = map(times, dy, value);
         dy = map(times, dy, biased(up, up_bias, i, n));
         store(up_grad + i, dup, n);
-        if (bias_grad) add_wide<T>(bias_grad + args.columns + i, dup, n);
+        if (bias_grad) add_opmath<T>(bias_grad + args.columns + i, dup, n);
       }
       const auto dx = map(times, dy, slope);
       store(gate_grad + i, dx, n);
-      if (bias_grad) add_wide<T>(bias_grad + i, dx, n);
+      if (bias_grad) add_opmath<T>(bias_grad + i, dx, n);
     });
   }
 }
@@ -184,7 +184,7 @@ void activation_backward(const ActivationArgs& args, int64_t row, int64_t last, 
   visit_activation(args.activation, [&](auto f) {
     visit(args.dtype, [&](auto t) {
       backward<decltype(f), decltype(t)>(args, row, last,
-                                         static_cast<Wide<decltype(t)>*>(bias_grad));
+                                         static_cast<Opmath<decltype(t)>*>(bias_grad));
     });
   });
 }

@@ -17,8 +17,8 @@ constexpr int64_t BLOCK = 512;
 // Milakov and Gimelshein, "Online normalizer calculation for softmax", a block at a time
 template <typename T>
 void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows,
-              Wide<T>* stats) {
-  using W = Wide<T>;
+              Opmath<T>* stats) {
+  using W = Opmath<T>;
   using V = typename Lanes<T>::V;
   constexpr W INF = std::numeric_limits<W>::infinity();
   const auto larger = [](const V& a, const V& b) { return at::vec::maximum(a, b); };
@@ -58,9 +58,9 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
 }
 
 template <typename T>
-void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide<T>* log_norm,
-             const Wide<T>* scale, double on_target, double everywhere, const Rows& grad) {
-  using W = Wide<T>;
+void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Opmath<T>* log_norm,
+             const Opmath<T>* scale, double on_target, double everywhere, const StridedRows& grad) {
+  using W = Opmath<T>;
   using V = typename Lanes<T>::V;
   const V constant(static_cast<W>(everywhere));
   for (; row < last; row++) {
@@ -91,15 +91,15 @@ void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Wide
 void cross_entropy_stats(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t rows,
                          void* stats) {
   visit(args.dtype, [&](auto t) {
-    stats_of<decltype(t)>(args, row, last, rows, static_cast<Wide<decltype(t)>*>(stats));
+    stats_of<decltype(t)>(args, row, last, rows, static_cast<Opmath<decltype(t)>*>(stats));
   });
 }
 
 void cross_entropy_grad(const CrossEntropyArgs& args, int64_t row, int64_t last,
                         const void* log_norm, const void* scale, double on_target,
-                        double everywhere, Rows grad) {
+                        double everywhere, StridedRows grad) {
   visit(args.dtype, [&](auto t) {
-    using W = Wide<decltype(t)>;
+    using W = Opmath<decltype(t)>;
     grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm),
                          static_cast<const W*>(scale), on_target, everywhere, grad);
   });

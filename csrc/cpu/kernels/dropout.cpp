@@ -42,7 +42,7 @@ void random_bits(uint64_t seed, uint64_t row, uint64_t group, uint32_t* bits) {
 
 template <typename T>
 void apply(const DropoutArgs& args, int64_t row, int64_t last) {
-  using W = Wide<T>;
+  using W = Opmath<T>;
   using V = typename Lanes<T>::V;
   using Mask = std::conditional_t<sizeof(W) == 8, int64_t, int32_t>;
   const V scale(static_cast<W>(args.scale));
@@ -57,7 +57,7 @@ void apply(const DropoutArgs& args, int64_t row, int64_t last) {
       for (int i = 0; i < SPAN; i++) kept[i] = bits[i] >= args.threshold ? -1 : 0;
       const int64_t columns = std::min(SPAN - skip, args.columns - start);
       for_each_vector<T>(columns, [&](int64_t i, auto n) {
-        const auto mask = load_wide<T>(reinterpret_cast<const W*>(kept + skip + i), n);
+        const auto mask = load_opmath<T>(reinterpret_cast<const W*>(kept + skip + i), n);
         store(out + start + i,
               map([&](const V& v, const V& m) { return (v * scale) & m; }, load(x + start + i, n),
                   mask),

@@ -15,11 +15,11 @@ namespace tpkernels::CPU_CAPABILITY {
 using at::vec::Vectorized;
 
 template <typename T>
-using Wide = at::opmath_type<T>;
+using Opmath = at::opmath_type<T>;
 
 template <typename T>
 struct Lanes {
-  using V = Vectorized<Wide<T>>;
+  using V = Vectorized<Opmath<T>>;
   static constexpr int size = Vectorized<T>::size(), vectors = size / V::size();
   V v[vectors];
 };
@@ -27,7 +27,7 @@ struct Lanes {
 // The first n elements at p; the other lanes are 0.
 template <typename T>
 inline Lanes<T> load(const T* p, int64_t n) {
-  if constexpr (std::is_same_v<T, Wide<T>>) {
+  if constexpr (std::is_same_v<T, Opmath<T>>) {
     return {{Vectorized<T>::loadu(p, n)}};
   } else {
     const auto [a, b] = at::vec::convert_to_float<T>(Vectorized<T>::loadu(p, n));
@@ -37,16 +37,16 @@ inline Lanes<T> load(const T* p, int64_t n) {
 
 template <typename T>
 inline void store(T* p, const Lanes<T>& x, int64_t n) {
-  if constexpr (std::is_same_v<T, Wide<T>>) {
+  if constexpr (std::is_same_v<T, Opmath<T>>) {
     x.v[0].store(p, n);
   } else {
     at::vec::convert_from_float<T>(x.v[0], x.v[1]).store(p, n);
   }
 }
 
-// As many lanes as T has, from and to memory that is wide already.
+// As many lanes as T has, from and to memory that is in opmath already.
 template <typename T>
-inline Lanes<T> load_wide(const Wide<T>* p, int64_t n) {
+inline Lanes<T> load_opmath(const Opmath<T>* p, int64_t n) {
   constexpr int64_t step = Lanes<T>::V::size();
   Lanes<T> x;
   for (int k = 0; k < Lanes<T>::vectors; k++)
@@ -55,7 +55,7 @@ inline Lanes<T> load_wide(const Wide<T>* p, int64_t n) {
 }
 
 template <typename T>
-inline void add_wide(Wide<T>* p, const Lanes<T>& x, int64_t n) {
+inline void add_opmath(Opmath<T>* p, const Lanes<T>& x, int64_t n) {
   constexpr int64_t step = Lanes<T>::V::size();
   for (int k = 0; k < Lanes<T>::vectors; k++) {
     const int64_t count = std::clamp<int64_t>(n - k * step, 0, step);
@@ -65,7 +65,7 @@ inline void add_wide(Wide<T>* p, const Lanes<T>& x, int64_t n) {
 
 // The first n lanes of x, `rest` in the others.
 template <typename T>
-inline Lanes<T> first(const Lanes<T>& x, int64_t n, Wide<T> rest = 0) {
+inline Lanes<T> first(const Lanes<T>& x, int64_t n, Opmath<T> rest = 0) {
   constexpr int64_t step = Lanes<T>::V::size();
   if (n == Lanes<T>::size) return x;
   Lanes<T> out;
@@ -88,25 +88,25 @@ inline constexpr auto times = [](const auto& a, const auto& b) { return a * b; }
 
 // x[i .. i + n] + bias[i .. i + n], if there is a bias
 template <typename T>
-inline Lanes<T> biased(const T* x, const Wide<T>* bias, int64_t i, int64_t n) {
+inline Lanes<T> biased(const T* x, const Opmath<T>* bias, int64_t i, int64_t n) {
   const auto lanes = load(x + i, n);
-  return bias ? map(plus, lanes, load_wide<T>(bias + i, n)) : lanes;
+  return bias ? map(plus, lanes, load_opmath<T>(bias + i, n)) : lanes;
 }
 
 template <typename T, typename F>
-inline Wide<T> reduce(const F& f, const Lanes<T>& x) {
+inline Opmath<T> reduce(const F& f, const Lanes<T>& x) {
   auto v = x.v[0];
   if constexpr (Lanes<T>::vectors == 2) v = f(v, x.v[1]);
-  return at::vec::vec_reduce_all<Wide<T>>(f, v);
+  return at::vec::vec_reduce_all<Opmath<T>>(f, v);
 }
 
 template <typename T>
-inline Wide<T> reduce_sum(const Lanes<T>& x) {
+inline Opmath<T> reduce_sum(const Lanes<T>& x) {
   return reduce([](const auto& a, const auto& b) { return a + b; }, x);
 }
 
 template <typename T>
-inline Lanes<T> broadcast(Wide<T> value) {
+inline Lanes<T> broadcast(Opmath<T> value) {
   Lanes<T> out;
   for (auto& v : out.v) v = typename Lanes<T>::V(value);
   return out;
@@ -123,7 +123,7 @@ inline void for_each_vector(int64_t columns, const F& f) {
 }
 
 template <typename T>
-inline T* row_of(const Rows& rows, int64_t row) {
+inline T* row_of(const StridedRows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 

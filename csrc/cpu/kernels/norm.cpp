@@ -13,7 +13,7 @@ constexpr auto square_add = [](const auto& x, const auto& sum) {
 
 template <typename T>
 void forward(const NormArgs& args, int64_t row, int64_t last) {
-  using W = Wide<T>;
+  using W = Opmath<T>;
   using V = typename Lanes<T>::V;
   const auto *weight = static_cast<const W*>(args.weight), *bias = static_cast<const W*>(args.bias);
   const W count = args.columns;
@@ -46,16 +46,16 @@ void forward(const NormArgs& args, int64_t row, int64_t last) {
     static_cast<W*>(args.rstd)[row] = rstd;
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto y = map([&](const V& x) { return (x - V(mean)) * V(rstd); }, load(h + i, n));
-      if (weight) y = map(times, y, load_wide<T>(weight + i, n));
-      if (bias) y = map(plus, y, load_wide<T>(bias + i, n));
+      if (weight) y = map(times, y, load_opmath<T>(weight + i, n));
+      if (bias) y = map(plus, y, load_opmath<T>(bias + i, n));
       store(out + i, y, n);
     });
   }
 }
 
 template <typename T>
-void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* param_grads) {
-  using W = Wide<T>;
+void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Opmath<T>* param_grads) {
+  using W = Opmath<T>;
   using V = typename Lanes<T>::V;
   const auto* weight = static_cast<const W*>(args.weight);
   const W count = args.columns;
@@ -73,10 +73,10 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* 
       const auto dy = load(grad + i, n), x = map(normed, load(h + i, n)),
                  product = map(times, dy, x);
       if (param_grads) {
-        add_wide<T>(param_grads + i, product, n);
-        add_wide<T>(param_grads + args.columns + i, dy, n);
+        add_opmath<T>(param_grads + i, product, n);
+        add_opmath<T>(param_grads + args.columns + i, dy, n);
       }
-      const auto dx = weight ? map(times, dy, load_wide<T>(weight + i, n)) : dy;
+      const auto dx = weight ? map(times, dy, load_opmath<T>(weight + i, n)) : dy;
       along = map([](const V& a, const V& b, const V& c) { return at::vec::fmadd(a, b, c); }, dx, x,
                   along);
       total = map(plus, total, dx);
@@ -84,7 +84,7 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Wide<T>* 
     const V slope(reduce_sum(along) / count), shift(args.rms ? 0 : reduce_sum(total) / count);
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       auto dx = load(grad + i, n);
-      if (weight) dx = map(times, dx, load_wide<T>(weight + i, n));
+      if (weight) dx = map(times, dx, load_opmath<T>(weight + i, n));
       dx = map([&](const V& d, const V& x) { return (d - normed(x) * slope - shift) * rstd; }, dx,
                load(h + i, n));
       if (grad_sum) dx = map(plus, dx, load(grad_sum + i, n));
@@ -101,7 +101,7 @@ void norm_forward(const NormArgs& args, int64_t row, int64_t last) {
 
 void norm_backward(const NormBackwardArgs& args, int64_t row, int64_t last, void* param_grads) {
   visit(args.dtype, [&](auto t) {
-    backward<decltype(t)>(args, row, last, static_cast<Wide<decltype(t)>*>(param_grads));
+    backward<decltype(t)>(args, row, last, static_cast<Opmath<decltype(t)>*>(param_grads));
   });
 }
 

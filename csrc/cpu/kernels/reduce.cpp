@@ -26,23 +26,23 @@ struct Min {
   }
 };
 
-// Of `count` elements from `offset` on. kParts is the number of parts, or 0 for any. finish(x, i,
+// Of `count` elements from `offset` on. kTerms is the number of terms, or 0 for any. finish(x, i,
 // n): what follows, before the rounding.
-template <typename T, int kParts, typename Op, typename F>
+template <typename T, int kTerms, typename Op, typename F>
 void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op,
                  const F& finish) {
-  const int parts = kParts ? kParts : args.parts;
-  const T* part[kParts ? kParts : 1];
-  if constexpr (kParts)
-    for (int r = 0; r < kParts; r++) part[r] = reinterpret_cast<const T*>(args.part[r]) + offset;
+  const int terms = kTerms ? kTerms : args.num_terms;
+  const T* term[kTerms ? kTerms : 1];
+  if constexpr (kTerms)
+    for (int r = 0; r < kTerms; r++) term[r] = reinterpret_cast<const T*>(args.terms[r]) + offset;
   T* out = static_cast<T*>(args.out) + offset;
   const auto at = [&](int r) {
-    if constexpr (kParts) return part[r];
-    return reinterpret_cast<const T*>(args.part[r]) + offset;
+    if constexpr (kTerms) return term[r];
+    return reinterpret_cast<const T*>(args.terms[r]) + offset;
   };
   for_each_vector<T>(count, [&](int64_t i, auto n) {
     auto x = load(at(0) + i, n);
-    for (int r = 1; r < parts; r++) x = map(op, x, load(at(r) + i, n));
+    for (int r = 1; r < terms; r++) x = map(op, x, load(at(r) + i, n));
     store(out + i, finish(x, i, n), n);
   });
 }
@@ -50,7 +50,7 @@ void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op
 template <typename T, typename Op, typename F>
 void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op,
                  const F& finish) {
-  switch (args.parts) {
+  switch (args.num_terms) {
     case 2:
       return reduce_span<T, 2>(args, offset, count, op, finish);
     case 3:
@@ -74,7 +74,7 @@ void reduce_of(const ReduceArgs& args, int64_t begin, int64_t end) {
       return reduce_span<T>(args, begin, end - begin, Sum(), as_is);
     case Reduction::mean:
       if constexpr (!std::is_integral_v<T>) {
-        const auto ranks = broadcast<T>(static_cast<Wide<T>>(args.parts));
+        const auto ranks = broadcast<T>(static_cast<Opmath<T>>(args.num_terms));
         return reduce_span<T>(args, begin, end - begin, Sum(), [&](const auto& x, int64_t, auto) {
           return map([](const auto& a, const auto& b) { return a / b; }, x, ranks);
         });
@@ -84,7 +84,7 @@ void reduce_of(const ReduceArgs& args, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void reduce_parts(const ReduceArgs& args, int64_t begin, int64_t end) {
+void reduce_terms(const ReduceArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case c10::ScalarType::Byte:
       return reduce_of<uint8_t>(args, begin, end);

@@ -17,11 +17,11 @@ Pair<V> rotate(const V& x1, const V& x2, const V& c, const V& s) {
 
 // Pairs (i, i + half)
 template <typename T>
-void rotate_halves(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse,
+void rotate_halves(const T* x, T* out, const Opmath<T>* cos, const Opmath<T>* sin, bool inverse,
                    int64_t half) {
   for_each_vector<T>(half, [&](int64_t i, auto n) {
     auto x1 = load(x + i, n), x2 = load(x + half + i, n);
-    const auto c = load_wide<T>(cos + i, n), s = load_wide<T>(sin + i, n);
+    const auto c = load_opmath<T>(cos + i, n), s = load_opmath<T>(sin + i, n);
     for (int k = 0; k < Lanes<T>::vectors; k++) {
       const auto y = rotate(x1.v[k], x2.v[k], c.v[k], inverse ? s.v[k].neg() : s.v[k]);
       x1.v[k] = y.first, x2.v[k] = y.second;
@@ -33,8 +33,8 @@ void rotate_halves(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, b
 
 // Pairs (2i, 2i + 1)
 template <typename T>
-void rotate_interleaved(const T* x, T* out, const Wide<T>* cos, const Wide<T>* sin, bool inverse,
-                        int64_t half) {
+void rotate_interleaved(const T* x, T* out, const Opmath<T>* cos, const Opmath<T>* sin,
+                        bool inverse, int64_t half) {
   using V = typename Lanes<T>::V;
   constexpr int64_t size = Lanes<T>::size, pairs = V::size(),
                     loads = 2 / Lanes<T>::vectors;  // of T, to fill two vectors
@@ -67,8 +67,8 @@ void apply(const RotaryArgs& args, int64_t step, int64_t last) {
                   table = batch * args.table_batch_stride + t * args.half;
     const T* x = static_cast<const T*>(args.input) + offset(args.input_strides, batch, t);
     T* out = static_cast<T*>(args.out) + offset(args.out_strides, batch, t);
-    const auto *cos = static_cast<const Wide<T>*>(args.cos) + table,
-               *sin = static_cast<const Wide<T>*>(args.sin) + table;
+    const auto *cos = static_cast<const Opmath<T>*>(args.cos) + table,
+               *sin = static_cast<const Opmath<T>*>(args.sin) + table;
     for (int64_t head = 0; head < args.heads;
          head++, x += args.input_strides[2], out += args.out_strides[2]) {
       (args.interleaved ? rotate_interleaved<T> : rotate_halves<T>)(x, out, cos, sin, args.inverse,

@@ -68,10 +68,10 @@ constexpr int grid_size(int64_t rows, int64_t columns, int element_size, bool no
 // to block s modulo the grid. With the norm a segment is a row, without it there is one for each
 // block.
 template <typename T, bool kNorm>
-struct Layout {
+struct Partition {
   int columns, row_vectors, vectors, segments, length, slice;
 
-  __device__ __forceinline__ Layout(const Arguments<T>& a, int ranks)
+  __device__ __forceinline__ Partition(const Arguments<T>& a, int ranks)
       : columns(a.columns),
         row_vectors(ceil_div<int>(a.columns, Vector<T>::kSize)),
         vectors(a.rows * row_vectors),
@@ -86,35 +86,35 @@ struct Layout {
 
 // Where a vector of the slots lies in the tensors.
 template <typename T>
-struct Place {
+struct Position {
   size_t offset;  // of its first element
   int column, count;
 
   template <bool kNorm>
-  __device__ __forceinline__ Place(const Layout<T, kNorm>& layout, int vector) {
-    const int row = vector / layout.row_vectors;
-    column = (vector - row * layout.row_vectors) * Vector<T>::kSize;
-    offset = static_cast<size_t>(row) * layout.columns + column;
-    count = min(Vector<T>::kSize, layout.columns - column);
+  __device__ __forceinline__ Position(const Partition<T, kNorm>& partition, int vector) {
+    const int row = vector / partition.row_vectors;
+    column = (vector - row * partition.row_vectors) * Vector<T>::kSize;
+    offset = static_cast<size_t>(row) * partition.columns + column;
+    count = min(Vector<T>::kSize, partition.columns - column);
   }
 };
 
 // body(vector) for this thread's share of the block's vectors; it is the same in every phase that
 // uses it, so that `output` may be `input` and a thread may read again what it wrote.
 template <typename T, bool kNorm, typename Body>
-__device__ __forceinline__ void for_each_vector(const Layout<T, kNorm>& layout, int segment,
+__device__ __forceinline__ void for_each_vector(const Partition<T, kNorm>& partition, int segment,
                                                 Body body) {
-  const int first = segment * layout.length, end = layout.end(segment);
+  const int first = segment * partition.length, end = partition.end(segment);
   for (int i = threadIdx.x; i < end; i += blockDim.x) body(first + i);
 }
 
 template <typename T, bool kNorm>
-__device__ __forceinline__ void copy_in(const Arguments<T>& a, const Layout<T, kNorm>& layout,
+__device__ __forceinline__ void copy_in(const Arguments<T>& a, const Partition<T, kNorm>& partition,
                                         Vector<T>* slot) {
-  for (int segment = blockIdx.x; segment < layout.segments; segment += gridDim.x) {
-    for_each_vector(layout, segment, [&](int vector) {
-      const Place<T> place(layout, vector);
-      store(slot + vector, load_vector(a.input + place.offset, place.count));
+  for (int segment = blockIdx.x; segment < partition.segments; segment += gridDim.x) {
+    for_each_vector(partition, segment, [&](int vector) {
+      const Position<T> position(partition, vector);
+      store(slot + vector, load_vector(a.input + position.offset, position.count));
     });
   }
 }
@@ -134,27 +134,27 @@ __device__ __forceinline__ Accumulator<T> sum_slots(Vector<T>* const (&slots)[kR
 // sum() + bias + residual in fp32, rounded once. What is added is asked for first, to be under way
 // together with the peers' parts.
 template <typename T, typename Sum>
-__device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a, const Place<T>& place,
-                                                       Sum sum) {
+__device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a,
+                                                       const Position<T>& position, Sum sum) {
   Vector<T> bias{}, residual{};
-  if (a.bias != nullptr) bias = load_vector(a.bias + place.column, place.count);
-  if (a.residual != nullptr) residual = load_vector(a.residual + place.offset, place.count);
+  if (a.bias != nullptr) bias = load_vector(a.bias + position.column, position.count);
+  if (a.residual != nullptr) residual = load_vector(a.residual + position.offset, position.count);
   Accumulator<T> total = sum();
   if (a.bias != nullptr) total.add(bias);
   if (a.residual != nullptr) total.add(residual);
   return total.round();
 }
 
-// result(vector, place) to `output`, and its norm to `normed`.
+// result(vector, position) to `output`, and its norm to `normed`.
 template <typename T, bool kNorm, typename Result>
-__device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kNorm>& layout,
+__device__ __forceinline__ void finish(const Arguments<T>& a, const Partition<T, kNorm>& partition,
                                        Result result) {
-  for (int segment = blockIdx.x; segment < layout.segments; segment += gridDim.x) {
+  for (int segment = blockIdx.x; segment < partition.segments; segment += gridDim.x) {
     float squares = 0.f;
-    for_each_vector(layout, segment, [&](int vector) {
-      const Place<T> place(layout, vector);
-      const Vector<T> h = result(vector, place);
-      store_vector(a.output + place.offset, h, place.count);
+    for_each_vector(partition, segment, [&](int vector) {
+      const Position<T> position(partition, vector);
+      const Vector<T> h = result(vector, position);
+      store_vector(a.output + position.offset, h, position.count);
       if constexpr (kNorm) {
         const Accumulator<T> wide(
             h);  // past the row's end h is zero, as the slots and all that is added are
@@ -163,14 +163,14 @@ __device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kN
       }
     });
     if constexpr (kNorm) {
-      const float scale = rsqrtf(block_sum(squares) / layout.columns + a.epsilon);
-      for_each_vector(layout, segment, [&](int vector) {
-        const Place<T> place(layout, vector);
-        Accumulator<T> y(load_vector(a.output + place.offset, place.count));
-        const Accumulator<T> weight(load_vector(a.weight + place.column, place.count));
+      const float scale = rsqrtf(block_sum(squares) / partition.columns + a.epsilon);
+      for_each_vector(partition, segment, [&](int vector) {
+        const Position<T> position(partition, vector);
+        Accumulator<T> y(load_vector(a.output + position.offset, position.count));
+        const Accumulator<T> weight(load_vector(a.weight + position.column, position.count));
 #pragma unroll
         for (int i = 0; i < Vector<T>::kSize; ++i) y.lanes[i] *= scale * weight.lanes[i];
-        store_vector(a.normed + place.offset, y.round(), place.count);
+        store_vector(a.normed + position.offset, y.round(), position.count);
       });
     }
   }
@@ -182,21 +182,22 @@ __device__ __forceinline__ void finish(const Arguments<T>& a, const Layout<T, kN
 template <typename T, int kRanks, bool kNorm, typename Sum, typename Publish, typename Gather>
 __device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>* slot, Epoch epoch,
                                                 Sum sum, Publish publish, Gather gather) {
-  const Layout<T, kNorm> layout(a, kRanks);
-  copy_in(a, layout, slot);
+  const Partition<T, kNorm> partition(a, kRanks);
+  copy_in(a, partition, slot);
   barrier<kRanks>(a.peers, a.rank, epoch + 1);
-  const int segments = ceil_div<int>(layout.segments - blockIdx.x, gridDim.x);
-  for (int i = threadIdx.x; i < segments * layout.slice; i += blockDim.x) {
-    const int segment = blockIdx.x + i / layout.slice * gridDim.x,
-              in_segment = a.rank * layout.slice + i % layout.slice;
-    if (in_segment < layout.end(segment)) {
-      const int vector = segment * layout.length + in_segment;
-      publish(vector, add_bias_residual(a, Place<T>(layout, vector), [&] { return sum(vector); }));
+  const int segments = ceil_div<int>(partition.segments - blockIdx.x, gridDim.x);
+  for (int i = threadIdx.x; i < segments * partition.slice; i += blockDim.x) {
+    const int segment = blockIdx.x + i / partition.slice * gridDim.x,
+              in_segment = a.rank * partition.slice + i % partition.slice;
+    if (in_segment < partition.end(segment)) {
+      const int vector = segment * partition.length + in_segment;
+      publish(vector,
+              add_bias_residual(a, Position<T>(partition, vector), [&] { return sum(vector); }));
     }
   }
   barrier<kRanks>(a.peers, a.rank, epoch + 2);
-  finish(a, layout, [&](int vector, const Place<T>&) {
-    return gather(vector % layout.length / layout.slice, vector);
+  finish(a, partition, [&](int vector, const Position<T>&) {
+    return gather(vector % partition.length / partition.slice, vector);
   });
   advance_epochs(a.epochs, epoch);
 }
@@ -207,15 +208,15 @@ template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
   const size_t offset = slot_offset(epoch, a.slot_bytes);
-  const Layout<T, kNorm> layout(a, kRanks);
+  const Partition<T, kNorm> partition(a, kRanks);
   Vector<T>* slots[kRanks];
 #pragma unroll
   for (int rank = 0; rank < kRanks; ++rank)
     slots[rank] = reinterpret_cast<Vector<T>*>(a.peers[rank] + offset);
-  copy_in(a, layout, reinterpret_cast<Vector<T>*>(a.peers[a.rank] + offset));
+  copy_in(a, partition, reinterpret_cast<Vector<T>*>(a.peers[a.rank] + offset));
   barrier<kRanks>(a.peers, a.rank, epoch + 1);
-  finish(a, layout, [&](int vector, const Place<T>& place) {
-    return add_bias_residual(a, place, [&] { return sum_slots<T, kRanks>(slots, vector); });
+  finish(a, partition, [&](int vector, const Position<T>& position) {
+    return add_bias_residual(a, position, [&] { return sum_slots<T, kRanks>(slots, vector); });
   });
   advance_epochs(a.epochs, epoch);
 }
