@@ -135,6 +135,12 @@ def mutated(edits: Sequence[Edit], parts: dict[str, str]) -> dict[str, str]:
     return parts
 
 
+def engine_markers() -> set[str]:
+    """Every marker of the engine's files."""
+    files = (ROOT / "csrc/engine").iterdir()
+    return set().union(*(markers(file.read_text()) for file in files))
+
+
 def schemas() -> dict[str, str]:
     """Every op's schema, by its name."""
     text = (ROOT / "csrc/ops.cpp").read_text()
