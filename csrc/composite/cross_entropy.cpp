@@ -1,5 +1,4 @@
-// What each rank computes of a cross-entropy over a split vocabulary, on any device, in a few ATen
-// calls.
+// A rank's part of a cross entropy over a sharded vocabulary, on any device, in a few ATen calls.
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
@@ -15,7 +14,7 @@ namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-// Where column target - first lies in [0, columns), and that column (0 elsewhere), both [M, 1].
+// (true where column target - first lies in [0, columns), that column or 0), both [M, 1].
 std::array<at::Tensor, 2> local_target(const at::Tensor& target, int64_t first, int64_t columns) {
   const auto column = target.to(at::kLong).sub(first).unsqueeze_(1);
   const auto inside = column.ge(0).logical_and_(column.lt(columns));

@@ -9,7 +9,7 @@ namespace tpkernels {
 
 namespace {
 
-// Where torch's own kernels, which call SLEEF, are faster than at::vec's functions
+// True where torch's own kernels, which call SLEEF, are faster than at::vec's functions
 // (benchmarks/bench_fused.py): erf without AVX-512, every exponential without AVX2.
 bool composite_is_faster(std::string_view name) {
   static const auto capability = at::get_cpu_capability();

@@ -1,4 +1,4 @@
-// A rank's part of a cross-entropy over a split vocabulary, on CPUs.
+// A rank's part of a cross-entropy over a sharded vocabulary, on CPUs.
 #include <torch/library.h>
 
 #include "rows.h"

@@ -1,4 +1,4 @@
-// What the CPU implementations of the fused ops share: from tensors to rows, from rows to threads.
+// Shared by the CPU implementations of ops: from tensors to rows, from rows to threads.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -20,7 +20,9 @@ using OptionalTensor = std::optional<at::Tensor>;
 template <typename Function>
 Function* best_of(Function* basic, Function* avx2, Function* avx512) {
   static const auto capability = at::get_cpu_capability();
-  return capability == "AVX512" ? avx512 : capability == "AVX2" ? avx2 : basic;
+  if (capability == "AVX512") return avx512;
+  if (capability == "AVX2") return avx2;
+  return basic;
 }
 #define TPKERNELS_KERNEL(name) best_of(&DEFAULT::name, &AVX2::name, &AVX512::name)
 #else
@@ -41,10 +43,11 @@ inline at::TensorOptions opmath_options(const at::Tensor& t) {
 // [M, N] with contiguous rows: a view where the strides allow.
 inline at::Tensor strided_rows(const at::Tensor& t) {
   const auto rows = as_rows(t);
-  return rows.stride(1) == 1 || rows.size(1) <= 1 ? rows : rows.contiguous();
+  const bool contiguous_rows = rows.stride(1) == 1 || rows.size(1) <= 1;
+  return contiguous_rows ? rows : rows.contiguous();
 }
 
-// The same, of what must match `like`, rows of `shape`.
+// The same for a tensor that must have `shape`, converted to `dtype`.
 inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10::ScalarType dtype,
                                 const char* name) {
   TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be of shape ", shape, ", got ", t.sizes());
@@ -53,7 +56,7 @@ inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10:
 
 inline StridedRows rows_at(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
 
-// [size] in the arithmetic's dtype; undefined if there is none
+// [size] in opmath of `like`'s dtype. Undefined if there is no `t`.
 inline at::Tensor opmath_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like,
                                 const char* name) {
   if (!t) return {};
@@ -64,16 +67,16 @@ inline at::Tensor opmath_vector(const OptionalTensor& t, int64_t size, const at:
 
 inline const void* data_of(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
-constexpr int64_t GRAIN = 32768;  // elements that are worth a thread, torch's own measure
+constexpr int64_t GRAIN = 32768;  // elements that are worth a thread, as in torch
 
-// f(row, last) on several threads where there is work for them
+// Calls f(row, last) on several threads where there is work for them.
 template <typename F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
   if (columns > 0) at::parallel_for(0, rows, std::max<int64_t>(1, GRAIN / columns), f);
 }
 
-// f(row, last, sums) for blocks of rows, each with its own `sums` [width] to add to; then the sum
-// over the blocks. Which rows make a block depends on no number of threads, nor do the bits.
+// Calls f(row, last, sums) for blocks of rows, each with its own `sums` [width] to add to, and
+// returns the sum over the blocks. Neither the blocks nor the bits depend on the number of threads.
 template <typename F>
 at::Tensor sum_over_rows(int64_t rows, int64_t columns, int64_t width,
                          const at::TensorOptions& options, const F& f) {

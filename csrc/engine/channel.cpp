@@ -35,6 +35,11 @@ std::string Channel::wait_name(int64_t chunk) const {
   return range_name(range_of(), "wait", chunk, pipeline ? chunks : 0);
 }
 
+void Channel::log(const char* op, const at::Tensor& buffer, int64_t chunk) const {
+  if (!log_enabled()) return;
+  log_write({op, tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
+}
+
 void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const {
   const char* debug = std::getenv("TPKERNELS_DEBUG");
   if (!debug || std::string_view(debug) != "1") return;
@@ -63,9 +68,7 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
 void Channel::all_reduce_fast_path(StagedTerm staged, const at::Tensor& out,
                                    const Epilogue& epilogue) const {
   check_agreement("all_reduce", out, 0);
-  if (log_enabled())
-    log_write(
-        {"all_reduce", tag, name, static_cast<int64_t>(out.nbytes()), 0, 1});  // mutant:channel.log
+  log("all_reduce", out, 0);  // mutant:channel.log
   const auto launch = range("all_reduce");
   peers->all_reduce(std::move(staged), out, epilogue);  // mutant:channel.peers
 }
@@ -79,8 +82,7 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
   }
   check_agreement("all_reduce", buffer, chunk);
   if (buffer.numel() == 0) return {};
-  if (log_enabled())
-    log_write({"all_reduce", tag, name, static_cast<int64_t>(buffer.nbytes()), chunk, chunks});
+  log("all_reduce", buffer, chunk);
   c10d::AllreduceOptions options;
   options.reduceOp = std::move(op);
   // NCCL runs a synchronous all-reduce on the compute stream, where nothing can overlap it. On the
@@ -96,8 +98,7 @@ Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::Reduc
 Pending Channel::all_gather(const at::Tensor& out, const at::Tensor& shard) const {
   check_agreement("all_gather", shard, 0);
   if (out.numel() == 0) return {};
-  if (log_enabled())
-    log_write({"all_gather", tag, name, static_cast<int64_t>(out.nbytes()), 0, chunks});
+  log("all_gather", out, 0);
   c10d::AllgatherOptions options;
   options.asyncOp = !synchronous();  // mutant:channel.gather_async
   auto flat_out = out.view({-1}), flat_shard = shard.view({-1});

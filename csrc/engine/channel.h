@@ -83,6 +83,7 @@ struct Channel {
     return pipeline ? std::string_view(pipeline) : std::string_view(tag);
   }
   std::string wait_name(int64_t chunk) const;
+  void log(const char* op, const at::Tensor& buffer, int64_t chunk) const;
   // With TPKERNELS_DEBUG=1 the ranks tell each other which collective comes next, and all raise
   // where they differ.
   void check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const;

@@ -1,5 +1,4 @@
-// How a GEMM's rows are cut into chunks, so that one chunk's all-reduce runs under the next chunk's
-// GEMM.
+// Cuts a GEMM's rows into chunks, so that one chunk's all-reduce runs under the next chunk's GEMM.
 #pragma once
 
 #include <ATen/core/Tensor.h>

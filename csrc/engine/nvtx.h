@@ -1,6 +1,6 @@
-// NVTX ranges in a domain of their own, "tpkernels", for Nsight Systems and whatever else listens.
-// Where no tool is attached, or the build had no nvtx3 headers, a range is one branch and its name
-// is not built.
+// NVTX ranges in a domain of their own, "tpkernels", for Nsight Systems and other tools. A range is
+// one branch, and its name is not built, where no tool is attached or the build had no nvtx3
+// headers.
 #pragma once
 
 #if __has_include(<nvtx3/nvToolsExt.h>)

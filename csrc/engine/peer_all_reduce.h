@@ -50,9 +50,9 @@ class PeerAllReduce {
   virtual bool synchronous() const { return false; }
 };
 
-// The registry, by the group's name. Entries come and go while no op of the group runs.
-std::shared_ptr<PeerAllReduce> find_peer_all_reduce(
-    const std::string& group);  // null if there is none
+// The registry, by the group's name; null where there is none. Entries come and go while no op of
+// the group runs.
+std::shared_ptr<PeerAllReduce> find_peer_all_reduce(const std::string& group);
 void set_peer_all_reduce(const std::string& group, std::shared_ptr<PeerAllReduce> peers);
 
 // Bytes of a rank's symmetric buffer for all-reduces of up to `slot_bytes`: flags and two slots,

@@ -74,13 +74,13 @@ void run_in_chunks(const RowLinear& layer, const Channel& channel,
   }
   // Every GEMM is issued before the first wait: on a GPU the wait would hold the next GEMM's stream
   // back.
-  const auto residual =
-      layer.residual ? std::optional(as_rows(*layer.residual)) : std::nullopt;  // mutant:row.issued
+  at::Tensor residual;  // mutant:row.issued
+  if (layer.residual) residual = as_rows(*layer.residual);
   for (size_t i = 0; i < count; i++) {
     pending[i].wait();  // mutant:row.wait
-    if (!residual) continue;
+    if (!residual.defined()) continue;
     const auto range = channel.range("epilogue", i);
-    auto slice = slice_rows(out, bounds, i), residual_i = slice_rows(*residual, bounds, i);
+    auto slice = slice_rows(out, bounds, i), residual_i = slice_rows(residual, bounds, i);
     add_epilogue_(slice, layer.bias, residual_i);  // mutant:row.epilogue
   }
 }
@@ -100,9 +100,10 @@ at::Tensor forward(const RowLinear& layer, Epilogue& epilogue) {
     return out.view(shape);
   }
   if (layer.bias) epilogue.bias = layer.bias->contiguous();  // mutant:peers.bias
-  if (layer.residual)
-    epilogue.residual =
-        layer.residual->expand(shape).reshape(out.sizes()).contiguous();  // mutant:peers.residual
+  if (layer.residual) {
+    const auto whole = layer.residual->expand(shape).reshape(out.sizes());
+    epilogue.residual = whole.contiguous();  // mutant:peers.residual
+  }
   if (epilogue.weight.defined() && channel.peers->fuses_norm())
     epilogue.normed = at::empty_like(out);  // mutant:peers.norm
   all_reduce_fast_path(channel, out, epilogue, [&](at::Tensor& term, int64_t begin) {

@@ -41,8 +41,8 @@ struct Machine {
     intel = b == signature_INTEL_ebx;
     a = b = c = d = 0;
     __get_cpuid_count(7, 0, &a, &b, &c, &d);
-    avx512 = at::get_cpu_capability() ==
-             "AVX512";  // the operating system's and ATEN_CPU_CAPABILITY's setting counts too
+    // The operating system and ATEN_CPU_CAPABILITY can forbid it.
+    avx512 = at::get_cpu_capability() == "AVX512";
     amx = avx512 && (d >> 22 & 1) && (d >> 24 & 1);
     avx512_fp16 = avx512 && (d >> 23 & 1);
     a = 0;
@@ -60,8 +60,7 @@ struct Machine {
 //   float32, oneDNN                 1.0   0.8   1.5   1.8   2.1   2.2   2.3   2.2
 //   float32, oneDNN packed          1.2   2.2   4.0   2.8   2.5   2.3   2.4   2.3
 //   bfloat16, oneDNN packed         2.0   2.0   2.0   1.4   1.1   1.05  1.04  1.04
-//   float16, opmath, oneDNN packed  0.9   1.9   3.8   7.0   8.0   (plain float16 runs at 26
-//   GFLOP/s)
+//   float16, opmath, oneDNN packed  0.9   1.9   3.8   7.0   8.0   (plain: 26 GFLOP/s)
 // Gradients in float32: oneDNN 1.3x (by dy) and 3.9x (by weight) of at::mm at 4 rows, 1.5x and 1.9x
 // at 16, 2.0x and 2.2x at 512.
 //
@@ -137,8 +136,8 @@ bool is_packable(const at::Tensor& weight) {
   if (weight.stride(0) != 1 && weight.stride(1) != 1) return false;
   const int64_t last = weight.storage_offset() + (weight.size(0) - 1) * weight.stride(0) +
                        (weight.size(1) - 1) * weight.stride(1);
-  return static_cast<int64_t>(weight.storage().nbytes()) >=
-         (last + 1) * weight.element_size();  // FSDP frees some for a while
+  // FSDP frees some storages for a while.
+  return static_cast<int64_t>(weight.storage().nbytes()) >= (last + 1) * weight.element_size();
 }
 
 }  // namespace

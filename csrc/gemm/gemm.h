@@ -9,7 +9,7 @@
 
 namespace tpkernels {
 
-// How a product is computed. With `opmath`, operands of a half type are converted to float32 and
+// A way to compute a product. With `opmath`, operands of a 16-bit type are converted to float32 and
 // the result back.
 struct Gemm {
   GemmLibrary library = GemmLibrary::aten;
@@ -29,8 +29,8 @@ Gemm choose_gemm(const at::Tensor& weight, int64_t m, bool constant);
 // can be packed, too.
 Gemm choose_cpu_gemm(at::ScalarType dtype, int64_t elements, int64_t m, bool constant);
 
-// From now on chooses this one for all that it can compute, or goes back to the choice. For tests
-// and measurements.
+// Makes every later choice this one, as far as it can compute the product, or (nullopt) lifts that.
+// For tests and measurements.
 void force_gemm(std::optional<Gemm> gemm);
 
 }  // namespace tpkernels

@@ -111,8 +111,8 @@ struct Entry {
 };
 
 std::mutex mutex;  // held for moments: never while packing, nor while a tensor is freed
-auto& entries =
-    *new std::map<Key, Entry>;  // never destroyed: at exit the libraries may be gone before it
+// Never destroyed: at exit the libraries may be gone before it.
+auto& entries = *new std::map<Key, Entry>;
 std::atomic<bool> holds_any{false};
 
 Key key_of(const at::Tensor& weight) {

@@ -50,8 +50,8 @@ std::string Collectives::describe(uint64_t signature) {
   return text;
 }
 
-// This rank's part is read where it came from: what memcpy wrote is in no cache of the writer's
-// (twice as fast at 1 MB).
+// This rank's term is read where it came from: memory that memcpy wrote is in no cache of the
+// writer's (twice as fast at 1 MB).
 std::vector<const char*> Collectives::terms(int64_t offset, const char* own) const {
   std::vector<const char*> all(ring_.size());
   for (int r = 0; r < ring_.size(); r++)

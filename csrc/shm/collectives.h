@@ -13,21 +13,23 @@ namespace tpkernels {
 
 class Collectives {
  public:
-  // `threads`: the most that any of the ranks has, so that all cut messages alike.
+  // `threads` is the most that any of the ranks has, so that all cut large buffers alike.
   Collectives(Ring& ring, int threads)
       : ring_(ring), piece_bytes_(std::min(ring.slot_bytes(), PIECE_BYTES * threads)) {}
 
   std::chrono::milliseconds timeout{};  // of each wait
 
   // Sums in rank order, in the arithmetic's type and rounded once: the same bits on all ranks,
-  // whatever the message's size.
+  // whatever the size.
   void all_reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction);
-  // `input`: size() parts of `count`; `out`: the sum of the parts of this rank.
+  // out [count] = the reduction of every rank's inputs[this rank] [count].
+
   void reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count,
                       c10::ScalarType dtype, Reduction reduction);
   void all_gather(const std::vector<char*>& outs, const char* input, int64_t bytes);
   void broadcast(char* data, int64_t bytes, int root);
-  // inputs[r] of input_bytes[r] goes to rank r; outs[r] of out_bytes[r] comes from it.
+  // inputs[r], of input_bytes[r], goes to rank r. outs[r], of out_bytes[r], comes from it.
+
   void all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes,
                   const std::vector<const char*>& inputs, const std::vector<int64_t>& input_bytes);
   void barrier();
@@ -42,14 +44,16 @@ class Collectives {
 
  private:
   static constexpr int64_t PIECE_BYTES = 256 << 10;
-  static constexpr int64_t TWO_SHOT_BYTES =
-      32 << 10;  // from here on three ranks and more each reduce a share
+  // From this size on three ranks and more each reduce a share.
+  static constexpr int64_t TWO_SHOT_BYTES = 32 << 10;
 
   void post_and_wait(int kind, c10::ScalarType dtype, int detail, int64_t bytes) {
     ring_.post_and_wait({static_cast<uint8_t>(kind), static_cast<uint8_t>(dtype),
                          static_cast<uint16_t>(detail), bytes},
                         timeout);
   }
+
+  // Every rank's memory at `offset` of its slot, this rank's at `own`.
   std::vector<const char*> terms(int64_t offset, const char* own) const;
 
   Ring& ring_;

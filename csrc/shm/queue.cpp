@@ -3,8 +3,8 @@
 namespace tpkernels {
 
 namespace {
-// What the thread leaves to the caller, which mostly waits at once, and then needs no other thread
-// to take the core.
+// The thread leaves this much time to the caller, which mostly waits at once and then needs no
+// other thread on its core.
 constexpr auto HEAD_START = std::chrono::microseconds(200);
 }  // namespace
 

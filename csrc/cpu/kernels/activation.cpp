@@ -82,8 +82,8 @@ struct Gelu {
   }
   template <typename V>
   static V value(const V& x) {
-    const V limited = at::vec::clamp_max(
-        x.abs(), V(100));  // the tail is 0 long before; infinity times it were NaN
+    // The tail is 0 long before 100; infinity times it were NaN.
+    const V limited = at::vec::clamp_max(x.abs(), V(100));
     return at::vec::fnmadd(limited, tail(x).value, at::vec::clamp_min(x, V(0)));
   }
   template <typename V>

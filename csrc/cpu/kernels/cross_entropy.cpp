@@ -1,5 +1,5 @@
-// A rank's part of a cross-entropy over a split vocabulary: each row of logits is read from memory
-// once.
+// A rank's part of a cross-entropy over a sharded vocabulary: each row of logits is read from
+// memory once.
 #include <cmath>
 #include <limits>
 

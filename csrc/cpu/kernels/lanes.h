@@ -44,7 +44,7 @@ inline void store(T* p, const Lanes<T>& x, int64_t n) {
   }
 }
 
-// As many lanes as T has, from and to memory that is in opmath already.
+// Loads as many lanes as T has, from memory that is in opmath already.
 template <typename T>
 inline Lanes<T> load_opmath(const Opmath<T>* p, int64_t n) {
   constexpr int64_t step = Lanes<T>::V::size();
@@ -160,8 +160,8 @@ inline Vectorized<float> exp(const Vectorized<float>& x) {
   q = at::vec::fmadd(q, r, V(0.16666576266288757f));
   q = at::vec::fmadd(q, r, V(0.5f));
   const V e = at::vec::fmadd(r * r, q, r) + V(1.0f);
-  const I exponent = (at::vec::cast<int32_t>(shifted) << I(23)) +
-                     I(126 << 23);  // 2^(n-1), so that n = 128 does not overflow
+  // 2^(n-1), so that n = 128 does not overflow
+  const I exponent = (at::vec::cast<int32_t>(shifted) << I(23)) + I(126 << 23);
   return (e + e) * at::vec::cast<float>(exponent);
 }
 

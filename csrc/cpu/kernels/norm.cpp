@@ -66,9 +66,8 @@ void backward(const NormBackwardArgs& args, int64_t row, int64_t last, Opmath<T>
     const V mean(args.rms ? 0 : static_cast<const W*>(args.mean)[row]),
         rstd(static_cast<const W*>(args.rstd)[row]);
     const auto normed = [&](const V& x) { return (x - mean) * rstd; };
-    auto along = broadcast<T>(0),
-         total = broadcast<T>(
-             0);  // sums of the normed row's gradient times itself, and of the gradient
+    // The sums of the normed row's gradient times the row, and of the gradient.
+    auto along = broadcast<T>(0), total = broadcast<T>(0);
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       const auto dy = load(grad + i, n), x = map(normed, load(h + i, n)),
                  product = map(times, dy, x);

@@ -26,8 +26,8 @@ struct Min {
   }
 };
 
-// Of `count` elements from `offset` on. kTerms is the number of terms, or 0 for any. finish(x, i,
-// n): what follows, before the rounding.
+// Reduces `count` elements from `offset` on. kTerms is the number of terms, or 0 for any.
+// finish(x, i, n) is the epilogue, before the rounding.
 template <typename T, int kTerms, typename Op, typename F>
 void reduce_span(const ReduceArgs& args, int64_t offset, int64_t count, const Op& op,
                  const F& finish) {

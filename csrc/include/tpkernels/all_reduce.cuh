@@ -20,20 +20,24 @@ namespace tpkernels {
 
 template <typename T>
 struct Arguments {
-  char* const* peers;  // in device memory: the ranks' symmetric buffers, of
-                       // buffer_bytes(slot_bytes), 16-byte aligned
-  char* multicast;     // the same buffers behind one multicast address; two_shot_multimem only
-  Epoch* epochs;       // in device memory, this rank's own: kMaxBlocks words, zero at first
-  size_t slot_bytes;  // the same for the buffer's life: at least slot_bytes(...) of every launch, a
-                      // multiple of 16
+  // The ranks' symmetric buffers, an array in device memory. Each has buffer_bytes(slot_bytes),
+  // 16-byte aligned.
+  char* const* peers;
+  // The same buffers behind one multicast address; for two_shot_multimem only.
+  char* multicast;
+  // This rank's own kMaxBlocks words of device memory, zero at first.
+  Epoch* epochs;
+  // The same for the buffer's life: a multiple of 16, at least slot_bytes(...) of every launch.
+  size_t slot_bytes;
   int rank;
-  int rows, columns;  // of every tensor here but bias and weight [columns]; contiguous, fewer than
-                      // 2^31 elements
+  // The shape of every tensor here but bias and weight [columns]. All are contiguous and have fewer
+  // than 2^31 elements.
+  int rows, columns;
   const T* input;
   T* output;          // sum + bias + residual, rounded once; may be `input`
   const T* bias;      // or null
-  const T* residual;  // or null; none of what is written
-  // kNorm only: normed = output * rsqrt(mean(output^2) + epsilon) * weight, in fp32, rounded once
+  const T* residual;  // or null; none of the tensors that are written
+  // kNorm only: normed = output * rsqrt(mean(output^2) + epsilon) * weight, in fp32, rounded once.
   T* normed;
   const T* weight;
   float epsilon;
@@ -49,24 +53,23 @@ constexpr size_t slot_bytes(int64_t rows, int64_t columns, int element_size) {
   return rows * ceil_div<int64_t>(columns * element_size, kVectorBytes) * kVectorBytes;
 }
 
-// Bytes of a rank's symmetric buffer whose slots have that many. To be zeroed, on all ranks,
+// Bytes of a rank's symmetric buffer with two such slots. The buffer must be zero, on all ranks,
 // before the first launch.
 constexpr size_t buffer_bytes(size_t slot_bytes) { return kFlagBytes + 2 * slot_bytes; }
 
-// Blocks of a launch, of what all ranks share; 0: nothing to do, do not launch. With the norm a
-// block works on whole rows.
+// Blocks of a launch: a function of arguments that all ranks share. 0 means that there is nothing
+// to do: do not launch. With the norm a block works on whole rows.
 constexpr int grid_size(int64_t rows, int64_t columns, int element_size, bool norm) {
-  const int64_t blocks =
-      norm && columns
-          ? rows
-          : ceil_div<int64_t>(slot_bytes(rows, columns, element_size), kThreads * kVectorBytes);
+  int64_t blocks =
+      ceil_div<int64_t>(slot_bytes(rows, columns, element_size), kThreads * kVectorBytes);
+  if (norm && columns) blocks = rows;
   return static_cast<int>(blocks < kMaxBlocks ? blocks : kMaxBlocks);
 }
 
-// Which vectors a block works on: the same on every rank, in all phases, so that block b waits for
-// no block but b of its peers. The vectors, row after row, are cut into segments: segment s belongs
-// to block s modulo the grid. With the norm a segment is a row, without it there is one for each
-// block.
+// The vectors that a block works on: the same on every rank, in all phases, so that block b waits
+// for no block but b of its peers. The vectors, row after row, are cut into segments. Segment s
+// belongs to block s modulo the grid. With the norm a segment is a row, without it there is one for
+// each block.
 template <typename T, bool kNorm>
 struct Partition {
   int columns, row_vectors, vectors, segments, length, slice;
@@ -84,7 +87,7 @@ struct Partition {
   }
 };
 
-// Where a vector of the slots lies in the tensors.
+// A vector of a slot, in the tensors.
 template <typename T>
 struct Position {
   size_t offset;  // of its first element
@@ -156,10 +159,10 @@ __device__ __forceinline__ void finish(const Arguments<T>& a, const Partition<T,
       const Vector<T> h = result(vector, position);
       store_vector(a.output + position.offset, h, position.count);
       if constexpr (kNorm) {
-        const Accumulator<T> wide(
-            h);  // past the row's end h is zero, as the slots and all that is added are
+        // Past the row's end h is zero, as are the slots and all that is added.
+        const Accumulator<T> opmath(h);
 #pragma unroll
-        for (float x : wide.lanes) squares += x * x;
+        for (float x : opmath.lanes) squares += x * x;
       }
     });
     if constexpr (kNorm) {

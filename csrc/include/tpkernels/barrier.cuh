@@ -1,4 +1,4 @@
-// How the ranks' blocks wait for one another: flags in peer memory, counted in epochs.
+// A barrier between the ranks' blocks: flags in peer memory, counted in epochs.
 // docs/device-kernels.md argues the protocol.
 #pragma once
 

@@ -59,7 +59,7 @@ __device__ __forceinline__ void store_vector(T* address, const Vector<T>& vector
   }
 }
 
-// What a vector is summed in.
+// Sums vectors in float32.
 template <typename T>
 struct Accumulator {
   float lanes[Vector<T>::kSize];
