@@ -1,7 +1,9 @@
-"""A c10d group with NCCL's semantics on the CPU: a collective is delivered at its wait, or late on a thread, never at its launch.
+"""A c10d group with NCCL's semantics on the CPU: a collective is delivered at its wait, or late on
+a thread, never at its launch.
 
-gloo's wait() blocks the host, so on gloo a missing or early wait goes unseen. Here a buffer is poisoned from the launch until the
-result is delivered, and every misuse is recorded in `violations`.
+gloo's wait() blocks the host, so on gloo a missing or early wait goes unseen. Here a buffer is
+poisoned from the launch until the result is delivered, and every misuse is recorded in
+`violations`.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _numbers = itertools.count()
 
 
 class InjectedError(RuntimeError):
-    """What `fail_launch` and `fail_wait` raise."""
+    """Raised by `fail_launch` and `fail_wait`."""
 
 
 def _poison(tensor: Tensor) -> Tensor:
@@ -53,7 +55,9 @@ def _span(tensor: Tensor) -> tuple[int, int]:
 
 
 class _Work(Work):
-    """A collective that owns a copy of its input (the wire) and only weak references to the caller's memory; `touched[0]` is its output."""
+    """A collective that owns a copy of its input (the wire) and only weak references to the
+    caller's memory; `touched[0]` is its output.
+    """
 
     def __init__(self, group: Deferred, touched: list[Tensor], collective: Callable[[], Tensor]):
         super().__init__()
@@ -95,18 +99,21 @@ class _Work(Work):
 
 
 class Deferred(ProcessGroup):
-    """The ranks of the default (gloo) group. Collectives are delivered first in first out: "lazy", at the wait for them or for a
-    later one; "delayed", on a thread after a random time.
+    """The ranks of the default (gloo) group.
+
+    Collectives are delivered first in first out: "lazy", at the wait for them or for a later one;
+    "delayed", on a thread after a random time.
 
     Args:
-        rank: what the group says its rank is.
+        rank: the rank that the group says it has.
         fail_launch, fail_wait: number of the collective whose launch or wait raises InjectedError.
         on_launch: called with a collective's number once it is in flight.
 
     Attributes:
-        violations: what went wrong.
+        violations: every misuse.
         works: every collective, in order.
-        events: ("launch" | "wait", number), and under `Trace` ("op", name) for each op that touches data.
+        events: ("launch" | "wait", number), and under `Trace` ("op", name) for each op that touches
+            data.
     """
 
     def __init__(
@@ -214,7 +221,8 @@ class Deferred(ProcessGroup):
 class Trace(TorchDispatchMode):
     """Lists the ops inside the engine's ops, and which of them touch a buffer in flight.
 
-    No error may pass through here: torch leaves Python's error set while C++ unwinds, and Pending's destructor, which runs Python, hangs.
+    No error may pass through here: torch leaves Python's error set while C++ unwinds, and Pending's
+    destructor, which runs Python, hangs.
     """
 
     def __init__(self, group: Deferred):

@@ -1,4 +1,6 @@
-"""A call of one of the engine's ops, and the check of everything that must hold for it: results, errors, the schedule."""
+"""A call of one of the engine's ops, and the check of everything that must hold for it: results,
+errors, the schedule.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +152,9 @@ def _schedule_errors(case: Case, group: Deferred) -> list[str]:
 
 
 def _overlap_errors(case: Case, group: Deferred) -> list[str]:
-    """All collectives are in flight before the first wait, and each chunk's epilogue follows its own wait."""
+    """All collectives are in flight before the first wait, and each chunk's epilogue follows its
+    own wait.
+    """
     found = []
     if group.max_in_flight != case.launches:
         found.append(f"{group.max_in_flight} of {case.launches} collectives in flight at once")

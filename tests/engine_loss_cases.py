@@ -82,7 +82,9 @@ class OutputLayer:
         return Case(name, call, want, tolerance=1e-4, schedule=schedule)  # float32 has 3e-5 at 300
 
     def schedule(self, bias: bool, scaled: bool, wanted: Wanted) -> list[Event]:
-        """Chunk i's input gradient is launched before the weight gradient's GEMM, and waited for when all chunks are issued."""
+        """Chunk i's input gradient is launched before the weight gradient's GEMM, and waited for
+        when all chunks are issued.
+        """
         input_grad, weight_grad, bias_grad = wanted
         reduced = dist.get_world_size() > 1 and self.rows > 0
         events: list[Event] = []
@@ -121,7 +123,7 @@ class OutputLayer:
 
 
 def small_all_reduces(launched: int, rows: int) -> list[Event]:
-    """The maxima's and the sums', each waited for at once; `launched` collectives came before them."""
+    """The maxima's and the sums', each waited for at once, after `launched` collectives."""
     count = (1 + (rows > 0)) * (dist.get_world_size() > 1)
     numbers = range(launched, launched + count)
     return [(what, i) for i in numbers for what in ("launch", "wait")]
@@ -138,7 +140,8 @@ def loss_cases(chunks: int, rows: int) -> list[Case]:
         layer.linear_case(layer.b, layer.scale, (False, True, True)),
         layer.linear_case(layer.b, None, (False, False, False)),
     ]
-    # Small all-reduces of the first and the second chunk, the latter with the first input gradient in flight, and the last wait.
+    # Small all-reduces of the first and the second chunk, the latter with the first input gradient
+    # in flight, and the last wait.
     failing = [0, 1, 3, 4]
     for case in list(result):
         assert case.schedule is not None

@@ -1,7 +1,9 @@
-"""Faults planted in the engine for test_stream_semantics.py, as edits of the statements that csrc/engine marks (mutation.py).
+"""Faults planted in the engine for test_stream_semantics.py, as edits of the statements that
+csrc/engine marks (mutation.py).
 
-A wait that is left to Pending's destructor gives the right values wherever nothing follows it, but loses the collective's error.
-The order of Pending's members alone is no mutant: the destructor has waited before it frees either.
+A wait that is left to Pending's destructor gives the right values wherever nothing follows it, but
+loses the collective's error. The order of Pending's members alone is no mutant: the destructor has
+waited before it frees either.
 """
 
 from mutation import Edit, copy, delete, insert, move, replace

@@ -1,4 +1,5 @@
-"""One translation unit with the engine and every mutant of it, each in a namespace and an op library of its own.
+"""One translation unit with the engine and every mutant of it, each in a namespace and an op
+library of its own.
 
 Mutant 0 is the engine itself. Mutant i's ops are torch.ops.tpk_mutant_<i>.
 """
@@ -15,7 +16,8 @@ from mutation import Edit, markers
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Files that all ops need, from csrc/. A mutant of any other file is that file alone, beside mutant 0's copy of these.
+# Files that all ops need, from csrc/. A mutant of any other file is that file alone, beside mutant
+# 0's copy of these.
 SHARED = (
     "op.h",
     "gemm/packed_weights.cpp",

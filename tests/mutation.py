@@ -1,8 +1,10 @@
-"""Edits of C++ source by markers, so that reformatting the source or renaming its locals breaks no mutant.
+"""Edits of C++ source by markers, so that reformatting the source or renaming its locals breaks no
+mutant.
 
-A marker is a comment at the end of a statement's last line: `pending[i].wait();  // mutant:row.wait`. An edit names markers and
-never repeats the source: what it inserts is derived by a regular expression from a marked statement. Statements keep their
-markers, so that several edits of one mutant can name the same marker.
+A marker is a comment at the end of a statement's last line: `pending[i].wait();  //
+mutant:row.wait`. An edit names markers and never repeats the source: what it inserts is derived by
+a regular expression from a marked statement. Statements keep their markers, so that several edits
+of one mutant can name the same marker.
 """
 
 from __future__ import annotations

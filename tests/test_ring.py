@@ -1,4 +1,6 @@
-"""The shm transport's protocol under ThreadSanitizer, and that its orderings are needed: without them the sanitizer complains."""
+"""The shm transport's protocol under ThreadSanitizer, and that its orderings are needed: without
+them the sanitizer complains.
+"""
 
 import shutil
 import subprocess
@@ -12,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="module")
 def sanitizer(tmp_path_factory):
-    """sanitizer(ranks, steps, *edits): (exit code, stdout, stderr) of the protocol with these edits."""
+    """sanitizer(ranks, steps, *edits): (exit code, stdout, stderr) of the protocol with these
+    edits.
+    """
     if shutil.which("setarch") is None:
         pytest.skip(
             "needs setarch (util-linux): ThreadSanitizer wants addresses that are not randomised"

@@ -1,4 +1,7 @@
-"""The overlap engine under NCCL's semantics, without a GPU: see deferred.py. Mutants of the engine prove that the checks bite."""
+"""The overlap engine under NCCL's semantics, without a GPU: see deferred.py.
+
+Mutants of the engine prove that the checks bite.
+"""
 
 import hashlib
 import os

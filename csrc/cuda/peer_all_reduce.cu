@@ -25,9 +25,9 @@ T* pointer(const at::Tensor& tensor) {
 
 template <typename T, int kRanks, bool kNorm>
 auto kernel_of(bool one, bool multicast) {
-  return one         ? one_shot<T, kRanks, kNorm>
-         : multicast ? two_shot_multimem<T, kRanks, kNorm>
-                     : two_shot<T, kRanks, kNorm>;
+  if (one) return one_shot<T, kRanks, kNorm>;
+  if (multicast) return two_shot_multimem<T, kRanks, kNorm>;
+  return two_shot<T, kRanks, kNorm>;
 }
 
 template <typename T, int kRanks>
@@ -58,10 +58,10 @@ void launch(const Arguments<T>& arguments, int size, bool one, cudaStream_t stre
   TORCH_CHECK(false, "peer memory is for 2 to ", kMaxRanks, " ranks, got ", size);
 }
 
-class SymmetricMemory : public PeerAllReduce {
+class SymmetricMemoryAllReduce : public PeerAllReduce {
  public:
-  SymmetricMemory(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank, int64_t size,
-                  int64_t slot_bytes, int64_t one_shot_bytes)
+  SymmetricMemoryAllReduce(at::Tensor buffer, int64_t peers, int64_t multicast, int64_t rank,
+                           int64_t size, int64_t slot_bytes, int64_t one_shot_bytes)
       : buffer_(std::move(buffer)),
         epochs_(at::zeros({kMaxBlocks}, buffer_.options().dtype(at::kLong))),
         peers_(reinterpret_cast<char* const*>(peers)),
@@ -157,8 +157,8 @@ void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_
   TORCH_CHECK(multicast == 0 || at::cuda::getDeviceProperties(buffer.device().index())->major >= 9,
               "multimem needs sm_90 or newer");
   const c10::cuda::CUDAGuard guard(buffer.device());
-  set_peer_all_reduce(group, std::make_shared<SymmetricMemory>(buffer, peers, multicast, rank, size,
-                                                               slot_bytes, one_shot_bytes));
+  set_peer_all_reduce(group, std::make_shared<SymmetricMemoryAllReduce>(
+                                 buffer, peers, multicast, rank, size, slot_bytes, one_shot_bytes));
 }
 
 }  // namespace

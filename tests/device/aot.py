@@ -1,5 +1,8 @@
-"""Compiles Triton kernels for chips that are not here, and reads what the compiler made of them. No GPU, driver or CUDA toolkit is needed:
-ptxas (ptxas-blackwell from sm_100 on), cuobjdump and nvdisasm come with Triton."""
+"""Compiles Triton kernels for chips that are not here, and reads what the compiler made of them.
+
+No GPU, driver or CUDA toolkit is needed: ptxas (ptxas-blackwell from sm_100 on), cuobjdump and
+nvdisasm come with Triton.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,8 @@ from pathlib import Path
 from chips import CHIPS
 from workers import pool
 
-# Neither this module nor a Spec imports Triton: whether it compiles or interprets is settled there, at import. workers.py does that afresh.
+# Neither this module nor a Spec imports Triton: whether it compiles or interprets is settled there,
+# at import. workers.py does that afresh.
 
 
 @dataclass(frozen=True)
@@ -30,21 +34,23 @@ class Spec:
     constexprs: dict[str, object]  # a Triton type by its name
     num_warps: int = 4
     num_stages: int = 3
-    # "memory": bound by memory, wants wide loads and stores and moves the least bytes; "memory, read again": the same but for the bytes;
-    # "reduction": wants wide loads and moves the least bytes; "gemm": wants tensor cores; "other"
+    # "memory": bound by memory, wants wide loads and stores and moves the least bytes; "memory,
+    # read again": the same but for the bytes; "reduction": wants wide loads and moves the least
+    # bytes; "gemm": wants tensor cores; "other"
     kind: str = "other"
-    divisible: tuple[
-        str, ...
-    ] = ()  # pointers aligned to 16 bytes and integers that are multiples of 16, which Triton specialises for
+    # Pointers aligned to 16 bytes and integers that are multiples of 16: Triton specialises for them.
+    divisible: tuple[str, ...] = ()
     chips: tuple[str, ...] = tuple(CHIPS)
     op: str = ""  # that launches this kernel, maybe among others
     case: str = ""  # runs the op for traffic.measure, which says what it is
-    scratch: int = 0  # bytes, such as partial sums, that the op writes once and reads once between its kernels, at the case's size
+    # Bytes, such as partial sums, that the op writes once and reads once between its kernels, at
+    # the case's size
+    scratch: int = 0
 
 
 @dataclass
 class Resources:
-    """What one kernel takes of one chip."""
+    """The resources that one kernel takes of one chip."""
 
     chip: str
     threads: int = 0  # of a block
@@ -61,13 +67,17 @@ class Resources:
 
     @property
     def occupancy(self) -> float:
-        """Resident warps of a multiprocessor over the most it holds; theoretical, given enough blocks."""
+        """Resident warps of a multiprocessor over the most it holds; theoretical, given enough
+        blocks.
+        """
         return CHIPS[self.chip].occupancy(
             self.threads, self.registers, self.shared, self.tensor_memory
         )
 
     def bytes_by_width(self, kind: str) -> dict[int, int]:
-        """Width in bytes of a thread's access -> static number of bytes; kind "load" or "store", global memory."""
+        """Width in bytes of a thread's access -> static number of bytes; kind "load" or "store",
+        global memory.
+        """
         widths: dict[int, int] = {}
         for opcode, count in self.opcodes.items():
             if (found := access(opcode)) and found[0] == kind:
@@ -76,7 +86,9 @@ class Resources:
 
     @property
     def tensor_cores(self) -> list[str]:
-        """Kinds of tensor-core instructions: HMMA (sm_80), HGMMA (sm_90), UTC*MMA (sm_100), MFMA (gfx9)."""
+        """Kinds of tensor-core instructions: HMMA (sm_80), HGMMA (sm_90), UTC*MMA (sm_100), MFMA
+        (gfx9).
+        """
         found = (re.match(r"(?:UTC)?[HIQDO]G?MMA|v_mfma", opcode) for opcode in self.opcodes)
         return sorted({match[0].replace("v_mfma", "MFMA") for match in found if match})
 
@@ -94,7 +106,9 @@ class Traffic:
 
 
 def access(opcode: str) -> tuple[str, int] | None:
-    """("load" or "store", bytes a thread moves) of an instruction on global memory; bulk copies (TMA) count as 16 bytes."""
+    """("load" or "store", bytes a thread moves) of an instruction on global memory; bulk copies
+    (TMA) count as 16 bytes.
+    """
     name, *modifiers = opcode.split(".")
     if name in ("UTMALDG", "UBLKCP", "UTMASTG"):
         return ("store" if name == "UTMASTG" else "load"), 16
@@ -122,7 +136,8 @@ def access(opcode: str) -> tuple[str, int] | None:
 
 
 FLOAT_ATOMIC = re.compile(
-    r"(ATOM|RED)[GS]?\.(\w+\.)*(BF16|F16|F32|F64)|(global|buffer|flat)_atomic_\w*f(16|32|64)|ds_(pk_)?add_(rtn_)?b?f\d+"
+    r"(ATOM|RED)[GS]?\.(\w+\.)*(BF16|F16|F32|F64)"
+    r"|(global|buffer|flat)_atomic_\w*f(16|32|64)|ds_(pk_)?add_(rtn_)?b?f\d+"
 )
 
 
@@ -130,7 +145,7 @@ WIDE = {"memory": ("load", "store"), "reduction": ("load",)}
 
 
 def faults(spec: Spec, made: Resources) -> list[str]:
-    """What the gates have against it."""
+    """The gates' complaints."""
     if made.error:
         return [f"does not compile: {made.error}"]
     chip, found = CHIPS[made.chip], []
@@ -149,7 +164,8 @@ def faults(spec: Spec, made: Resources) -> list[str]:
         # Not all: a scalar of a row is 4 bytes, and what is in a loop counts here as what is not.
         if 2 * sum(count for width, count in widths.items() if width >= 16) <= sum(widths.values()):
             found.append(
-                f"{kind}s too few of its bytes 16 at a time: {dict(sorted(widths.items()))} (width: bytes)"
+                f"{kind}s too few of its bytes 16 at a time: "
+                f"{dict(sorted(widths.items()))} (width: bytes)"
             )
     if spec.kind == "gemm" and not made.tensor_cores:
         found.append("does not use tensor cores")
@@ -188,14 +204,15 @@ def compile(spec: Spec, name: str) -> Resources:
         return Resources(name, error=f"{type(error).__name__}: {error}".strip()[:2000])
     read = _read_nvidia if chip.target[0] == "cuda" else _read_amd
     resources = read(name, made, log.getvalue())
-    # The compiler may turn a float atomic into a loop of compare-and-swap: what the source asked for counts too.
+    # The compiler may turn a float atomic into a loop of compare-and-swap: what the source asked
+    # for counts too.
     asked = re.search(r"atomic_rmw fadd", made.asm["ttir"]) is not None
     resources.float_atomics = asked or any(map(FLOAT_ATOMIC.match, resources.opcodes))
     return resources
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """What `cuobjdump --dump-resource-usage` and `nvdisasm -c` say of a cubin."""
+    """Reads a cubin by `cuobjdump --dump-resource-usage` and `nvdisasm -c`."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -1,4 +1,6 @@
-"""The gate on GPU kernels: what the compiler makes of each configuration in specs.py, for each chip, and the bytes it moves."""
+"""The gate on GPU kernels: what the compiler makes of each configuration in specs.py, for each
+chip, and the bytes it moves.
+"""
 
 from __future__ import annotations
 
@@ -154,7 +156,9 @@ def test_refused(made, spec, chip, why):
     "spec", [pytest.param(s, id=s.name) for s in SPECS + GOOD if s.kind in ("memory", "reduction")]
 )
 def test_bytes_moved(traffic, spec):
-    """Within 5% of the least: each input read once, each output written once; and no scratch but what the spec says."""
+    """Within 5% of the least: each input read once, each output written once; and no scratch but
+    what the spec says.
+    """
     moved = traffic[spec.op]
     assert moved.ratio <= 1.05, moved
     assert moved.scratch == 2 * spec.scratch
@@ -194,7 +198,7 @@ def test_what_each_chip_multiplies_with(made):
 
 
 def test_spills_are_in_the_instructions(made):
-    """Two witnesses: ptxas's own report, and loads and stores of local memory in the machine code."""
+    """Two witnesses: ptxas's report, and loads and stores of local memory in the machine code."""
     for spec in [*GOOD, *(spec for spec, _ in BAD)]:
         for chip in set(spec.chips) & set(NVIDIA):
             resources = made[spec.name, chip]
@@ -233,13 +237,21 @@ def test_access(opcode, meaning):
     assert access(opcode) == meaning
 
 
+FLOAT_ATOMICS = """
+    ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU RED.E.ADD.F32x4.RN REDG.E.ADD.F64.RN ATOMG.E.ADD.BF16x8.RN
+    RED.E.ADD.F16x2.RN.STRONG.SYS ATOMS.ADD.F32 global_atomic_add_f32 buffer_atomic_add_f32
+    global_atomic_pk_add_bf16 flat_atomic_add_f64 ds_add_f32 ds_pk_add_rtn_bf16
+"""
+OTHER_OPCODES = """
+    ATOMG.E.ADD.STRONG.GPU ATOMG.E.CAS.STRONG.SYS REDUX.SUM.S32 CREDUX.MAX.F32 UTCATOMSWS.AND
+    RED.E.MAX.S32.STRONG.GPU global_atomic_add global_atomic_cmpswap ds_add_u32 ds_add_rtn_u64
+    buffer_load_dword
+"""
+
+
 def test_float_atomics_by_opcode():
-    floats = "ATOMG.E.ADD.F32.FTZ.RN.STRONG.GPU RED.E.ADD.F32x4.RN REDG.E.ADD.F64.RN ATOMG.E.ADD.BF16x8.RN RED.E.ADD.F16x2.RN.STRONG.SYS ATOMS.ADD.F32"
-    others = "ATOMG.E.ADD.STRONG.GPU ATOMG.E.CAS.STRONG.SYS REDUX.SUM.S32 CREDUX.MAX.F32 UTCATOMSWS.AND RED.E.MAX.S32.STRONG.GPU global_atomic_add"
-    floats += " global_atomic_add_f32 buffer_atomic_add_f32 global_atomic_pk_add_bf16 flat_atomic_add_f64 ds_add_f32 ds_pk_add_rtn_bf16"
-    others += " global_atomic_cmpswap ds_add_u32 ds_add_rtn_u64 buffer_load_dword"
-    assert [opcode for opcode in floats.split() if not FLOAT_ATOMIC.match(opcode)] == []
-    assert [opcode for opcode in others.split() if FLOAT_ATOMIC.match(opcode)] == []
+    assert [opcode for opcode in FLOAT_ATOMICS.split() if not FLOAT_ATOMIC.match(opcode)] == []
+    assert [opcode for opcode in OTHER_OPCODES.split() if FLOAT_ATOMIC.match(opcode)] == []
 
 
 def _libraries(spec: Spec, chip: str) -> list[str]:
@@ -251,7 +263,9 @@ def _libraries(spec: Spec, chip: str) -> list[str]:
 
 
 def test_environment(monkeypatch):
-    """A worker is the same whatever this process was told about Triton, and compiles with no CUDA driver and no CUDA runtime."""
+    """A worker is the same whatever this process was told about Triton, and compiles with no CUDA
+    driver and no CUDA runtime.
+    """
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/bin/false")
     monkeypatch.setenv("TRITON_PTXAS_BLACKWELL_PATH", "/bin/false")
@@ -265,8 +279,13 @@ def test_environment(monkeypatch):
 
 
 def test_a_spec_imports_no_triton():
-    """Else this process, which only reads the specs, would settle whether kernels tested in it are interpreted."""
-    code = "import sys; sys.path[:] = sys.argv[1:]; import specs, aot; specs.load(); assert 'triton' not in sys.modules and 'torch' not in sys.modules"
+    """Else this process, which only reads the specs, would settle whether kernels tested in it are
+    interpreted.
+    """
+    code = (
+        "import sys; sys.path[:] = sys.argv[1:]; import specs, aot; specs.load(); "
+        "assert 'triton' not in sys.modules and 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code, *sys.path], check=True, timeout=300)
 
 

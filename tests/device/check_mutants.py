@@ -1,8 +1,10 @@
-"""The checks of the CUDA kernels bite: every synchronisation in their source, taken out or weakened in turn, is noticed.
+"""The checks of the CUDA kernels bite: every synchronisation in their source, taken out or weakened
+in turn, is noticed.
 
-A mutant is one match of one pattern below, so that a synchronisation added to the source is a new mutant by itself. A synchronisation mutant
-must fail check.cpp under ThreadSanitizer (a wrong result, a hang, a race), a bounds mutant under AddressSanitizer, a mutant of what only machine code shows must
-make sass.complaints complain.
+A mutant is one match of one pattern below, so that a synchronisation added to the source is a new
+mutant by itself. A synchronisation mutant must fail check.cpp under ThreadSanitizer (a wrong
+result, a hang, a race), a bounds mutant under AddressSanitizer, a mutant of what only machine code
+shows must make sass.complaints complain.
 """
 
 import re
@@ -97,7 +99,8 @@ MACHINE_CODE = (
     ),
     (
         r"return \*address;",
-        "if constexpr (sizeof(V) == 16) { uint4 bits = __ldg(reinterpret_cast<const uint4*>(address)); "
+        "if constexpr (sizeof(V) == 16) { "
+        "uint4 bits = __ldg(reinterpret_cast<const uint4*>(address)); "
         "return reinterpret_cast<V&>(bits); } else { return *address; }",
         "peers' data through the read-only path",
     ),

@@ -1,4 +1,6 @@
-"""The CUDA kernels under ThreadSanitizer and AddressSanitizer: races inside a block, between blocks, between ranks, between launches."""
+"""The CUDA kernels under ThreadSanitizer and AddressSanitizer: races inside a block, between
+blocks, between ranks, between launches.
+"""
 
 import device_build
 import pytest

@@ -1,4 +1,7 @@
-"""Builds the device code for the CPU: csrc/include/tpkernels/*.cuh through g++ and simt/. What is built is kept under a hash of its sources."""
+"""Builds the device code for the CPU: csrc/include/tpkernels/*.cuh through g++ and simt/.
+
+Builds are kept under a hash of their sources.
+"""
 
 import fcntl
 import hashlib
@@ -21,7 +24,9 @@ CHECK_DEFINES = ("TEST_RANKS=3", "TEST_TYPES=float, __nv_bfloat16")
 
 
 def toolkit(path: str) -> Path:
-    """A file of the CUDA toolkit: from triton's wheel, which has the headers and the disassembler, or from CUDA_HOME."""
+    """A file of the CUDA toolkit: from triton's wheel, which has the headers and the disassembler,
+    or from CUDA_HOME.
+    """
     triton = importlib.util.find_spec("triton")
     roots = [Path(triton.submodule_search_locations[0]) / "backends" / "nvidia"] if triton else []
     roots.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")))
@@ -43,7 +48,10 @@ def run(command: list) -> subprocess.CompletedProcess:
 
 
 def kept(kind: str, inputs: object, files: list[Path], make: Callable[[Path], None]) -> Path:
-    """make(path), unless that was done before with the same inputs and contents of files. Safe against others that do the same."""
+    """make(path), unless that was done before with the same inputs and contents of files.
+
+    Safe against others that do the same.
+    """
     key = hashlib.sha256(repr(inputs).encode())
     for file in files:
         key.update(file.read_bytes())
@@ -74,7 +82,9 @@ def compile(
 
 
 def objects(sanitizer: str | None) -> list[Path]:
-    """What does not depend on the device code: the scheduler, which the sanitizer must not see, and check.cpp."""
+    """The objects that do not depend on the device code: check.cpp, and the scheduler, which the
+    sanitizer must not see.
+    """
 
     def scheduler(path):
         unseen = [flag for flag in SANITIZERS[sanitizer] if flag.startswith("-D")]
@@ -117,7 +127,9 @@ def check_program(path: Path, sanitizer: str | None, headers: Path = HEADERS) ->
 
 
 def run_check(program: Path, seeds: int, timeout: float) -> tuple[int, str]:
-    """Exit status (check.cpp says what 1 and 2 mean, a sanitizer's is 66, -1: out of time) and what it said."""
+    """Exit status (check.cpp says what 1 and 2 mean, a sanitizer's is 66, -1: out of time) and what
+    it said.
+    """
     options = dict(
         TSAN_OPTIONS="halt_on_error=1 exitcode=66",
         ASAN_OPTIONS="exitcode=66",

@@ -1,13 +1,18 @@
-"""Triton's interpreter (TRITON_INTERPRET=1) made fit to test kernels with: `install()` once, before the first launch.
+"""Triton's interpreter (TRITON_INTERPRET=1) made fit to test kernels with: `install()` once, before
+the first launch.
 
 What Triton 3.7 to 3.9 get wrong, silently:
-- A bfloat16 value is held as its bits in a uint16, and operations compute with those integers. Here elementwise arithmetic and tl.dot widen
-  to float32 and round each result to bfloat16, as the hardware does; reductions, scans and atomics of bfloat16, whose rounding depends on
-  an order that is the compiler's, raise: convert to float32 first.
-- float32 to bfloat16 truncates, which also makes infinities of some NaNs. Here it rounds to nearest even, and a NaN stays one.
-- An access outside a tensor reads or corrupts whatever is there. Here each address that the mask lets through must be an element of a tensor
-  argument of the launch, or of a tensor named in `visible`; strides count, so the gap between the rows of a slice is outside.
-- tl.maximum and tl.minimum return NaN where one operand is one. By default they give the other operand on a GPU.
+- A bfloat16 value is held as its bits in a uint16, and operations compute with those integers. Here
+  elementwise arithmetic and tl.dot widen to float32 and round each result to bfloat16, as the
+  hardware does; reductions, scans and atomics of bfloat16, whose rounding depends on an order that
+  is the compiler's, raise: convert to float32 first.
+- float32 to bfloat16 truncates, which also makes infinities of some NaNs. Here it rounds to nearest
+  even, and a NaN stays one.
+- An access outside a tensor reads or corrupts whatever is there. Here each address that the mask
+  lets through must be an element of a tensor argument of the launch, or of a tensor named in
+  `visible`; strides count, so the gap between the rows of a slice is outside.
+- tl.maximum and tl.minimum return NaN where one operand is one. By default they give the other
+  operand on a GPU.
 """
 
 from __future__ import annotations
@@ -37,7 +42,9 @@ def widen(bits: np.ndarray) -> np.ndarray:
 
 
 def narrow(values: np.ndarray) -> np.ndarray:
-    """float32 -> bfloat16 bits (uint16), rounded to nearest even; overflow gives infinity, every NaN the quiet one."""
+    """float32 -> bfloat16 bits (uint16), rounded to nearest even; overflow gives infinity, every
+    NaN the quiet one.
+    """
     values = np.ascontiguousarray(values, dtype=np.float32)
     bits = values.view(np.uint32)
     rounded = ((bits + ((bits >> 16) & 1) + 0x7FFF) >> 16).astype(np.uint16)
@@ -53,7 +60,9 @@ def _widened(handle):
 
 
 def _in_float32(name: str):
-    """The method `name` with bfloat16 operands widened, and a floating-point result rounded back: a comparison's is boolean."""
+    """The method `name` with bfloat16 operands widened, and a floating-point result rounded back: a
+    comparison's is boolean.
+    """
     original = getattr(InterpreterBuilder, name)
 
     def method(self, *args):
@@ -90,7 +99,9 @@ class Region:
         )
 
     def offsets(self, addresses: np.ndarray) -> np.ndarray:
-        """Each address's offset in elements from the first, or -1 where there is no element of this tensor."""
+        """Each address's offset in elements from the first, or -1 where there is no element of this
+        tensor.
+        """
         distance = addresses.astype(np.int64) - self.start
         offsets, misaligned = np.divmod(distance, self.itemsize)
         inside, rest = (misaligned == 0) & (offsets >= 0) & (offsets < self.elements), offsets
@@ -110,7 +121,8 @@ class Builder(InterpreterBuilder):
 
     arguments: tuple[Region, ...] = ()  # of the launch under way
     others: tuple[Region, ...] = ()
-    observe = None  # called with "load" or "store", a Region and the offsets of its elements, for each access
+    # Called with "load" or "store", a Region and the offsets of its elements, for each access
+    observe = None
     kernel = ""
 
     def get_bf16(self, value):
@@ -169,7 +181,10 @@ class Builder(InterpreterBuilder):
 
     def _describe(self, kind: str, addresses: np.ndarray) -> str:
         first, regions = int(addresses[0]), self.others + self.arguments
-        message = f"{self.kernel}, program {self.grid_idx}: {kind} of {addresses.size} element(s) outside every tensor"
+        message = (
+            f"{self.kernel}, program {self.grid_idx}: {kind} of {addresses.size} element(s) "
+            "outside every tensor"
+        )
         if not regions:
             return message
         near = min(
@@ -177,7 +192,10 @@ class Builder(InterpreterBuilder):
             key=lambda r: max(r.start - first, first - (r.start + r.elements * r.itemsize), 0),
         )
         shape = "x".join(map(str, near.tensor.shape))
-        return f"{message}; the first is {first - near.start} bytes from the start of {near.name!r} ({shape}, strides {near.tensor.stride()}, {near.itemsize} bytes each)"
+        return (
+            f"{message}; the first is {first - near.start} bytes from the start of {near.name!r} "
+            f"({shape}, strides {near.tensor.stride()}, {near.itemsize} bytes each)"
+        )
 
     def create_masked_load(self, ptrs, mask, other, *args):
         self._check("load", ptrs, mask)
@@ -239,7 +257,8 @@ def _reduce_or_scan(self, input):
     for tensor in input if isinstance(input, tuple) else (input,):
         if tensor.dtype == tl.bfloat16:
             raise NotImplementedError(
-                "a reduction or scan in bfloat16 rounds at each step, in the compiler's order: convert to float32 first"
+                "a reduction or scan in bfloat16 rounds at each step, in the compiler's order: "
+                "convert to float32 first"
             )
     return _apply(self, input)
 
@@ -252,7 +271,9 @@ def install() -> None:
 
 @contextlib.contextmanager
 def visible(**tensors):
-    """Tensors that kernels may also touch though they are no arguments of the launch, such as a peer's buffer given as an address."""
+    """Tensors that kernels may also touch though they are no arguments of the launch, such as a
+    peer's buffer given as an address.
+    """
     builder = triton_interpreter.interpreter_builder
     before = builder.others
     builder.others = (*before, *(Region(name, tensor) for name, tensor in tensors.items()))

@@ -59,7 +59,9 @@ def slot_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
 
 @dataclass
 class Launch:
-    """One all-reduce on all ranks. inputs [ranks, rows, columns]; bias, weight [columns]; residual [rows, columns]."""
+    """One all-reduce on all ranks. inputs [ranks, rows, columns]; bias, weight [columns]; residual
+    [rows, columns].
+    """
 
     kernel: str
     inputs: Tensor
@@ -88,7 +90,9 @@ class Ranks:
         self.close()
 
     def buffer(self, role: str, launch: Launch) -> list[Tensor]:
-        """One a rank, at the same address in every launch of that shape: a repeated launch has identical arguments."""
+        """One a rank, at the same address in every launch of that shape: a repeated launch has
+        identical arguments.
+        """
         shape, dtype = launch.inputs.shape[1:], launch.inputs.dtype
         key = (role, shape, dtype, launch.offset)
         if key not in self.buffers:
@@ -102,7 +106,9 @@ class Ranks:
     def run(
         self, launches: list[Launch], seed: int = 0
     ) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
-        """The launches one after another, each rank in its own time: (output, normed) of each, [ranks, rows, columns], and the trace."""
+        """The launches one after another, each rank in its own time: (output, normed) of each,
+        [ranks, rows, columns], and the trace.
+        """
         specs, results, alive = [], [], []
         for launch in launches:
             rows, columns = launch.inputs.shape[1:]

@@ -1,8 +1,10 @@
-"""`python tests/device/report.py --out docs/kernels.md`: what each kernel takes of each chip, between markers of a Markdown file.
+"""`python tests/device/report.py --out docs/kernels.md`: what each kernel takes of each chip,
+between markers of a Markdown file.
 
-`--check` writes nothing and exits 1 if the tables in the file are not what it would write. Nothing in them depends on the machine: only on
-the kernels, on Triton's version and on nvcc's, which they state. Without an nvcc, or with another one, the table of the CUDA kernels is
-left as it is, since another compiler takes other registers.
+`--check` writes nothing and exits 1 if the tables in the file are not what it would write. Nothing
+in them depends on the machine: only on the kernels, on Triton's version and on nvcc's, which they
+state. Without an nvcc, or with another one, the table of the CUDA kernels is left as it is, since
+another compiler takes other registers.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def markers(name: str) -> tuple[str, str]:
 
 
 def replace(text: str, name: str, table: str) -> str:
-    """text with what is between the markers replaced by the table; both markers must be there, once."""
+    """text with what is between the markers replaced by the table; both markers must be there,
+    once.
+    """
     begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"the file needs one line {begin!r} and, after it, one line {end!r}")
@@ -130,7 +134,9 @@ def nvcc_version() -> str | None:
 
 
 def cuda_table(nvcc: str) -> str:
-    """The bfloat16 instances, which stand for those of the other 16-bit type and, with half the elements a load, of float32."""
+    """The bfloat16 instances, which stand for those of the other 16-bit type and, with half the
+    elements a load, of float32.
+    """
     import sass
 
     rows = []
@@ -159,7 +165,8 @@ def renew(text: str, triton: str) -> str:
     nvcc, written = nvcc_version(), re.search(r"nvcc ([\d.]+)\.\n", between(text, "cuda"))
     if nvcc is None or (written and written[1] != nvcc):
         print(
-            f"the table of the CUDA kernels is nvcc {written and written[1]}'s and is left as it is: here is {nvcc or 'none'}",
+            f"the table of the CUDA kernels is nvcc {written and written[1]}'s and is left "
+            f"as it is: here is {nvcc or 'none'}",
             file=sys.stderr,
         )
         return text
@@ -175,7 +182,7 @@ def save(path: Path, text: str) -> None:
 
 
 def keep(name: str, table: str, path: Path = DOCUMENT) -> bool:
-    """Whether the table in the document is that one; where it is not, it is from now on."""
+    """Puts the table into the document, and returns True if it was there already."""
     text = path.read_text()
     if between(text, name).strip() == table:
         return True
@@ -208,7 +215,8 @@ def main() -> int:
         return 0
     if options.check:
         print(
-            f"{options.out} is not current: `python tests/device/report.py --out {options.out}` writes it anew",
+            f"{options.out} is not current: "
+            f"`python tests/device/report.py --out {options.out}` writes it anew",
             file=sys.stderr,
         )
         return 1

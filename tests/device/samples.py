@@ -1,4 +1,6 @@
-"""Small kernels that the gates are tried on: good ones that they must let through, bad ones that they must refuse."""
+"""Small kernels that the gates are tried on: good ones that they must let through, bad ones that
+they must refuse.
+"""
 
 from __future__ import annotations
 

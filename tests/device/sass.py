@@ -1,4 +1,7 @@
-"""What ptxas makes of the all-reduce kernels, with no GPU: registers, stack, spills, opcodes; and what must hold of them."""
+"""Compiles the all-reduce kernels with ptxas, without a GPU, and checks the machine code.
+
+Registers, stack, spills and opcodes are read, and must meet what `complaints` lists.
+"""
 
 import json
 import os
@@ -32,14 +35,17 @@ def instances(dtypes, ranks, norms=(False, True)) -> str:
             for count in ranks:
                 for norm in norms:
                     lines.append(
-                        f"template __global__ void {kernel}<{dtype}, {count}, {str(norm).lower()}>(Arguments<{dtype}>);"
+                        f"template __global__ void {kernel}<{dtype}, {count}, {str(norm).lower()}>"
+                        f"(Arguments<{dtype}>);"
                     )
     return "\n".join([*lines, "}", ""])
 
 
 def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list[dict]:
-    """A dict for each kernel: kernel, dtype, ranks, norm, regs, stack, spill (bytes), smem, instructions (opcodes in order), opcodes,
-    multimem (the PTX instructions: their SASS does not show the scope)."""
+    """A dict for each kernel: kernel, dtype, ranks, norm, regs, stack, spill (bytes), smem,
+    instructions (opcodes in order), opcodes, multimem (the PTX instructions: their SASS does not
+    show the scope).
+    """
     file, ptx, cubin = (folder / f"instances-{arch}.{kind}" for kind in ("cu", "ptx", "cubin"))
     file.write_text(source)
     device_build.run(
@@ -109,7 +115,7 @@ def cuda_resources(arch: str, dtypes=tuple(DTYPES), ranks=RANKS) -> list[dict]:
 
 
 def complaints(kernel: dict) -> list[str]:
-    """What is wrong with a kernel's machine code; nothing, if all is well."""
+    """Everything that is wrong with a kernel's machine code."""
     code, ranks, multimem = (
         kernel["instructions"],
         kernel["ranks"],

@@ -1,6 +1,8 @@
-"""The configurations of the project's Triton kernels, which the gates compile and measure and docs/kernels.md lists.
+"""The configurations of the project's Triton kernels, which the gates compile and measure and
+docs/kernels.md lists.
 
-They are recorded from what the launchers of tpkernels/kernels pass to Triton (aot_specs.py), so they cannot differ from it.
+They are recorded from what the launchers of tpkernels/kernels pass to Triton (aot_specs.py), so
+they cannot differ from it.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def _record() -> list[Spec]:
             name=found["name"],
             kernel=f"{found['kernel'].fn.__module__}:{found['kernel'].__name__}",
             signature=found["signature"],
-            # A Triton type by its name: to hand over the object would import Triton into the process that asked.
+            # A Triton type by its name: to hand over the object would import Triton into the
+            # process that asked.
             constexprs={
                 name: value.name if isinstance(value, tl.dtype) else value
                 for name, value in found["constexprs"].items()
@@ -58,5 +61,5 @@ def _launches() -> dict:
 
 
 def run(op: str) -> dict:
-    """For traffic.measure."""
+    """The case that traffic.measure runs."""
     return _launches()[op]()

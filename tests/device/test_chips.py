@@ -11,7 +11,8 @@ from aot import Spec
 from chips import CHIPS
 from workers import pool
 
-# cuda_occupancy.h is NVIDIA's calculator, host code alone; the device's limits are given to it as cudaGetDeviceProperties would.
+# cuda_occupancy.h is NVIDIA's calculator, host code alone; the device's limits are given to it as
+# cudaGetDeviceProperties would.
 CALCULATOR = """
 #include <cstdio>
 #include <cuda_runtime.h>
@@ -21,18 +22,21 @@ int main() {
   while (std::scanf("%d %d %d %d %d", &major, &shared, &threads, &registers, &taken) == 5) {
     cudaOccDeviceProp device;
     device.computeMajor = major, device.computeMinor = 0;
-    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = 2048, device.warpSize = 32, device.numSms = 100;
+    device.maxThreadsPerBlock = 1024, device.maxThreadsPerMultiprocessor = 2048;
+    device.warpSize = 32, device.numSms = 100;
     device.regsPerBlock = device.regsPerMultiprocessor = 65536;
     device.sharedMemPerMultiprocessor = shared, device.sharedMemPerBlock = 49152;
     device.reservedSharedMemPerBlock = 1024, device.sharedMemPerBlockOptin = shared - 1024;
     cudaOccFuncAttributes kernel;
-    kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = 0, kernel.numBlockBarriers = 1;
-    kernel.partitionedGCConfig = PARTITIONED_GC_OFF, kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
+    kernel.maxThreadsPerBlock = 1024, kernel.numRegs = registers, kernel.sharedSizeBytes = 0;
+    kernel.numBlockBarriers = 1, kernel.partitionedGCConfig = PARTITIONED_GC_OFF;
+    kernel.shmemLimitConfig = FUNC_SHMEM_LIMIT_OPTIN;
     kernel.maxDynamicSharedSizeBytes = shared - 1024;
     cudaOccDeviceState state;
     state.carveoutConfig = SHAREDMEM_CARVEOUT_MAX_SHARED;
     cudaOccResult result;
-    int error = cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &kernel, &state, threads, taken);
+    int error = cudaOccMaxActiveBlocksPerMultiprocessor(
+        &result, &device, &kernel, &state, threads, taken);
     std::printf("%d\\n", error ? -1 : result.activeBlocksPerMultiprocessor);
   }
 }
@@ -120,7 +124,9 @@ def _llvm(spec: Spec) -> tuple[int, int]:
 
 
 def test_amd():
-    """Against LLVM, at several register counts; it does not know the dynamic LDS, of which these kernels have little."""
+    """Against LLVM, at several register counts; it does not know the dynamic LDS, of which these
+    kernels have little.
+    """
     specs = [
         Spec("", "samples:softmax", dict(x="*bf16", y="*bf16"), dict(N=n), num_warps=1)
         for n in (256, 2048, 4096, 8192)

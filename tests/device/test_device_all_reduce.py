@@ -1,4 +1,6 @@
-"""The CUDA all-reduce kernels, compiled for the CPU, on 2 to 8 simulated GPUs (simt/), against plain torch."""
+"""The CUDA all-reduce kernels, compiled for the CPU, on 2 to 8 simulated GPUs (simt/), against
+plain torch.
+"""
 
 import itertools
 
@@ -58,7 +60,10 @@ def check(launch: Launch, result, exact: bool):
 
 
 def make(kernel, world, shape, dtype, rng, integers, terms="", **options):
-    """terms: b(ias), r(esidual), n(orm). Integers: small enough that every sum is exact in every dtype."""
+    """terms: b(ias), r(esidual), n(orm).
+
+    Integers: small enough that every sum is exact in every dtype.
+    """
 
     def data(*size):
         values = (
@@ -87,7 +92,8 @@ def test_every_kernel_shape_and_epilogue(world, dtype, integers):
     # The rule for floats compares maxima, which says little of a few elements.
     shapes = [shape for shape in SHAPES if integers or shape[0] * shape[1] > 300]
     cases = list(itertools.product(KERNELS, shapes, ("", "b", "r", "br", "n", "brn")))
-    # Every shape with every kernel and with every epilogue; all of the product would say the same again.
+    # Every shape with every kernel and with every epilogue; all of the product would say the same
+    # again.
     cases = [case for i, case in enumerate(cases) if (i + i // 6) % 3 == world % 3]
     launches = [
         make(
@@ -112,7 +118,7 @@ def test_every_kernel_shape_and_epilogue(world, dtype, integers):
 
 @every_world
 def test_changed_data_under_identical_arguments(world):
-    """As a captured CUDA graph replays it: the epoch is the device's own affair."""
+    """A captured CUDA graph replays a launch like this: the epoch is the device's own affair."""
     rng = torch.Generator().manual_seed(1)
     for kernel, seed in itertools.product(KERNELS, range(4)):
         launches = [
@@ -175,7 +181,10 @@ def test_the_seed_changes_the_order_and_nothing_else():
 
 
 def test_rounds_once():
-    """0.5 + 256 is not a bfloat16; with the residual it is one again. Only a sum in fp32, rounded at the end, is right."""
+    """0.5 + 256 is not a bfloat16; with the residual it is one again.
+
+    Only a sum in fp32, rounded at the end, is right.
+    """
     for kernel in ("one_shot", "two_shot"):
         inputs = (
             torch.tensor([256.0, 0.5, 0.25])

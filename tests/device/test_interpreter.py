@@ -1,4 +1,7 @@
-"""interpreter.py and traffic.py, each check in a process that interprets Triton. Functions with a leading underscore run there."""
+"""interpreter.py and traffic.py, each check in a process that interprets Triton.
+
+Functions with a leading underscore run there.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,9 @@ def _difference(out, expected) -> float:
 
 
 def _corner_cases():
-    """float32: ties both ways, NaNs whose payload is in the low bits alone, infinities, overflow by rounding, subnormals, signed zeros."""
+    """float32: ties both ways, NaNs whose payload is in the low bits alone, infinities, overflow by
+    rounding, subnormals, signed zeros.
+    """
     import torch
 
     bits = [
@@ -223,7 +228,9 @@ def _store_outside():
 
 
 def _load_between_rows():
-    """Rows of 48 in a buffer of rows of 64: what follows a row belongs to no argument, though it is allocated."""
+    """Rows of 48 in a buffer of rows of 64: what follows a row belongs to no argument, though it is
+    allocated.
+    """
     import samples
     import torch
 
@@ -261,12 +268,14 @@ def _unknown_address():
     [
         (
             _load_outside,
-            r"load_unmasked, program \(1, 0, 0\): load of 28 element.*400 bytes from the start of 'x' \(100,",
+            r"load_unmasked, program \(1, 0, 0\): load of 28 element.*"
+            r"400 bytes from the start of 'x' \(100,",
         ),
         (_store_outside, r"store of 28 element.*400 bytes from the start of 'y' \(100,"),
         (
             _load_between_rows,
-            r"copy_rows, program \(0, 0, 0\): load of 16 element.*192 bytes from the start of 'x' \(8x48, strides \(64, 1\)",
+            r"copy_rows, program \(0, 0, 0\): load of 16 element.*"
+            r"192 bytes from the start of 'x' \(8x48, strides \(64, 1\)",
         ),
         (_load_of_empty, "load of 64 element"),
         (_misaligned_address, "store of 32 element"),
@@ -279,7 +288,9 @@ def test_out_of_bounds(run, check, why):
 
 
 def _inside() -> bool:
-    """What is right passes: masked lanes outside, a transposed and a strided view, an address of a visible tensor."""
+    """Correct kernels pass: masked lanes outside, a transposed and a strided view, an address of a
+    visible tensor.
+    """
     import samples
     import torch
     from interpreter import visible
@@ -328,7 +339,9 @@ def _counts() -> dict[str, tuple[int, ...]]:
 
 
 def test_counts(run):
-    """scale reads x once, scale_twice twice, count_positive the first 2048 elements; an atomic reads and writes; slices count as read."""
+    """scale reads x once, scale_twice twice, count_positive the first 2048 elements; an atomic
+    reads and writes; slices count as read.
+    """
     assert run(_counts) == {
         "x": (6000 + 12000 + 4096, 6000, 0, 0),
         "y": (0, 0, 12000, 6000),

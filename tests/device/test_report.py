@@ -15,7 +15,9 @@ TEXT = "# Kernels\n\nBefore.\n\n{}\n{}\n\nBetween.\n\n{}\n\nold\n{}\nAfter.\n".f
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):
-    """command(*options): main()'s exit status on a file whose tables take no compiling; the file's path as command.file."""
+    """command(*options): main()'s exit status on a file whose tables take no compiling; the file's
+    path as command.file.
+    """
     file = tmp_path / "kernels.md"
     file.write_text(TEXT)
     for name, nothing in dict(load=[], compile_all={}, measure_all={}).items():

@@ -1,7 +1,8 @@
-"""The bytes that kernels move, counted: every load and store of their launches in the interpreter, lane by lane, masks applied.
+"""The bytes that kernels move, counted: every load and store of their launches in the interpreter,
+lane by lane, masks applied.
 
-What is counted is what the kernels ask for, and what torch does around them is not seen. A GPU moves sectors of 32 bytes; where whole
-rows are touched that is the same.
+What is counted is what the kernels ask for, and what torch does around them is not seen. A GPU
+moves sectors of 32 bytes; where whole rows are touched that is the same.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from aot import Traffic
 from interpreter import install
 from triton.runtime import interpreter as triton_interpreter
 
-SMALL = 0.01  # of the least bytes of an op: a vector of a bias or of weights, which every program reads and any cache holds
+# Of the least bytes of an op: a vector of a bias or of weights, which every program reads and any
+# cache holds
+SMALL = 0.01
 
 
 class Bytes:
-    """Of one storage: bytes read and written, with repetitions and without."""
+    """Counts the bytes of one storage: read and written, with repetitions and without."""
 
     def __init__(self, tensor):
         self.tensor = tensor  # kept, so that nothing else gets its address while we count
@@ -57,7 +60,10 @@ class Counter:
 
 @contextlib.contextmanager
 def count_traffic():
-    """Yields a Counter of the launches inside. Buffers that are no arguments count where `interpreter.visible` names them."""
+    """Yields a Counter of the launches inside.
+
+    Buffers that are no arguments count where `interpreter.visible` names them.
+    """
     install()
     builder, counter = triton_interpreter.interpreter_builder, Counter()
     before, builder.observe = builder.observe, counter.observe
@@ -68,10 +74,12 @@ def count_traffic():
 
 
 def measure(case: str, op: str) -> Traffic:
-    """Runs the op and holds the bytes that its kernels move against the least: each element of an input that is touched at all read once,
-    each of an output written once. Inputs that are SMALL count once. In a process with TRITON_INTERPRET=1.
+    """Runs the op and holds the bytes that its kernels move against the least: each element of an
+    input that is touched at all read once, each of an output written once. Inputs that are SMALL
+    count once. In a process with TRITON_INTERPRET=1.
 
-    case: "module:function"; function(op) launches the op on small tensors and returns {"inputs": {name: tensor}, "outputs": {...}}.
+    case: "module:function"; function(op) launches the op on small tensors and returns {"inputs":
+    {name: tensor}, "outputs": {...}}.
     """
     module, function = case.split(":")
     with count_traffic() as counter:

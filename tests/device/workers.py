@@ -1,4 +1,6 @@
-"""Fresh processes for Triton: whether it compiles or interprets is settled when it is imported, so neither may depend on this process."""
+"""Fresh processes for Triton: whether it compiles or interprets is settled when it is imported, so
+neither may depend on this process.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def _environment(folder: str, interpret: bool) -> None:
 
 @contextlib.contextmanager
 def pool(processes: int, interpret: bool = False):
-    """A ProcessPoolExecutor whose workers import Triton in a clean environment with an empty cache; they are killed on leaving."""
+    """A ProcessPoolExecutor whose workers import Triton in a clean environment with an empty cache;
+    they are killed on leaving.
+    """
     context = multiprocessing.get_context("spawn")
     before = set(multiprocessing.active_children())
     with tempfile.TemporaryDirectory(prefix="tpkernels-triton-") as folder:

@@ -1,4 +1,7 @@
-"""A rank whose ranges recorder.c records: `rank.py RANK SIZE STORE`. Each case runs inside a Python range of its own."""
+"""A rank whose ranges recorder.c records: `rank.py RANK SIZE STORE`.
+
+Each case runs inside a Python range of its own.
+"""
 
 import sys
 
