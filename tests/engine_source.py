@@ -44,13 +44,16 @@ OPS = (
 # Stands in for the CUDA kernels: the same result, by the group's own all-reduce.
 STAND_IN = r"""
 namespace test_peers {
-std::string all_reduce(const std::string& group, const at::Tensor& buffer, const at::Tensor& bias, const at::Tensor& residual,
-                       const at::Tensor& normed, const at::Tensor& weight, double eps) {
+std::string all_reduce(const std::string& group, const at::Tensor& buffer, const at::Tensor& bias,
+                       const at::Tensor& residual, const at::Tensor& normed,
+                       const at::Tensor& weight, double eps) {
   auto taken = std::to_string(buffer.size(0)) + "x" + std::to_string(buffer.size(1));
-  const std::pair<const char*, at::Tensor> read[] = {{" bias", bias}, {" residual", residual}, {" normed", normed}, {" weight", weight}};
+  const std::pair<const char*, at::Tensor> read[] = {
+      {" bias", bias}, {" residual", residual}, {" normed", normed}, {" weight", weight}};
   for (const auto& [name, t] : read) {
     if (!t.defined()) continue;
-    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == buffer.scalar_type(), "a kernel reads contiguous memory:", name);
+    TORCH_CHECK(t.is_contiguous() && t.scalar_type() == buffer.scalar_type(),
+                "a kernel reads contiguous memory:", name);
     taken += name;
   }
   c10d::AllreduceOptions options;
@@ -62,7 +65,8 @@ std::string all_reduce(const std::string& group, const at::Tensor& buffer, const
   if (residual.defined()) sum.add_(residual);
   buffer.copy_(sum);
   sum = buffer.to(at::kDouble);
-  if (normed.defined()) normed.copy_(sum.mul(sum.square().mean(-1, true).add(eps).rsqrt()).mul(weight));
+  if (normed.defined())
+    normed.copy_(sum.mul(sum.square().mean(-1, true).add(eps).rsqrt()).mul(weight));
   return taken;
 }
 }  // namespace test_peers
@@ -73,12 +77,14 @@ namespace tpkernels {
 struct TestPeers : PeerAllReduce {
   TestPeers(std::string group, int64_t bytes) : group_(std::move(group)), bytes_(bytes) {}
   bool supports(const at::Tensor& buffer) const override {
-    return buffer.scalar_type() == at::kFloat && static_cast<int64_t>(buffer.nbytes()) <= std::abs(bytes_);
+    return buffer.scalar_type() == at::kFloat &&
+           static_cast<int64_t>(buffer.nbytes()) <= std::abs(bytes_);
   }
   bool belongs_to(c10d::ProcessGroup&) const override { return bytes_ > 0; }
   bool fuses_norm() const override { return true; }
   void all_reduce(StagedTerm staged, const at::Tensor&, const Epilogue& e) override {
-    taken.push_back(test_peers::all_reduce(group_, staged.term, e.bias, e.residual, e.normed, e.weight, e.eps));
+    taken.push_back(
+        test_peers::all_reduce(group_, staged.term, e.bias, e.residual, e.normed, e.weight, e.eps));
   }
   std::vector<std::string> taken;
 
@@ -91,9 +97,11 @@ void open_peers(const std::string& group, int64_t bytes) {
   set_peer_all_reduce(group, std::make_shared<TestPeers>(group, bytes));
 }
 // What went through it since, and the log.
-std::tuple<std::vector<std::string>, std::vector<std::string>> close_peers(const std::string& group) {
+std::tuple<std::vector<std::string>, std::vector<std::string>> close_peers(
+    const std::string& group) {
   std::vector<std::string> logged;
-  for (const auto& entry : log_stop()) logged.push_back(entry.tag + ":" + std::to_string(entry.bytes));
+  for (const auto& entry : log_stop())
+    logged.push_back(entry.tag + ":" + std::to_string(entry.bytes));
   auto taken = static_cast<TestPeers&>(*find_peer_all_reduce(group)).taken;
   set_peer_all_reduce(group, nullptr);
   return {taken, logged};

@@ -38,7 +38,8 @@ class Spec:
     # read again": the same but for the bytes; "reduction": wants wide loads and moves the least
     # bytes; "gemm": wants tensor cores; "other"
     kind: str = "other"
-    # Pointers aligned to 16 bytes and integers that are multiples of 16: Triton specialises for them.
+    # Pointers aligned to 16 bytes and integers that are multiples of 16, for which
+    # Triton specialises.
     divisible: tuple[str, ...] = ()
     chips: tuple[str, ...] = tuple(CHIPS)
     op: str = ""  # that launches this kernel, maybe among others

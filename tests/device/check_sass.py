@@ -16,8 +16,8 @@ def test_machine_code(arch):
     assert not [complaint for kernel in kernels for complaint in sass.complaints(kernel)]
     for kernel in kernels:
         print(
-            f"{arch} {kernel['name']:45} {kernel['regs']:3} registers, {kernel['smem']:3} B shared, "
-            f"{len(kernel['instructions'])} instructions"
+            f"{arch} {kernel['name']:45} {kernel['regs']:3} registers, "
+            f"{kernel['smem']:3} B shared, {len(kernel['instructions'])} instructions"
         )
 
 
