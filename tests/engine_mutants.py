@@ -239,7 +239,7 @@ PEERS = [
     ("peers: the bias is left out", delete("peers.bias")),
     (
         "peers: the bias is read as if contiguous",
-        replace("peers.bias", r"bias->contiguous\(\)", "*bias"),
+        replace("peers.bias", r"(\S+)->contiguous\(\)", r"*\1"),
     ),
     ("peers: the residual is left out", delete("peers.residual")),
     (
