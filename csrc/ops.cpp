@@ -50,21 +50,24 @@ TORCH_LIBRARY(tpkernels, m) {
   m.def("autocast_to(Tensor(a) self, ScalarType dtype) -> Tensor(a)");
 
   // Vocabulary
-  m.def("vocab_embedding(Tensor ids, Tensor weight, int first, str group, str tag) -> Tensor");
   m.def(
-      "vocab_ce(Tensor logits, Tensor target, int first, int num_classes, int ignore_index, "
+      "vocab_embedding(Tensor ids, Tensor weight, int vocab_start_index, str group, str tag) -> "
+      "Tensor");
+  m.def(
+      "vocab_ce(Tensor logits, Tensor target, int vocab_start_index, int num_classes, int "
+      "ignore_index, "
       "float smoothing, str group, str tag) -> (Tensor, Tensor, Tensor)");
   m.def(
       "vocab_linear_ce(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, "
-      "int first, int num_classes, int ignore_index, float smoothing, int chunk_rows, "
+      "int vocab_start_index, int num_classes, int ignore_index, float smoothing, int chunk_rows, "
       "bool input_grad, bool weight_grad, bool bias_grad, str group, str tag) -> Tensor[]");
-  m.def("vocab_ce_stats(Tensor logits, Tensor target, int first) -> Tensor");
+  m.def("vocab_ce_stats(Tensor logits, Tensor target, int vocab_start_index) -> Tensor");
   m.def(
-      "vocab_ce_grad(Tensor logits, Tensor target, Tensor log_norm, Tensor scale, int first, "
-      "float on_target, float everywhere) -> Tensor");
+      "vocab_ce_grad(Tensor logits, Tensor target, Tensor log_norm, Tensor scale, "
+      "int vocab_start_index, float smoothing, int num_classes) -> Tensor");
   m.def(
-      "vocab_ce_grad_(Tensor(a!) logits, Tensor target, Tensor log_norm, Tensor scale, int first, "
-      "float on_target, float everywhere) -> ()");
+      "vocab_ce_grad_(Tensor(a!) logits, Tensor target, Tensor log_norm, Tensor scale, "
+      "int vocab_start_index, float smoothing, int num_classes) -> ()");
 
   // Collectives
   m.def("all_reduce_(Tensor(a!) self, str group, str op, str tag) -> ()");

@@ -82,10 +82,10 @@ def _grad(in_place):
     inputs = _logits() | dict(log_norm=torch.full((ROWS,), 11.0), scale=torch.ones(ROWS))
     if in_place:
         return inputs, lambda: [
-            cross_entropy.vocab_ce_grad_(*inputs.values(), 0, 1.0, 0.0),
+            cross_entropy.vocab_ce_grad_(*inputs.values(), 0, 0.0, 1),
             inputs["logits"],
         ][1:]
-    return inputs, lambda: [cross_entropy.vocab_ce_grad(*inputs.values(), 0, 1.0, 0.0)]
+    return inputs, lambda: [cross_entropy.vocab_ce_grad(*inputs.values(), 0, 0.0, 1)]
 
 
 def _dropout():

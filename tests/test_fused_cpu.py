@@ -62,12 +62,12 @@ def vocab_ce_stats(logits, target, first):
     return torch.stack([top, exp.sum(1), at_target, logits.sum(1)])
 
 
-def vocab_ce_grad(logits, target, log_norm, scale, first, on_target, everywhere):
-    columns = torch.arange(first, first + logits.shape[1])
+def vocab_ce_grad(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes):
+    columns = vocab_start_index + torch.arange(logits.shape[1])
     grad = (
         (logits - log_norm[:, None]).exp()
-        - everywhere
-        - on_target * (columns == target[:, None]).to(logits.dtype)
+        - smoothing / num_classes
+        - (1 - smoothing) * (columns == target[:, None]).to(logits.dtype)
     )
     return torch.where(scale[:, None] == 0, 0, grad * scale[:, None])
 
@@ -365,7 +365,7 @@ def test_vocab_ce(ops, columns, index, layout, dtype):
     assert torch.equal(stats[exact].double(), expected[exact])
     log_norm, scale = (stats[0] + stats[1].log(), torch.rand(rows, dtype=stats.dtype))
     scale[3], log_norm[3] = 0, torch.nan
-    args = (logits, target, log_norm, scale, first, 0.9, 0.001)
+    args = (logits, target, log_norm, scale, first, 0.1, 100)
     grad = ops.vocab_ce_grad(*args)
     assert not grad[3].any()
     check([grad], lambda *a: [vocab_ce_grad(*a).to(a[0].dtype)], args)
@@ -381,7 +381,7 @@ def test_vocab_ce_of_minus_infinity(ops):
     torch.testing.assert_close(stats, vocab_ce_stats(logits, target, 0))
     assert stats[0, 0] == -torch.inf and stats[1, 0] == 0
     grad = ops.vocab_ce_grad(
-        logits, target, stats[0] + stats[1].log(), torch.tensor([0.0, 1.0, 1.0]), 0, 1.0, 0.0
+        logits, target, stats[0] + stats[1].log(), torch.tensor([0.0, 1.0, 1.0]), 0, 0.0, 1
     )
     assert grad.isfinite().all() and not grad[0].any()
     torch.testing.assert_close(grad.sum(1), torch.zeros(3), atol=1e-6, rtol=0)
@@ -476,7 +476,7 @@ def everything(dtype):
     stats = OPS.vocab_ce_stats(x, target, 0)
     yield stats
     yield OPS.vocab_ce_grad(
-        x, target, stats[0] + stats[1].log(), torch.rand(300, dtype=stats.dtype), 0, 1.0, 0.0
+        x, target, stats[0] + stats[1].log(), torch.rand(300, dtype=stats.dtype), 0, 0.0, 1
     )
     yield OPS.dropout(x, seed, 0.1, 0, 0)
     angle = torch.randn(300, 25)

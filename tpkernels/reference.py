@@ -134,13 +134,14 @@ def vocab_ce_grad(
     log_norm: Tensor,
     scale: Tensor,
     first: int,
-    on_target: float,
-    everywhere: float,
+    smoothing: float,
+    num_classes: int,
 ) -> Tensor:
-    """(softmax - everywhere - on_target at the target) * scale [M, V], 0 in rows whose scale is 0."""
+    """(softmax - (1 - s) onehot(target) - s / V) * scale, 0 in rows whose scale is 0: [M, V/n]."""
     hit = torch.arange(logits.shape[1], device=logits.device) == (target.long() - first)[:, None]
     softmax = torch.exp(_wide(logits) - log_norm[:, None])
-    grad = (softmax - everywhere - on_target * hit.to(softmax.dtype)) * scale[:, None]
+    at_target = (1 - smoothing) * hit.to(softmax.dtype)
+    grad = (softmax - smoothing / num_classes - at_target) * scale[:, None]
     return torch.where(scale[:, None] == 0, 0, grad).to(logits.dtype)
 
 

@@ -55,6 +55,17 @@ struct CrossEntropyArgs {
   const int64_t* target;  // this rank's column; outside [0, columns): another rank's
 };
 
+struct CrossEntropyGradArgs {
+  c10::ScalarType dtype;
+  int64_t columns;
+  StridedRows logits;
+  const int64_t* target;         // as above
+  const void *log_norm, *scale;  // opmath [rows]
+  double smoothing;
+  int64_t num_classes;  // of all ranks
+  StridedRows grad;     // may be logits
+};
+
 struct DropoutArgs {
   c10::ScalarType dtype;
   int64_t columns;
@@ -104,9 +115,7 @@ struct ReduceArgs {
   /* stats: opmath [4, rows] */                                                                 \
   void cross_entropy_stats(const CrossEntropyArgs&, int64_t row, int64_t last, int64_t rows,    \
                            void* stats);                                                        \
-  void cross_entropy_grad(const CrossEntropyArgs&, int64_t row, int64_t last,                   \
-                          const void* log_norm, const void* scale, double on_target,            \
-                          double everywhere, StridedRows grad);                                 \
+  void cross_entropy_grad(const CrossEntropyGradArgs&, int64_t row, int64_t last);              \
   void dropout(const DropoutArgs&, int64_t row, int64_t last);                                  \
   /* a row is a step of a batch: batch * steps + step */                                        \
   void rotary(const RotaryArgs&, int64_t row, int64_t last);                                    \

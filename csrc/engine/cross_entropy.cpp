@@ -13,24 +13,26 @@ namespace tpkernels {
 namespace {
 
 // The rank's own rows of maximum, sum of exponentials, target logit and sum: [4, M].
-at::Tensor local_stats(const at::Tensor& logits, const at::Tensor& target, int64_t first) {
+at::Tensor local_stats(const at::Tensor& logits, const at::Tensor& target,
+                       int64_t vocab_start_index) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("tpkernels::vocab_ce_stats", "")
                        .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)>();
-  return op.call(logits, target, first);
+  return op.call(logits, target, vocab_start_index);
 }
 
 }  // namespace
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_ce(const at::Tensor& logits,
-                                                        const at::Tensor& target, int64_t first,
+                                                        const at::Tensor& target,
+                                                        int64_t vocab_start_index,
                                                         int64_t num_classes, int64_t ignore_index,
                                                         double smoothing, const std::string& group,
                                                         const std::string& tag) {
   BelowAutograd guard;
   const int64_t rows = logits.size(0), width = logits.size(1);
   const Channel channel(group, tag);
-  const auto stats = local_stats(logits, target, first);
+  const auto stats = local_stats(logits, target, vocab_start_index);
   const auto local_max = stats[0], exp_sum = stats[1], target_logit = stats[2], total = stats[3];
   // Two spare entries of the maximum tell whether all shards are equally wide.
   auto maxima = empty_comm_buffer({rows + 2}, stats.options());
@@ -42,7 +44,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> vocab_ce(const at::Tensor& logits
 
   auto sums = empty_comm_buffer({smoothing != 0 ? 3 : 2, rows}, stats.options());
   sums[0].copy_(exp_sum * (local_max - max).exp_());
-  const auto is_local = (target >= first).logical_and_(target < first + width);
+  const auto is_local =
+      (target >= vocab_start_index).logical_and_(target < vocab_start_index + width);
   sums[1].copy_(at::where(is_local, target_logit - max, 0));
   if (smoothing != 0) sums[2].copy_(total - width * max);  // mutant:loss.smoothed
   channel.all_reduce(sums).wait();                         // mutant:loss.sums

@@ -8,13 +8,14 @@
 
 namespace tpkernels {
 
-// Embeddings [..., D] of all ids. This rank holds rows first .. first + V/n of the table. Ids of
-// other ranks' rows add zeros to the sum over the ranks.
+// Embeddings [..., D] of all ids. This rank holds rows vocab_start_index .. vocab_start_index + V/n
+// of the table. Ids of other ranks' rows add zeros to the sum over the ranks.
 at::Tensor vocab_embedding(const at::Tensor& ids,     // [...]
                            const at::Tensor& weight,  // [V/n, D]
-                           int64_t first, const std::string& group, const std::string& tag) {
+                           int64_t vocab_start_index, const std::string& group,
+                           const std::string& tag) {
   BelowAutograd guard;
-  auto local = ids.flatten() - first;
+  auto local = ids.flatten() - vocab_start_index;
   const auto outside = (local < 0).logical_or_(local >= weight.size(0));
   auto out = empty_comm_buffer({local.size(0), weight.size(1)}, weight.options());
   if (weight.size(0) == 0) {

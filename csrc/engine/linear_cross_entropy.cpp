@@ -18,12 +18,13 @@ namespace tpkernels {
 namespace {
 
 void to_gradient_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm,
-                  const at::Tensor& scale, int64_t first, double on_target, double everywhere) {
+                  const at::Tensor& scale, int64_t vocab_start_index, double smoothing,
+                  int64_t num_classes) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("tpkernels::vocab_ce_grad_", "")
                        .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                   const at::Tensor&, int64_t, double, double)>();
-  op.call(logits, target, log_norm, scale, first, on_target, everywhere);
+                                   const at::Tensor&, int64_t, double, int64_t)>();
+  op.call(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes);
 }
 
 // Undefined where no gradient of it is asked for. The parameters' are summed over the chunks, in
@@ -43,8 +44,8 @@ std::vector<at::Tensor> vocab_linear_ce(
     const std::optional<at::Tensor>& bias,   // [V/n]
     const at::Tensor& target,                // [M]
     const std::optional<at::Tensor>& scale,  // [M], the gradient of each row's loss
-    int64_t first, int64_t num_classes, int64_t ignore_index, double smoothing, int64_t chunk_rows,
-    bool input_grad, bool weight_grad, bool bias_grad, const std::string& group,
+    int64_t vocab_start_index, int64_t num_classes, int64_t ignore_index, double smoothing,
+    int64_t chunk_rows, bool input_grad, bool weight_grad, bool bias_grad, const std::string& group,
     const std::string& tag) {
   BelowAutograd guard;
   const int64_t rows = input.size(0), width = weight.size(0);
@@ -67,12 +68,12 @@ std::vector<at::Tensor> vocab_linear_ce(
     auto logits = logits_buffer.narrow(0, 0, size);
     linear_out(logits, x, weight, bias, /*grad=*/scale.has_value());
     const auto [chunk_loss, log_norm, widths] =
-        vocab_ce(logits, t, first, num_classes, ignore_index, smoothing, group, tag);
+        vocab_ce(logits, t, vocab_start_index, num_classes, ignore_index, smoothing, group, tag);
     loss.narrow(0, begin, size).copy_(chunk_loss);
     if (!scale) continue;
     const auto chunk_scale = scale->narrow(0, begin, size);
-    to_gradient_(logits, t, log_norm, chunk_scale, first, 1 - smoothing,
-                 smoothing / num_classes);  // mutant:linear_loss.gradient
+    to_gradient_(logits, t, log_norm, chunk_scale, vocab_start_index, smoothing,
+                 num_classes);  // mutant:linear_loss.gradient
     if (input_grad) {
       auto slice = d.input.narrow(0, begin, size);               // mutant:linear_loss.slice
       LinearGradients({logits}, x, weight).input_out(slice, 0);  // mutant:linear_loss.gemm

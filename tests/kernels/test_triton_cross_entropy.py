@@ -43,13 +43,13 @@ def check_stats(logits, target, vocab_start_index):
         )
 
 
-def check_grad(logits, target, vocab_start_index, on_target=0.9, everywhere=0.1 / 64):
+def check_grad(logits, target, vocab_start_index, smoothing=0.1, num_classes=64):
     opmath = torch.promote_types(logits.dtype, torch.float32)
     log_norm = logits.to(opmath).logsumexp(-1) + 0.5
     scale = torch.randn(logits.shape[0], dtype=opmath, device=logits.device)
     scale[::3], log_norm[:1] = 0, torch.inf
     out = cross_entropy.vocab_ce_grad(
-        logits, target, log_norm, scale, vocab_start_index, on_target, everywhere
+        logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes
     )
     exact = reference.vocab_ce_grad(
         logits.double(),
@@ -57,13 +57,13 @@ def check_grad(logits, target, vocab_start_index, on_target=0.9, everywhere=0.1 
         log_norm.double(),
         scale.double(),
         vocab_start_index,
-        on_target,
-        everywhere,
+        smoothing,
+        num_classes,
     )
     assert_as_good_as_torch(
         out,
         reference.vocab_ce_grad(
-            logits, target, log_norm, scale, vocab_start_index, on_target, everywhere
+            logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes
         ),
         exact,
     )
@@ -71,7 +71,7 @@ def check_grad(logits, target, vocab_start_index, on_target=0.9, everywhere=0.1 
     in_place = logits.clone()
     assert (
         cross_entropy.vocab_ce_grad_(
-            in_place, target, log_norm, scale, vocab_start_index, on_target, everywhere
+            in_place, target, log_norm, scale, vocab_start_index, smoothing, num_classes
         )
         is None
     )
@@ -100,15 +100,15 @@ def test_any_strides(lay, device):
         cross_entropy.vocab_ce_stats(logits, target, vocab_start_index),
     )
     torch.testing.assert_close(a, b, atol=0, rtol=0)
-    want = cross_entropy.vocab_ce_grad(logits, target, ones, ones, vocab_start_index, 1.0, 0.0)
+    want = cross_entropy.vocab_ce_grad(logits, target, ones, ones, vocab_start_index, 0.0, 1)
     torch.testing.assert_close(
-        cross_entropy.vocab_ce_grad(lay(logits), both, ones, ones, vocab_start_index, 1.0, 0.0),
+        cross_entropy.vocab_ce_grad(lay(logits), both, ones, ones, vocab_start_index, 0.0, 1),
         want,
         atol=0,
         rtol=0,
     )
     in_place = lay(logits.clone())
-    cross_entropy.vocab_ce_grad_(in_place, target, ones, ones, vocab_start_index, 1.0, 0.0)
+    cross_entropy.vocab_ce_grad_(in_place, target, ones, ones, vocab_start_index, 0.0, 1)
     torch.testing.assert_close(in_place, want, atol=0, rtol=0)
 
 
@@ -134,7 +134,8 @@ def test_minus_infinity(blocks, device):
     assert out[0, 4] == out[2, 4] == -torch.inf and out[1, 4] == 0
     torch.testing.assert_close(out.double(), exact, atol=1e-5, rtol=1e-5)
     zeros, ones = torch.zeros(5, device=device), torch.ones(5, device=device)
-    grad = cross_entropy.vocab_ce_grad(logits, target, zeros, ones, 0, 0.0, 0.0)
+    elsewhere = torch.full_like(target, 70)  # another rank's
+    grad = cross_entropy.vocab_ce_grad(logits, elsewhere, zeros, ones, 0, 0.0, 1)
     torch.testing.assert_close(grad, logits.exp(), atol=1e-6, rtol=1e-6)
 
 
@@ -159,11 +160,11 @@ def test_rows_that_do_not_count(device):
     )
     target = torch.zeros(3, dtype=torch.int64, device=device)
     assert (
-        cross_entropy.vocab_ce_grad(logits, target, bad, torch.zeros(3, device=device), 0, 1.0, 0.0)
+        cross_entropy.vocab_ce_grad(logits, target, bad, torch.zeros(3, device=device), 0, 0.0, 1)
         == 0
     ).all()
     assert (
-        cross_entropy.vocab_ce_grad(logits, target, bad, torch.ones(3, device=device), 0, 1.0, 0.0)
+        cross_entropy.vocab_ce_grad(logits, target, bad, torch.ones(3, device=device), 0, 0.0, 1)
         .isnan()
         .all()
     )
@@ -177,7 +178,5 @@ def test_empty(device):
     assert cross_entropy.vocab_ce_stats(logits.new_empty(0, 9), none, 0).shape == (4, 0)
     for rows, target in ((logits, three), (logits.new_empty(0, 9), none)):
         ones = torch.ones(rows.shape[0], device=device)
-        assert (
-            cross_entropy.vocab_ce_grad(rows, target, ones, ones, 0, 1.0, 0.0).shape == rows.shape
-        )
-        cross_entropy.vocab_ce_grad_(rows, target, ones, ones, 0, 1.0, 0.0)
+        assert cross_entropy.vocab_ce_grad(rows, target, ones, ones, 0, 0.0, 1).shape == rows.shape
+        cross_entropy.vocab_ce_grad_(rows, target, ones, ones, 0, 0.0, 1)

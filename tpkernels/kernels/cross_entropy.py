@@ -115,7 +115,7 @@ def _sample_stats(features: int, dtype: torch.dtype, device: torch.device) -> Ca
 
 def _sample_grad(features: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     logits, target, ones = _sample_inputs(features, dtype, device)
-    return lambda: vocab_ce_grad(logits, target, ones, ones, 0, 1.0, 0.0)
+    return lambda: vocab_ce_grad(logits, target, ones, ones, 0, 0.0, features)
 
 
 STATS = Tunable("vocab_ce_stats", heuristics.cross_entropy_stats_tiles, _sample_stats)
@@ -129,8 +129,8 @@ def _launch_grad(
     scale: Tensor,  # [M]
     out: Tensor,  # [M, N], may be `logits`
     vocab_start_index: int,
-    on_target: float,
-    everywhere: float,
+    smoothing: float,
+    num_classes: int,
 ) -> None:
     M, N = logits.shape
     if not logits.numel():
@@ -150,7 +150,9 @@ def _launch_grad(
             out.stride(0),
             vocab_start_index,
             **config.options(
-                ON_TARGET=on_target, EVERYWHERE=everywhere, OPMATH=tl_opmath_dtype(logits.dtype)
+                ON_TARGET=1 - smoothing,
+                EVERYWHERE=smoothing / num_classes,
+                OPMATH=tl_opmath_dtype(logits.dtype),
             ),
         )
 
@@ -191,13 +193,13 @@ def vocab_ce_grad(
     log_norm: Tensor,  # [M], log of the sum of exp(logit) over the whole vocabulary
     scale: Tensor,  # [M], the loss's gradient; 0 for rows that do not count
     vocab_start_index: int,
-    on_target: float,
-    everywhere: float,
+    smoothing: float,
+    num_classes: int,
 ) -> Tensor:
-    """Return (softmax - everywhere - on_target * onehot(target)) * scale, [M, N]."""
+    """Return (softmax - smoothing / num_classes - (1 - smoothing) onehot(target)) * scale, [M, N]."""
     out = logits.new_empty(logits.shape)
     rows = as_rows(logits)
-    _launch_grad(rows, target, log_norm, scale, out, vocab_start_index, on_target, everywhere)
+    _launch_grad(rows, target, log_norm, scale, out, vocab_start_index, smoothing, num_classes)
     return out
 
 
@@ -207,12 +209,12 @@ def vocab_ce_grad_(
     log_norm: Tensor,
     scale: Tensor,
     vocab_start_index: int,
-    on_target: float,
-    everywhere: float,
+    smoothing: float,
+    num_classes: int,
 ) -> None:
     """Compute `vocab_ce_grad` in place of the logits."""
     rows = as_rows(logits)
-    _launch_grad(rows, target, log_norm, scale, rows, vocab_start_index, on_target, everywhere)
+    _launch_grad(rows, target, log_norm, scale, rows, vocab_start_index, smoothing, num_classes)
     if rows is not logits:  # no unit stride along the vocabulary: the gradient is in a copy
         logits.copy_(rows)
 

@@ -26,12 +26,12 @@ def _(logits, target, vocab_start_index):
 
 
 @torch.library.register_fake("tpkernels::vocab_ce_grad")
-def _(logits, target, log_norm, scale, vocab_start_index, on_target, everywhere):
+def _(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes):
     return logits.new_empty(logits.shape)
 
 
 @torch.library.register_fake("tpkernels::vocab_ce_grad_")
-def _(logits, target, log_norm, scale, vocab_start_index, on_target, everywhere):
+def _(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes):
     return None
 
 
@@ -78,7 +78,7 @@ class _VocabCrossEntropy(torch.autograd.Function):
         if check_even:
             _check_even(widths, group)
         ctx.save_for_backward(z, target, log_norm)
-        ctx.options = vocab_start_index, 1 - smoothing, smoothing / num_classes
+        ctx.options = vocab_start_index, smoothing, num_classes
         ctx.ignore_index = ignore_index
         return loss
 

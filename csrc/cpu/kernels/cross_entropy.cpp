@@ -58,14 +58,16 @@ void stats_of(const CrossEntropyArgs& args, int64_t row, int64_t last, int64_t r
 }
 
 template <typename T>
-void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Opmath<T>* log_norm,
-             const Opmath<T>* scale, double on_target, double everywhere, const StridedRows& grad) {
+void grad_of(const CrossEntropyGradArgs& args, int64_t row, int64_t last) {
   using W = Opmath<T>;
   using V = typename Lanes<T>::V;
-  const V constant(static_cast<W>(everywhere));
+  const auto *log_norm = static_cast<const W*>(args.log_norm),
+             *scale = static_cast<const W*>(args.scale);
+  const V uniform(static_cast<W>(args.smoothing / args.num_classes));
+  const V confidence(static_cast<W>(1 - args.smoothing));
   for (; row < last; row++) {
     const T* z = row_of<T>(args.logits, row);
-    T* out = row_of<T>(grad, row);
+    T* out = row_of<T>(args.grad, row);
     if (scale[row] == 0) {
       std::fill_n(out, args.columns, T(0));
       continue;
@@ -73,16 +75,15 @@ void grad_of(const CrossEntropyArgs& args, int64_t row, int64_t last, const Opma
     const V norm(log_norm[row]), factor(scale[row]);
     const int64_t target = args.target[row];
     const bool here = target >= 0 && target < args.columns;
-    const auto at_target = here ? load(z + target, 1) : Lanes<T>();  // `out` may be `z`
-    const auto slope = [&](const V& x) { return exp(x - norm) - constant; };
+    Lanes<T> at_target;
+    if (here) at_target = load(z + target, 1);  // now: `out` may be `z`
+    const auto slope = [&](const V& x) { return exp(x - norm) - uniform; };
     for_each_vector<T>(args.columns, [&](int64_t i, auto n) {
       store(out + i, map([&](const V& x) { return slope(x) * factor; }, load(z + i, n)), n);
     });
     if (here)
       store(out + target,
-            map([&](const V& x) { return (slope(x) - V(static_cast<W>(on_target))) * factor; },
-                at_target),
-            1);
+            map([&](const V& x) { return (slope(x) - confidence) * factor; }, at_target), 1);
   }
 }
 
@@ -95,14 +96,8 @@ void cross_entropy_stats(const CrossEntropyArgs& args, int64_t row, int64_t last
   });
 }
 
-void cross_entropy_grad(const CrossEntropyArgs& args, int64_t row, int64_t last,
-                        const void* log_norm, const void* scale, double on_target,
-                        double everywhere, StridedRows grad) {
-  visit(args.dtype, [&](auto t) {
-    using W = Opmath<decltype(t)>;
-    grad_of<decltype(t)>(args, row, last, static_cast<const W*>(log_norm),
-                         static_cast<const W*>(scale), on_target, everywhere, grad);
-  });
+void cross_entropy_grad(const CrossEntropyGradArgs& args, int64_t row, int64_t last) {
+  visit(args.dtype, [&](auto t) { grad_of<decltype(t)>(args, row, last); });
 }
 
 }  // namespace tpkernels::CPU_CAPABILITY

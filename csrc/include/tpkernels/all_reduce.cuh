@@ -246,11 +246,11 @@ template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) two_shot_multimem(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);
   const size_t offset = slot_offset(epoch, a.slot_bytes);
-  Vector<T>* const everywhere = reinterpret_cast<Vector<T>*>(a.multicast + offset);
+  Vector<T>* const all_ranks = reinterpret_cast<Vector<T>*>(a.multicast + offset);
   Vector<T>* const slot = reinterpret_cast<Vector<T>*>(a.peers[a.rank] + offset);
   two_shot_phases<T, kRanks, kNorm>(
-      a, slot, epoch, [&](int vector) { return Accumulator<T>(multimem_sum(everywhere + vector)); },
-      [&](int vector, const Vector<T>& h) { multimem_store(everywhere + vector, h); },
+      a, slot, epoch, [&](int vector) { return Accumulator<T>(multimem_sum(all_ranks + vector)); },
+      [&](int vector, const Vector<T>& h) { multimem_store(all_ranks + vector, h); },
       [&](int, int vector) { return load(slot + vector); });
 }
 
