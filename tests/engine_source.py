@@ -96,7 +96,7 @@ void open_peers(const std::string& group, int64_t bytes) {
   log_start();
   set_peer_all_reduce(group, std::make_shared<TestPeers>(group, bytes));
 }
-// What went through it since, and the log.
+// Returns the all-reduces that went through it since, and the log.
 std::tuple<std::vector<std::string>, std::vector<std::string>> close_peers(
     const std::string& group) {
   std::vector<std::string> logged;

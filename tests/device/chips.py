@@ -18,8 +18,7 @@ def _up(value: int, unit: int) -> int:
 @dataclass(frozen=True)
 class Chip:
     target: tuple[str, object, int]  # Triton's backend, architecture, threads of a warp
-    # Of a multiprocessor's partition (a quarter of it), counted in warps' registers of 32 or 64
-    # lanes
+    # A multiprocessor's partition (a quarter of it) has so many warps' registers of 32 or 64 lanes.
     registers: int
     register_unit: int  # a warp's registers are allocated in multiples of this many per lane
     registers_of_thread: int

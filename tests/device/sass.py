@@ -42,60 +42,50 @@ def instances(dtypes, ranks, norms=(False, True)) -> str:
 
 
 def compile_kernels(arch: str, source: str, headers: Path, folder: Path) -> list[dict]:
-    """A dict for each kernel: kernel, dtype, ranks, norm, regs, stack, spill (bytes), smem,
+    """A dict for each kernel: name, arch, kernel, ranks, norm, regs, stack, spill (bytes), smem,
     instructions (opcodes in order), opcodes, multimem (the PTX instructions: their SASS does not
     show the scope).
     """
     file, ptx, cubin = (folder / f"instances-{arch}.{kind}" for kind in ("cu", "ptx", "cubin"))
     file.write_text(source)
-    device_build.run(
-        [
-            nvcc(),
-            "-std=c++17",
-            "-O3",
-            f"-arch={arch}",
-            "-ptx",
-            "-I",
-            headers.parent,
-            file,
-            "-o",
-            ptx,
-        ]
-    )
-    log = device_build.run(
-        [nvcc(), f"-arch={arch}", "-cubin", "-Xptxas", "-v", ptx, "-o", cubin]
-    ).stderr
+    target = f"-arch={arch}"
+    include = ["-I", headers.parent]
+    device_build.run([nvcc(), "-std=c++17", "-O3", target, "-ptx", *include, file, "-o", ptx])
+    log = device_build.run([nvcc(), target, "-cubin", "-Xptxas", "-v", ptx, "-o", cubin]).stderr
     virtual = dict(re.findall(r"\.entry (\w+)\((.*?)^}", ptx.read_text(), re.S | re.M))
     sass = device_build.run([device_build.toolkit("bin/nvdisasm"), "-c", cubin]).stdout
     bodies = {part.split(",", 1)[0]: part for part in sass.split(".section\t.text.")[1:]}
-    spelling, kernels = {mangled: dtype for dtype, mangled in DTYPES.items()}, []
+    kernels = []
     for entry in log.split("Compiling entry function '")[1:]:
         mangled = entry.split("'", 1)[0]
-        kernel, dtype, ranks, norm = NAME.search(mangled).groups()
-        stack, stores, loads = re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
-        ).groups()
-        smem = re.search(r"(\d+) bytes smem", entry)
-        instructions = re.findall(
-            r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", bodies[mangled]
-        )
-        kernels.append(
-            dict(
-                name=f"{kernel}<{spelling[dtype]}, {ranks}{', norm' if norm == '1' else ''}>",
-                arch=arch,
-                kernel=kernel,
-                ranks=int(ranks),
-                norm=norm == "1",
-                regs=int(re.search(r"Used (\d+) registers", entry)[1]),
-                stack=int(stack),
-                spill=int(stores) + int(loads),
-                smem=int(smem[1]) if smem else 0,
-                instructions=instructions,
-                opcodes=Counter(instructions),
-                multimem=re.findall(r"multimem\.\S+", virtual[mangled]),
-            )
-        )
+        kernels.append(_read_kernel(arch, entry, bodies[mangled], virtual[mangled]))
     return kernels
+
+
+def _read_kernel(arch: str, entry: str, body: str, virtual: str) -> dict:
+    """One kernel's dict from ptxas' entry in the log, its machine code and its PTX."""
+    spelling = {mangled: dtype for dtype, mangled in DTYPES.items()}
+    kernel, dtype, ranks, norm = NAME.search(entry.split("'", 1)[0]).groups()
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry
+    ).groups()
+    smem = re.search(r"(\d+) bytes smem", entry)
+    opcode = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)"
+    instructions = re.findall(opcode, body)
+    return dict(
+        name=f"{kernel}<{spelling[dtype]}, {ranks}{', norm' if norm == '1' else ''}>",
+        arch=arch,
+        kernel=kernel,
+        ranks=int(ranks),
+        norm=norm == "1",
+        regs=int(re.search(r"Used (\d+) registers", entry)[1]),
+        stack=int(stack),
+        spill=int(stores) + int(loads),
+        smem=int(smem[1]) if smem else 0,
+        instructions=instructions,
+        opcodes=Counter(instructions),
+        multimem=re.findall(r"multimem\.\S+", virtual),
+    )
 
 
 def cuda_resources(arch: str, dtypes=tuple(DTYPES), ranks=RANKS) -> list[dict]:
@@ -114,70 +104,78 @@ def cuda_resources(arch: str, dtypes=tuple(DTYPES), ranks=RANKS) -> list[dict]:
     )
 
 
+Check = tuple[bool, str]  # passed, the complaint otherwise
+
+
 def complaints(kernel: dict) -> list[str]:
     """Everything that is wrong with a kernel's machine code."""
-    code, ranks, multimem = (
-        kernel["instructions"],
-        kernel["ranks"],
-        kernel["kernel"] == "two_shot_multimem",
-    )
-    found = []
+    checks = [*_memory_checks(kernel), *_flag_checks(kernel)]
+    if kernel["kernel"] != "two_shot_multimem":
+        checks.append(_load_order_check(kernel))
+    elif kernel["arch"] != "sm_80":
+        checks += _multicast_checks(kernel)
+    return [f"{kernel['arch']} {kernel['name']}: {message}" for good, message in checks if not good]
 
-    def expect(condition, message):
-        if not condition:
-            found.append(f"{kernel['arch']} {kernel['name']}: {message}")
 
-    expect(
-        kernel["stack"] == 0 and kernel["spill"] == 0,
-        f"stack {kernel['stack']}, spilled {kernel['spill']} bytes",
-    )
-    expect(not any(op.startswith(("LDL", "STL")) for op in code), "local memory")
-    expect(kernel["regs"] <= MAX_REGISTERS, f"{kernel['regs']} registers")
-    expect(any(re.fullmatch(r"LDG?\.E\.128(\.CONSTANT)?", op) for op in code), "no 16-byte load")
-    expect(any(re.fullmatch(r"STG?\.E\.128", op) for op in code), "no 16-byte store")
-    # The non-coherent path would be free to return what a slot held in an earlier launch.
-    expect(not any("CONSTANT" in op for op in code), "loads through the non-coherent path")
+def _any_opcode(pattern: str, code: list[str]) -> bool:
+    return any(re.fullmatch(pattern, op) for op in code)
 
-    # Flags: a store behind a fence of the system, a load followed by dropping what L1 holds.
+
+def _memory_checks(kernel: dict) -> list[Check]:
+    code = kernel["instructions"]
+    spilled = f"stack {kernel['stack']}, spilled {kernel['spill']} bytes"
+    return [
+        (kernel["stack"] == 0 and kernel["spill"] == 0, spilled),
+        (not any(op.startswith(("LDL", "STL")) for op in code), "local memory"),
+        (kernel["regs"] <= MAX_REGISTERS, f"{kernel['regs']} registers"),
+        (_any_opcode(r"LDG?\.E\.128(\.CONSTANT)?", code), "no 16-byte load"),
+        (_any_opcode(r"STG?\.E\.128", code), "no 16-byte store"),
+        # The non-coherent path would be free to return a slot's data of an earlier launch.
+        (not any("CONSTANT" in op for op in code), "loads through the non-coherent path"),
+    ]
+
+
+def _flag_checks(kernel: dict) -> list[Check]:
+    """A flag is a store behind a fence of the system, or a load followed by dropping L1."""
+    code = kernel["instructions"]
     barriers = 1 if kernel["kernel"] == "one_shot" else 2
     memory = [op for op in code if re.match(r"LD|ST|MEMBAR|CCTL|BAR|RED|ATOM", op)]
     stores = [i for i, op in enumerate(memory) if re.fullmatch(r"STG?\.E\.64\.STRONG\.SYS", op)]
     loads = [i for i, op in enumerate(memory) if re.fullmatch(r"LDG?\.E\.64\.STRONG\.SYS", op)]
-    expect(
-        len(stores) == barriers and len(loads) == barriers,
-        f"{len(stores)} flag stores and {len(loads)} flag loads of the system's scope",
-    )
-    expect(
-        all(re.fullmatch(r"MEMBAR\.\w+\.SYS", memory[i - 1]) for i in stores),
-        "a flag is stored without a release",
-    )
-    expect(all(memory[i + 1] == "CCTL.IVALL" for i in loads), "a flag is loaded without an acquire")
-    expect(
-        not any(re.search(r"STRONG\.(GPU|SM|CTA)", op) for op in code),
-        "an access of a narrower scope than the system's",
-    )
+    released = all(re.fullmatch(r"MEMBAR\.\w+\.SYS", memory[i - 1]) for i in stores)
+    acquired = all(memory[i + 1] == "CCTL.IVALL" for i in loads)
+    narrower = any(re.search(r"STRONG\.(GPU|SM|CTA)", op) for op in code)
+    return [
+        (
+            len(stores) == barriers and len(loads) == barriers,
+            f"{len(stores)} flag stores and {len(loads)} flag loads of the system's scope",
+        ),
+        (released, "a flag is stored without a release"),
+        (acquired, "a flag is loaded without an acquire"),
+        (not narrower, "an access of a narrower scope than the system's"),
+    ]
 
-    if multimem and kernel["arch"] != "sm_80":
-        expect(
-            len(kernel["multimem"]) == 2 and all(".sys." in op for op in kernel["multimem"]),
-            f"multicast accesses {kernel['multimem']}",
-        )
-        # HPADD: high precision, what sm_100 calls accumulation in fp32
-        expect(
-            any(re.match(r"LDGMC\..*(F32|HPADD)", op) for op in code),
-            "no load that the switch reduces in fp32",
-        )
-        expect(
-            any(re.fullmatch(r"STG?\.E\.128\.STRONG\.SYS", op) for op in code),
-            "no store to all ranks of the system's scope",
-        )
-    if not multimem:
-        in_flight = most = 0
-        for op in code:
-            in_flight = 0 if op.startswith("FADD") else in_flight + (op == "LD.E.128")
-            most = max(most, in_flight)
-        expect(
-            most >= ranks,
-            f"only {most} of {ranks} ranks' parts are loaded before the first is added",
-        )
-    return found
+
+def _multicast_checks(kernel: dict) -> list[Check]:
+    code, multimem = kernel["instructions"], kernel["multimem"]
+    of_system = len(multimem) == 2 and all(".sys." in op for op in multimem)
+    # HPADD, high precision, is sm_100's accumulation in fp32.
+    in_fp32 = any(re.match(r"LDGMC\..*(F32|HPADD)", op) for op in code)
+    to_all = _any_opcode(r"STG?\.E\.128\.STRONG\.SYS", code)
+    return [
+        (of_system, f"multicast accesses {multimem}"),
+        (in_fp32, "no load that the switch reduces in fp32"),
+        (to_all, "no store to all ranks of the system's scope"),
+    ]
+
+
+def _load_order_check(kernel: dict) -> Check:
+    in_flight = most = 0
+    for op in kernel["instructions"]:
+        in_flight = 0 if op.startswith("FADD") else in_flight + (op == "LD.E.128")
+        most = max(most, in_flight)
+    ranks = kernel["ranks"]
+    return (
+        most >= ranks,
+        f"only {most} of {ranks} ranks' parts are loaded before the first is added",
+    )

@@ -15,8 +15,8 @@ from aot import Traffic
 from interpreter import install
 from triton.runtime import interpreter as triton_interpreter
 
-# Of the least bytes of an op: a vector of a bias or of weights, which every program reads and any
-# cache holds
+# A share of an op's least bytes. A vector of a bias or of weights is smaller: every program reads
+# it, and any cache holds it.
 SMALL = 0.01
 
 
