@@ -1,37 +1,36 @@
-// The schema of every op. An op's implementations are registered in the files that define them:
+// The schema of every op. Its implementations are registered in the files that define them.
 //
-//   op                              engine/ (CPU and CUDA)         composite/ (any device)   cpu/
-//   and cpu/kernels/    Triton row_linear, _rms_norm,          row_linear.cpp
-//     _backward
-//   column_linear_backward          column_linear.cpp
-//   column_linear_act                                              column_linear.cpp column_linear
-//   linear                          gemm/linear.cpp (CPU)
-//   vocab_embedding                 embedding.cpp
-//   vocab_ce                        cross_entropy.cpp
-//   vocab_linear_ce                 linear_cross_entropy.cpp
-//   vocab_ce_stats, _grad, _grad_                                  cross_entropy.cpp
-//   cross_entropy.cpp        cross_entropy all_reduce_, all_gather         collectives.cpp
-//   empty_comm_buffer               comm_buffer.cpp
-//   bias_act, gated_act,                                           activation.cpp activation.cpp
-//   activation
-//     _backward
-//   norm, norm_backward                                            norm.cpp norm.cpp norm dropout
-//   dropout.cpp               dropout.cpp              dropout rotary rotary.cpp rotary.cpp rotary
-//   autocast_to                                                    autocast.cpp
-//   add_bias_residual_              cuda/add_bias_residual.cu add_bias_residual.cpp
-//   open_peer_memory                cuda/peer_all_reduce.cu
+//   op                                      files
+//   row_linear, row_linear_rms_norm,
+//     row_linear_backward                   engine/row_linear.cpp
+//   column_linear_backward                  engine/column_linear.cpp
+//   column_linear_act                       composite/column_linear.cpp, Triton
+//   linear                                  gemm/linear.cpp, CPU only
+//   vocab_embedding                         engine/embedding.cpp
+//   vocab_ce                                engine/cross_entropy.cpp
+//   vocab_linear_ce                         engine/linear_cross_entropy.cpp
+//   vocab_ce_stats, vocab_ce_grad(_)        cross_entropy.cpp of composite/ and cpu/, Triton
+//   all_reduce_, all_gather                 engine/collectives.cpp
+//   empty_comm_buffer                       engine/comm_buffer.cpp
+//   open_peer_memory                        cuda/peer_all_reduce.cu, CUDA only
+//   add_bias_residual_                      cpu/add_bias_residual.cpp, cuda/add_bias_residual.cu
+//   bias_act, gated_act (and _backward)     activation.cpp of composite/ and cpu/, Triton
+//   norm, norm_backward                     norm.cpp of composite/ and cpu/, Triton
+//   dropout                                 dropout.cpp of composite/ and cpu/, Triton
+//   rotary                                  rotary.cpp of composite/ and cpu/, Triton
+//   autocast_to                             composite/autocast.cpp
 //
-// Engine ops communicate; the others do not. Triton kernels are registered by tpkernels/kernels/
-// for GPUs. CUDA also has include/tpkernels/ (device code without torch), which
-// cuda/peer_all_reduce.cu launches.
+// engine/   ops that communicate, on CPUs and GPUs
+// composite/   any device, in ATen calls
+// cpu/   vectorised; cpu/kernels/ has the loops, a file of the same name
+// Triton   tpkernels/kernels/, a file of the same name, for GPUs
 #include <torch/library.h>
 
 TORCH_LIBRARY(tpkernels, m) {
   // Linear layers
   m.def(
-      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, int "
-      "chunks, "
-      "str tag, bool grad=False) -> Tensor");
+      "row_linear(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, str group, "
+      "int chunks, str tag, bool grad=False) -> Tensor");
   m.def(
       "row_linear_rms_norm(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, "
       "Tensor norm_weight, float eps, str group, int chunks, str tag) -> (Tensor, Tensor)");
@@ -51,12 +50,11 @@ TORCH_LIBRARY(tpkernels, m) {
 
   // Vocabulary
   m.def(
-      "vocab_embedding(Tensor ids, Tensor weight, int vocab_start_index, str group, str tag) -> "
-      "Tensor");
+      "vocab_embedding(Tensor ids, Tensor weight, int vocab_start_index, str group, str tag) "
+      "-> Tensor");
   m.def(
-      "vocab_ce(Tensor logits, Tensor target, int vocab_start_index, int num_classes, int "
-      "ignore_index, "
-      "float smoothing, str group, str tag) -> (Tensor, Tensor, Tensor)");
+      "vocab_ce(Tensor logits, Tensor target, int vocab_start_index, int num_classes, "
+      "int ignore_index, float smoothing, str group, str tag) -> (Tensor, Tensor, Tensor)");
   m.def(
       "vocab_linear_ce(Tensor input, Tensor weight, Tensor? bias, Tensor target, Tensor? scale, "
       "int vocab_start_index, int num_classes, int ignore_index, float smoothing, int chunk_rows, "

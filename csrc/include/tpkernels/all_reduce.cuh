@@ -1,10 +1,12 @@
-// All-reduce of small messages over peer memory, with what follows a row-parallel layer's: bias,
-// residual, RMSNorm.
+// All-reduces of small tensors over peer memory, with the epilogue of a row-parallel layer: bias,
+// residual, RMSNorm. W is the tensor's bytes, n the number of ranks.
 //
-//   one_shot            copy in | barrier | sum all slots W * n read per rank two_shot copy in |
-//   barrier | sum own slice | barrier | gather the slices            2 * n read per rank
-//   two_shot_multimem   the same, the sum and the spreading of a slice done by the NVLink switch
-//   sm_90+, NVLS only
+//   one_shot             copy in | barrier | sum all slots
+//                        each rank reads W * n
+//   two_shot             copy in | barrier | sum own slice | barrier | gather the slices
+//                        each rank reads 2 * W
+//   two_shot_multimem    the same, but the NVLink switch sums a slice and spreads it
+//                        from sm_90 on, NVLS only
 //
 // A launch is kernel<T, kRanks, kNorm><<<grid_size(...), kThreads, 0, stream>>>(arguments), with
 // the same shape, grid and kernel on every rank and no programmatic dependent launch; launches that
