@@ -15,20 +15,28 @@ namespace tpkernels {
 
 namespace {
 
-// dx [M, K]: its chunks' all-reduces, still in flight.
-std::vector<Pending> start_input_gradient(LinearGradients& gradients, const at::Tensor& dx,
-                                          const std::string& group, int64_t chunks,
-                                          const std::string& tag) {
-  const auto bounds = chunk_bounds(dx.size(0), chunks, dx.size(1) * dx.element_size());
+// The input's gradient, and its chunks' all-reduces in flight.
+struct InputGradient {
+  std::vector<Pending> pending;
+  at::Tensor dx;  // [M, K]
+};
+
+// `dy` gives the rows, the dtype and the device.
+InputGradient start_input_gradient(LinearGradients& gradients, const at::Tensor& dy, int64_t k,
+                                   const std::string& group, int64_t chunks,
+                                   const std::string& tag) {
+  InputGradient result{{}, empty_comm_buffer({dy.size(0), k}, dy.options())};
+  const auto& dx = result.dx;
+  const auto bounds = chunk_bounds(dx.size(0), chunks, k * dx.element_size());
   const size_t count = bounds.size() - 1;
   const Channel channel(group, tag, count, "column");
-  std::vector<Pending> pending;
   if (channel.has_fast_path(dx)) {
     all_reduce_fast_path(channel, dx, {}, [&](at::Tensor& term, int64_t begin) {
       gradients.input_out(term, begin);
     });
-    return pending;
+    return result;
   }
+  auto& pending = result.pending;
   pending.reserve(count);
   for (size_t i = 0; i < count; i++) {
     auto slice = slice_rows(dx, bounds, i);
@@ -38,7 +46,7 @@ std::vector<Pending> start_input_gradient(LinearGradients& gradients, const at::
     }
     pending.push_back(channel.all_reduce(slice, i));  // mutant:column.launch
   }
-  return pending;
+  return result;
 }
 
 }  // namespace
@@ -60,11 +68,11 @@ std::vector<at::Tensor> column_linear_backward(at::TensorList grad_outputs,  // 
   std::vector<Pending> pending;
   if (input_grad) {
     const int64_t k = weights[0].size(1);
-    auto dx = empty_comm_buffer({dys[0].size(0), k}, dys[0].options());
-    pending = start_input_gradient(gradients, dx, group, chunks, tag);
+    auto started = start_input_gradient(gradients, dys[0], k, group, chunks, tag);
+    pending = std::move(started.pending);
     auto shape = grad_outputs[0].sizes().vec();
     shape.back() = k;
-    grads.push_back(dx.view(shape));
+    grads.push_back(started.dx.view(shape));
   }
   {
     const NvtxRange range("column", "wgrad");  // mutant:column.weights
