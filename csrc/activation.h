@@ -1,4 +1,4 @@
-// The activations' names.
+// The activations, and their names in Python.
 #pragma once
 
 #include <c10/util/Exception.h>

@@ -11,7 +11,7 @@ constexpr int ROUNDS = 7;
 constexpr uint32_t MULTIPLIER[2] = {0xD2511F53, 0xCD9E8D57};
 constexpr uint32_t KEY_STEP[2] = {0x9E3779B9, 0xBB67AE85};
 
-// An output keeps its element iff it is at least this.
+// Dropout keeps an element if its random number is at least this.
 inline uint64_t dropout_threshold(double p) {
   return static_cast<uint64_t>(std::nearbyint(p * 4294967296.0));
 }

@@ -22,7 +22,7 @@ namespace composite {
 
 namespace {
 
-// input + bias in the arithmetic's dtype
+// input + bias in opmath.
 at::Tensor biased(const at::Tensor& input, const Bias& bias) {
   const auto x = input.to(at::toOpMathType(input.scalar_type()));
   return bias ? x + bias->to(x.scalar_type()) : x;
@@ -64,7 +64,7 @@ at::Tensor sum_rows(const at::Tensor& t, const at::Tensor& like) {
   return as_rows(t).sum(0).to(like.scalar_type());
 }
 
-// The unrounded gradients of the gate's and the up half's pre-activations.
+// The unrounded gradients of the pre-activations of gate and up.
 std::array<at::Tensor, 2> gated_backward(const at::Tensor& grad, const at::Tensor& gate,
                                          const at::Tensor& up, Activation activation) {
   const auto dy = grad.to(gate.scalar_type());

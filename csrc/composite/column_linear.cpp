@@ -11,7 +11,8 @@ namespace tpkernels {
 
 namespace {
 
-// (activation(input @ weight^T + bias), input @ weight^T or, unless `keep`, an empty tensor)
+// Returns activation(input @ weight^T + bias) and, if `keep`, input @ weight^T (else an empty
+// tensor).
 std::tuple<at::Tensor, at::Tensor> column_linear_act(
     const at::Tensor& input,                // [..., K]
     const at::Tensor& weight,               // [N/n, K]

@@ -14,8 +14,7 @@ namespace {
 
 constexpr double INF = std::numeric_limits<double>::infinity();
 
-// (true where column target - vocab_start_index lies in [0, columns), that column or 0), both [M,
-// 1].
+// Returns two [M, 1]: true where this rank has the target's column, and that column (0 elsewhere).
 std::array<at::Tensor, 2> local_target(const at::Tensor& target, int64_t vocab_start_index,
                                        int64_t columns) {
   const auto column = target.to(at::kLong).sub(vocab_start_index).unsqueeze_(1);

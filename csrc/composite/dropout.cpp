@@ -20,8 +20,8 @@ constexpr int64_t LOW = 0xFFFFFFFF;
 
 at::Tensor high_half(const at::Tensor& t) { return t.bitwise_right_shift(32).bitwise_and_(LOW); }
 
-// Outputs [rows, columns] of 32 bits in int64: lane column % 4 of counter (column / 4, row's low
-// half, row's high half, 0)
+// Returns random 32-bit numbers in int64: [rows, columns]. An element is lane column % 4 of counter
+// (column / 4, row's low half, row's high half, 0).
 at::Tensor random_bits(const at::Tensor& seed, int64_t row, int64_t rows, int64_t column,
                        int64_t columns) {
   const auto options = seed.options().dtype(at::kLong);
@@ -32,7 +32,7 @@ at::Tensor random_bits(const at::Tensor& seed, int64_t row, int64_t rows, int64_
   const auto s = seed.reshape({});
   at::Tensor key[2] = {s.bitwise_and(LOW), high_half(s)};
   for (int round = 0; round < philox::ROUNDS; round++) {
-    // int64 products wrap, as the low 64 bits of the unsigned ones do
+    // int64 products wrap, as do the low 64 bits of the unsigned ones.
     const auto left = counter[0] * static_cast<int64_t>(philox::MULTIPLIER[0]);
     const auto right = counter[2] * static_cast<int64_t>(philox::MULTIPLIER[1]);
     counter[0] = high_half(right).bitwise_xor(counter[1]).bitwise_xor(key[0]);

@@ -18,7 +18,7 @@ bool composite_is_faster(std::string_view name) {
   return function == Activation::silu && capability != "AVX512" && capability != "AVX2";
 }
 
-// Both halves, and the buffers and views that keep them alive.
+// Gate and up (undefined if there is none), and the buffers and views that keep them alive.
 struct Inputs {
   at::Tensor gate, up, gate_bias, up_bias;
 
@@ -63,7 +63,7 @@ at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activat
   return out.view(shape);
 }
 
-// Writes the gradients; gives the biases' in one vector, undefined unless asked for.
+// Writes the gradients. Returns the biases' in one vector, undefined unless asked for.
 at::Tensor backward(const Inputs& in, const at::Tensor& grad, const at::Tensor& gate_grad,
                     const at::Tensor& up_grad, Activation activation, bool bias_grad) {
   auto args = in.args(activation);

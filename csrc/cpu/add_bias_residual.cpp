@@ -7,7 +7,7 @@ namespace tpkernels {
 
 namespace {
 
-// self = self + bias + residual: what follows a row-parallel layer's all-reduce
+// self [..., N] = self + bias [N] + residual [..., N]
 void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias,
                         const at::Tensor& residual) {
   BelowAutograd guard;

@@ -1,4 +1,4 @@
-// self = self + bias + residual in one pass: what follows a row-parallel layer's all-reduce.
+// The epilogue of a row-parallel layer's all-reduce, self = self + bias + residual, in one pass.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorIterator.h>

@@ -72,7 +72,7 @@ class SymmetricMemoryAllReduce : public PeerAllReduce {
         one_shot_bytes_(one_shot_bytes),
         stream_(at::cuda::getCurrentCUDAStream(buffer_.device().index())) {}
 
-  // Python closes it before another group takes its name.
+  // Always: Python closes it before another group takes its name.
   bool belongs_to(c10d::ProcessGroup&) const override { return true; }
 
   bool supports(const at::Tensor& buffer) const override {
@@ -142,8 +142,8 @@ class SymmetricMemoryAllReduce : public PeerAllReduce {
   c10::cuda::CUDAStream stream_;  // of the last launch
 };
 
-// `buffer`: this rank's symmetric buffer, zeroed on all ranks; `peers`: the ranks' addresses of
-// theirs, an array in device memory.
+// `buffer` is this rank's symmetric buffer, zeroed on all ranks. `peers` points to the addresses of
+// the ranks' buffers, an array in device memory.
 void open_peer_memory(const std::string& group, const at::Tensor& buffer, int64_t peers,
                       int64_t multicast, int64_t rank, int64_t size, int64_t slot_bytes,
                       int64_t one_shot_bytes) {

@@ -46,7 +46,7 @@ const auto& onednn_product() {
   return op;
 }
 
-// Both halves of a 128-bit product, as wyhash mixes
+// The halves of a 128-bit product, as wyhash mixes them.
 uint64_t mixed(uint64_t a, uint64_t b) {
   const auto product = static_cast<unsigned __int128>(a) * b;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
@@ -149,8 +149,8 @@ std::vector<Entry> take_expired() {
 
 at::Tensor pack(const at::Tensor& weight, GemmLibrary library, bool opmath) {
   const auto source = (opmath ? weight.to(at::kFloat) : weight).contiguous();
-  // Any number of rows is multiplied by either layout; it is a hint. 128 was the best, or as good,
-  // for 2 to 512 rows.
+  // The number is a hint: either layout multiplies any number of rows. 128 was the best, or as
+  // good, for 2 to 512 rows.
   constexpr int64_t rows = 128;
   return library == GemmLibrary::mkl ? mkl_pack()->call(source, rows)
                                      : onednn_pack()->call(source, rows);
@@ -193,7 +193,7 @@ at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmat
   auto packed = pack(weight, library, opmath);
   std::lock_guard<std::mutex> lock(mutex);
   const auto found = entries.find(key);
-  // Not if it was dropped, or seen with another content, meanwhile.
+  // It may have been dropped meanwhile, or seen with another content.
   if (found != entries.end() && found->second.state == state) {
     found->second.library = library;
     found->second.opmath = opmath;
@@ -204,7 +204,7 @@ at::Tensor find_packed(const at::Tensor& weight, GemmLibrary library, bool opmat
 
 at::Tensor mkl_linear(const at::Tensor& input, const at::Tensor& packed, int64_t n,
                       const std::optional<at::Tensor>& bias) {
-  // The op asks for the weight as it was, too, but reads its shape only.
+  // The op also asks for the unpacked weight, but reads only its shape.
   const auto shape = at::empty({1}, input.options()).expand({n, input.size(1)});
   return mkl_product()->call(input, packed, shape, bias, input.size(0));
 }

@@ -130,7 +130,7 @@ void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<i
                              const std::vector<const char*>& inputs,
                              const std::vector<int64_t>& input_bytes) {
   const int ranks = ring_.size(), rank = ring_.rank();
-  // First what each has for each, so that all agree on the number of steps, and on whether it fits.
+  // The sizes come first, so that all ranks agree on the number of steps, and that the sizes match.
   const int64_t table = ranks * static_cast<int64_t>(sizeof(int64_t));
   auto* const said = ring_.local_slot();
   std::memcpy(said, input_bytes.data(), table);

@@ -19,8 +19,7 @@ class Collectives {
 
   std::chrono::milliseconds timeout{};  // of each wait
 
-  // Sums in rank order, in the arithmetic's type and rounded once: the same bits on all ranks,
-  // whatever the size.
+  // Sums in rank order, in opmath, and rounds once: the same bits on all ranks, whatever the size.
   void all_reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction);
   // out [count] = the reduction of every rank's inputs[this rank] [count].
 
@@ -36,8 +35,8 @@ class Collectives {
 
   // The most rows that sum_rows takes at once.
   int64_t max_rows(int64_t row_bytes) const { return ring_.slot_bytes() / row_bytes; }
-  // `args` without the parts: what every rank has put into ring.local_slot(), summed into args.out,
-  // with bias and residual.
+  // args.out = the sum of every rank's ring.local_slot(), + bias + residual. The terms of `args`
+  // are set here.
   void sum_rows(ReduceArgs args, int64_t rows);
 
   static std::string describe(uint64_t signature);

@@ -1,5 +1,5 @@
-// Collectives of one group, in the order in which they were called: by the caller, or if it does
-// something else, by a thread.
+// Runs the collectives of one group in the order of their calls. The caller runs them, or a thread
+// if the caller does something else.
 #pragma once
 
 #include <condition_variable>
@@ -30,7 +30,7 @@ class Queue {
     c10::intrusive_ptr<c10::ivalue::Future> future_;
   };
 
-  // Nothing else of the group runs while one exists.
+  // A lock guard: nothing else of the group runs while one exists.
   class Lock {
    public:
     Lock() = default;

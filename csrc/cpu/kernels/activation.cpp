@@ -7,13 +7,13 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-// Each gives its value and its derivative, which share the costly part.
+// An activation's value and derivative, which share the costly part.
 template <typename V>
 struct ValueAndSlope {
   V value, slope;
 };
 
-// 1 / (1 + e^x), and 1 minus that without cancellation
+// `value` is 1 / (1 + e^x), `rest` is 1 - value without cancellation.
 template <typename V>
 struct Logistic {
   V value, rest;
@@ -60,16 +60,16 @@ struct Silu {
   }
 };
 
-// x Phi(x), Phi the normal distribution's function, and Phi's slope
+// x Phi(x), where Phi is the normal distribution's function.
 struct Gelu {
   static constexpr double SQRT_HALF = 0.70710678118654752440, SLOPE_AT_0 = 0.39894228040143267794;
 
-  // 1 - Phi(|x|), and Phi's slope
+  // Returns 1 - Phi(|x|), and Phi's slope.
   static ValueAndSlope<Vectorized<double>> tail(const Vectorized<double>& x) {
     using V = Vectorized<double>;
     return {V(0.5) * (x.abs() * V(SQRT_HALF)).erfc(), V(SLOPE_AT_0) * exp(x * x * V(-0.5))};
   }
-  // Abramowitz and Stegun 7.1.26, absolute error 7.5e-8, whose exp the slope has too
+  // Abramowitz and Stegun 7.1.26: its absolute error is 7.5e-8, and the slope shares its exp.
   static ValueAndSlope<Vectorized<float>> tail(const Vectorized<float>& x) {
     using V = Vectorized<float>;
     const V bell = exp(x * x * V(-0.5f)),

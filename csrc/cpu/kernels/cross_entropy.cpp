@@ -9,9 +9,9 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-// Columns that stay in the first cache between their maximum and their sum of exponentials, and so
-// few that the running sums of a block, and then of the blocks, lose no accuracy to their length:
-// over a vocabulary, torch's single running sum is off by 1e-5.
+// A block of columns stays in the first cache between its maximum and its sum of exponentials.
+// Blocks are so short that the running sums of a block, and then of the blocks, lose no accuracy to
+// their length. Over a vocabulary, torch's single running sum is off by 1e-5.
 constexpr int64_t BLOCK = 512;
 
 // Milakov and Gimelshein, "Online normalizer calculation for softmax", a block at a time

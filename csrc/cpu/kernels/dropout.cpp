@@ -7,8 +7,8 @@ namespace tpkernels::CPU_CAPABILITY {
 
 namespace {
 
-// Counters at a time, each of which gives four columns. The loops over them are left to the
-// compiler, which vectorises loops of more than 16 rounds and unrolls shorter ones.
+// So many counters are computed at a time; each gives four columns. The loops over them are left to
+// the compiler, which vectorises loops of more than 16 rounds and unrolls shorter ones.
 constexpr int GROUPS = 32, SPAN = 4 * GROUPS;
 
 // bits[i]: the random bits of column 4 * group + i

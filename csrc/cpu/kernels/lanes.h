@@ -1,5 +1,5 @@
-// at::vec for kernels that compute in a wider dtype than they store: the lanes that one vector of T
-// fills.
+// at::vec for kernels that compute in a wider dtype (opmath) than they store. Lanes<T> holds the
+// elements of one vector of T, in opmath.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -24,7 +24,7 @@ struct Lanes {
   V v[vectors];
 };
 
-// The first n elements at p; the other lanes are 0.
+// Loads the first n elements at p. The other lanes are 0.
 template <typename T>
 inline Lanes<T> load(const T* p, int64_t n) {
   if constexpr (std::is_same_v<T, Opmath<T>>) {
@@ -63,7 +63,7 @@ inline void add_opmath(Opmath<T>* p, const Lanes<T>& x, int64_t n) {
   }
 }
 
-// The first n lanes of x, `rest` in the others.
+// Returns the first n lanes of x, and `rest` in the others.
 template <typename T>
 inline Lanes<T> first(const Lanes<T>& x, int64_t n, Opmath<T> rest = 0) {
   constexpr int64_t step = Lanes<T>::V::size();
@@ -75,7 +75,7 @@ inline Lanes<T> first(const Lanes<T>& x, int64_t n, Opmath<T> rest = 0) {
   return out;
 }
 
-// f of each vector of the arguments
+// Applies f to each vector of the arguments.
 template <typename T, typename F, typename... Args>
 inline Lanes<T> map(const F& f, const Lanes<T>& x, const Args&... args) {
   Lanes<T> out;
@@ -112,8 +112,8 @@ inline Lanes<T> broadcast(Opmath<T> value) {
   return out;
 }
 
-// f(i, n) for each i where a vector of T starts in [0, columns), n of its lanes used: a constant,
-// in its type, but for the last.
+// Calls f(i, n) for each i where a vector of T starts in [0, columns). The vector uses n lanes: a
+// constant of its type, but for the last.
 template <typename T, typename F>
 inline void for_each_vector(int64_t columns, const F& f) {
   constexpr std::integral_constant<int64_t, Lanes<T>::size> step;
@@ -127,7 +127,7 @@ inline T* row_of(const StridedRows& rows, int64_t row) {
   return static_cast<T*>(rows.data) + row * rows.stride;
 }
 
-// f(T()) for the dtype's T
+// Calls f(T()) for the dtype's T.
 template <typename F>
 inline void visit(c10::ScalarType dtype, const F& f) {
   switch (dtype) {
@@ -144,8 +144,8 @@ inline void visit(c10::ScalarType dtype, const F& f) {
 
 inline Vectorized<double> exp(const Vectorized<double>& x) { return x.exp(); }
 
-// 2^n e^r, |r| <= ln(2) / 2: relative error below 2^-23, 0 below -87 (no subnormal results).
-// at::vec's calls a library.
+// 2^n e^r with |r| <= ln(2) / 2. The relative error is below 2^-23; below -87 the result is 0
+// (never subnormal). at::vec's own calls a library.
 inline Vectorized<float> exp(const Vectorized<float>& x) {
   using V = Vectorized<float>;
   using I = Vectorized<int32_t>;

@@ -1,4 +1,4 @@
-// The sum (or extreme) of what several ranks have, in rank order.
+// The sum (or extreme) of the ranks' terms, in rank order.
 #include "lanes.h"
 
 namespace tpkernels::CPU_CAPABILITY {

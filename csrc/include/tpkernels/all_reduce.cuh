@@ -104,8 +104,8 @@ struct Position {
   }
 };
 
-// body(vector) for this thread's share of the block's vectors; it is the same in every phase that
-// uses it, so that `output` may be `input` and a thread may read again what it wrote.
+// Calls body(vector) for this thread's share of the block's vectors. The share is the same in every
+// phase that uses it, so that `output` may be `input` and a thread may read again its own values.
 template <typename T, bool kNorm, typename Body>
 __device__ __forceinline__ void for_each_vector(const Partition<T, kNorm>& partition, int segment,
                                                 Body body) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void copy_in(const Arguments<T>& a, const Partition<T
   }
 }
 
-// Rank order, whoever sums: all ranks get the same bits.
+// Sums in rank order on every rank: all get the same bits.
 template <typename T, int kRanks>
 __device__ __forceinline__ Accumulator<T> sum_slots(Vector<T>* const (&slots)[kRanks], int vector) {
   Vector<T> parts[kRanks];
@@ -136,8 +136,8 @@ __device__ __forceinline__ Accumulator<T> sum_slots(Vector<T>* const (&slots)[kR
   return sum;
 }
 
-// sum() + bias + residual in fp32, rounded once. What is added is asked for first, to be under way
-// together with the peers' parts.
+// sum() + bias + residual in fp32, rounded once. Bias and residual are loaded first, to be under
+// way together with the peers' data.
 template <typename T, typename Sum>
 __device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a,
                                                        const Position<T>& position, Sum sum) {
@@ -150,7 +150,7 @@ __device__ __forceinline__ Vector<T> add_bias_residual(const Arguments<T>& a,
   return total.round();
 }
 
-// result(vector, position) to `output`, and its norm to `normed`.
+// Writes result(vector, position) to `output`, and its norm to `normed`.
 template <typename T, bool kNorm, typename Result>
 __device__ __forceinline__ void finish(const Arguments<T>& a, const Partition<T, kNorm>& partition,
                                        Result result) {
@@ -207,7 +207,7 @@ __device__ __forceinline__ void two_shot_phases(const Arguments<T>& a, Vector<T>
   advance_epochs(a.epochs, epoch);
 }
 
-// One block an SM is enough: told so, ptxas has the loads from all peers in flight at once instead
+// One block an SM is enough. Told so, ptxas has the loads from all peers in flight at once instead
 // of saving registers.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) one_shot(const Arguments<T> a) {
@@ -243,7 +243,8 @@ __global__ void __launch_bounds__(kThreads, 1) two_shot(const Arguments<T> a) {
       });
 }
 
-// The switch rounds the sum to T before bias and residual are added: with those, twice rounded.
+// The switch rounds the sum to T before bias and residual are added. With those it is rounded
+// twice.
 template <typename T, int kRanks, bool kNorm>
 __global__ void __launch_bounds__(kThreads, 1) two_shot_multimem(const Arguments<T> a) {
   const Epoch epoch = load(a.epochs + blockIdx.x);

@@ -46,8 +46,8 @@ __device__ __forceinline__ void barrier(char* const* peers, int rank, Epoch epoc
 }
 
 // Block b also moves the lanes that this grid does not have, so that the next launch, whatever its
-// grid, finds one epoch everywhere. To be called after a barrier: all threads have read the block's
-// epoch by then.
+// grid, finds one epoch everywhere. It must be called after a barrier: all threads have read the
+// block's epoch by then.
 __device__ __forceinline__ void advance_epochs(Epoch* epochs, Epoch epoch) {
   const int lane = blockIdx.x + threadIdx.x * gridDim.x;
   if (lane < kMaxBlocks) epochs[lane] = epoch + kEpochsPerLaunch;

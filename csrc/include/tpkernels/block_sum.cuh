@@ -6,7 +6,8 @@ namespace tpkernels {
 
 constexpr int kWarp = 32;
 
-// The sum over the block, the same bits in every thread. For whole warps, called by all threads.
+// The sum over the block, the same bits in every thread. All threads call it, and they make whole
+// warps.
 __device__ __forceinline__ float block_sum(float x) {
   float* const sums = shared_array<float, 1024 / kWarp>();
 #pragma unroll

@@ -1,5 +1,5 @@
-// NVLink SHARP: loads that sum over all ranks and stores that reach all of them, done by the
-// switch. From sm_90 on.
+// NVLink SHARP, from sm_90 on: the switch makes loads that sum over all ranks and stores that reach
+// all of them.
 #pragma once
 
 #include "vector.cuh"
@@ -13,8 +13,8 @@ namespace tpkernels {
 #define TPKERNELS_MULTIMEM(...) asm volatile(__VA_ARGS__)
 #endif
 
-// The sum over the ranks in fp32, rounded to T once, in the switch's order: ranks agree, since one
-// of them reads and shares what it read, but two runs may differ in the last bit.
+// The sum over the ranks in fp32, rounded to T once, in the switch's order. Ranks agree, since one
+// of them reads the sum and shares it, but two runs may differ in the last bit.
 template <typename T>
 __device__ __forceinline__ Vector<T> multimem_sum(const Vector<T>* address);
 

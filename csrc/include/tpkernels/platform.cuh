@@ -17,9 +17,9 @@ namespace tpkernels {
 // grid used for 2^31 epochs would pass for one that is ahead.
 using Epoch = uint64_t;
 
-// A release makes what this thread wrote, and what it knows of from a __syncthreads, visible to who
-// acquires it: on this GPU, on another one of the node, hence the system's scope. A plain store,
-// unlike an atomic, needs no native peer atomics.
+// A release makes this thread's writes, and those it knows of from a __syncthreads, visible to
+// whoever acquires it. The scope is the system's: that may be another GPU of the node. A plain
+// store, unlike an atomic, needs no native peer atomics.
 __device__ __forceinline__ void store_release(Epoch* flag, Epoch value) {
 #ifdef __CUDACC__
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(flag), "l"(value) : "memory");
@@ -39,7 +39,7 @@ __device__ __forceinline__ Epoch load_acquire(Epoch* flag) {
 #endif
 }
 
-// In a loop that waits for a flag.
+// The body of a loop that waits for a flag.
 __device__ __forceinline__ void spin() {
 #ifndef __CUDACC__
   simt::wait_for_store();

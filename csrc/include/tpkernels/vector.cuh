@@ -1,4 +1,4 @@
-// 16 bytes of a tensor: how every kernel reads and writes memory.
+// 16 bytes of a tensor: every kernel reads and writes memory in these.
 #pragma once
 
 #include "platform.cuh"
@@ -36,8 +36,8 @@ __device__ __forceinline__ bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0;
 }
 
-// The first `count` elements at `address`, then zeros. Where rows or tensors begin off a 16-byte
-// boundary, element by element.
+// Loads the first `count` elements at `address`, then zeros. Where rows or tensors begin off a
+// 16-byte boundary, it goes element by element.
 template <typename T>
 __device__ __forceinline__ Vector<T> load_vector(const T* address, int count) {
   if (count == Vector<T>::kSize && is_aligned(address))
