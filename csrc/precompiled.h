@@ -1,5 +1,5 @@
-// The headers of torch that cost every file seconds to parse, compiled once for all of csrc/*.cpp (setup.py). Nothing of ours: a
-// file includes what it uses, so that it also compiles without this.
+// The headers of torch that cost every file seconds to parse, compiled once for all of csrc/*.cpp
+// (setup.py). Nothing of ours: a file includes what it uses, so that it also compiles without this.
 #include <ATen/Parallel.h>
 #include <ATen/ThreadLocalState.h>
 #include <ATen/core/Tensor.h>
