@@ -80,7 +80,6 @@ PYBIND11_MODULE(_C, m) {
   // Linear layers
   m.def("chunk_bounds", &chunk_bounds, py::arg("rows"), py::arg("chunks"), py::arg("row_bytes"));
   m.def("linear_fast_path", &python_linear_fast_path);
-  m.def("linear_now", &python_linear_fast_path);  // the name before; goes when no caller has it
   m.def("packed_bytes", &packed_bytes, py::arg("weight") = std::nullopt);
   py::enum_<GemmLibrary>(m, "Library")
       .value("aten", GemmLibrary::aten)

@@ -48,7 +48,7 @@ def linear_fast_path(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
     It does not apply under autocast or a mode, to subclasses, to operands that do not fit, and
     where a gradient is wanted.
     """
-    return None if torch.compiler.is_compiling() else _C.linear_now(input, weight, bias)
+    return None if torch.compiler.is_compiling() else _C.linear_fast_path(input, weight, bias)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
