@@ -1,4 +1,4 @@
-"""A model of your own, split by a plan and trained beside the unsplit one.
+"""A model of your own: a plan shards it, and it trains like the unsharded one.
 
 torchrun --nproc-per-node 2 examples/own_model.py
 """
@@ -13,7 +13,29 @@ from torch import nn
 
 import tpkernels as tpk
 
-HIDDEN, HEADS, LAYERS, TOKENS = 120, 5, 2, 64
+HIDDEN, HEADS, TOKENS = 120, 5, 64  # 5 heads: 3 on one of 2 ranks, 2 on the other
+PLAN = {  # module names -> styles; `*` stands for one part of a name
+    "0": "embedding_rowwise",
+    **{f"*.attention.{name}": "colwise" for name in "qkv"},
+    "*.attention.out": "rowwise",
+    "*.up": "colwise",
+    "*.down": "rowwise",
+    "*.norm*": "replicate",
+    "3": "colwise_gather_output",
+}
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head_dim = HIDDEN // HEADS
+        self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
+
+    def forward(self, x):
+        layers = self.q, self.k, self.v
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for f in layers)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -28,66 +50,29 @@ class Block(nn.Module):
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.head_dim = HIDDEN // HEADS
-        self.q, self.k, self.v, self.out = (nn.Linear(HIDDEN, HIDDEN) for _ in range(4))
-
-    def forward(self, x):
-        q, k, v = (
-            layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for layer in (self.q, self.k, self.v)
-        )
-        return self.out(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(256, HIDDEN), nn.Linear(HIDDEN, 256, bias=False)
-        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
-
-    def forward(self, ids):
-        return F.cross_entropy(
-            self.head(self.blocks(self.embedding(ids)))[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        )
-
-
-PLAN = {
-    "embedding": "embedding_rowwise",
-    "blocks.*.attention.q": "colwise",
-    "blocks.*.attention.k": "colwise",
-    "blocks.*.attention.v": "colwise",
-    "blocks.*.attention.out": "rowwise",
-    "blocks.*.up": "colwise",
-    "blocks.*.down": "rowwise",
-    "blocks.*.norm*": "replicate",  # beside split layers, but applied to whole activations: only the plan can say
-    "head": "colwise_gather_output",
-}
+def loss_of(model, ids):
+    return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def main():
-    torch.manual_seed(0)
+    torch.manual_seed(0)  # the same model on every rank
     mesh = tpk.init_mesh(tp=int(os.environ["WORLD_SIZE"]))
-    stock = Model()
+    stock = nn.Sequential(nn.Embedding(256, HIDDEN), Block(), Block(), nn.Linear(HIDDEN, 256))
     model = tpk.parallelize(copy.deepcopy(stock), mesh["tp"], PLAN)
-    text = torch.tensor(list(resources.files("tpkernels").joinpath("data/alice.txt").read_bytes()))
+    text = torch.tensor(list(resources.files("tpkernels.demo").joinpath("alice.txt").read_bytes()))
     batches = text[: len(text) // (4 * TOKENS) * 4 * TOKENS].view(-1, 4, TOKENS)
     optimizers = [torch.optim.AdamW(m.parameters(), 1e-3) for m in (model, stock)]
     for step in range(20):
         losses = []
         for m, optimizer in zip((model, stock), optimizers, strict=True):
-            loss = m(batches[step % len(batches)])
+            loss = loss_of(m, batches[step % len(batches)])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(m.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
         if mesh.get_rank() == 0:
-            print(f"step {step:2}  split {losses[0]:.5f}  unsplit {losses[1]:.5f}")
+            print(f"step {step:2}  sharded {losses[0]:.5f}  unsharded {losses[1]:.5f}")
     torch.distributed.destroy_process_group()
 
 
