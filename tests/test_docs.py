@@ -153,6 +153,18 @@ def test_files_that_a_page_names_exist(page):
     assert not missing
 
 
+def test_contributing_names_functions_of_their_files():
+    named = re.findall(r"`([\w/.]+)`, `(\w+)`", PAGES[1].read_text())
+    assert len(named) >= 8
+    assert not [pair for pair in named if f"{pair[1]}(" not in (ROOT / pair[0]).read_text()]
+
+
+@by_page
+def test_headings_open_with_a_subject_or_ask(page):
+    openers = r"^#+ (?:What|Of|As|Whether|For|From|Where|Who)\b.*(?<!\?)$"
+    assert not re.findall(openers, prose(page), re.M)
+
+
 @by_page
 def test_links_lead_to_files(page):
     links = re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", prose(page))
