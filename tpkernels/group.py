@@ -37,7 +37,7 @@ class Group:
         peer_memory: peer-memory path for small all-reduces on GPUs, closed where there is none.
         channels: names of the process groups that carry a schedule of one chunk, and of several.
         has_chunked_group: whether chunked schedules have a communicator of their own.
-        schedules: schedules chosen so far, so that a forward looks them up; the process group's.
+        schedules: (chunks, channel) chosen so far, so that a forward looks them up.
     """
 
     def __init__(self, pg: ProcessGroup, device_type: str, mesh: DeviceMesh | None = None):

@@ -139,9 +139,8 @@ def _start_default_group(tp: int, dp: int, device: str, timeout: timedelta | Non
 
 def _new_groups(rows: torch.Tensor, backend: str, timeout, options=None) -> ProcessGroup:
     """Make a group of each of `rows` [groups, size], and return the caller's."""
-    own, _ = dist.new_subgroups_by_enumeration(rows.tolist(), timeout, backend, options)
-    assert isinstance(own, ProcessGroup)
-    return own
+    groups: Any = dist.new_subgroups_by_enumeration(rows.tolist(), timeout, backend, options)
+    return groups[0]
 
 
 def _chunked_nccl_options():

@@ -16,18 +16,15 @@ class RngTracker:
 
     def __init__(self, rank: int):
         self.rank = rank
+        self.is_forked = False  # between `fork` and `restore`
         self._generator: torch.Generator | None = None
         self._state: torch.Tensor | None = None
 
-    @property
-    def is_forked(self) -> bool:
-        """True between `fork` and `restore`."""
-        return self._generator is not None
-
     def fork(self, device: torch.device) -> None:
         """Draw from this rank's own stream on `device` until `restore`."""
-        if self._generator is not None:
+        if self.is_forked:
             return
+        self.is_forked = True
         if device.type == "cuda":
             index = device.index if device.index is not None else torch.cuda.current_device()
             generator = torch.cuda.default_generators[index]
@@ -46,6 +43,7 @@ class RngTracker:
         if self._generator is not None and self._state is not None:
             self._generator.set_state(self._state)
             self._generator = self._state = None
+            self.is_forked = False
 
     def __deepcopy__(self, memo) -> RngTracker:
         return RngTracker(self.rank)

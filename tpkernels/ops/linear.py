@@ -12,6 +12,8 @@ from ..overlap.schedule import Overlap, choose
 
 _ops = torch.ops.tpkernels
 
+MAX_REMEMBERED = 4096  # schedules that a group keeps: the batches of a server vary
+
 _INPUT_HINTS = {
     "column": "a column-parallel layer takes the full input on every rank",
     "row": "a row-parallel layer takes this rank's features; "
@@ -74,8 +76,17 @@ def chunks_and_channel(
         k: as `choose` takes it.
         weight_grad: as `choose` takes it.
     """
-    chunks = choose(overlap, rows_of(x), n * x.itemsize, group, k, x.dtype, weight_grad).chunks
-    return chunks, group.channels[chunks > 1]
+    m, row_bytes, is_compiling = rows_of(x), n * x.itemsize, torch.compiler.is_compiling()
+    key = overlap, m, row_bytes, k, x.dtype, weight_grad
+    found = None if is_compiling else group.schedules.get(key)
+    if found is None:
+        chunks = choose(overlap, m, row_bytes, group, k, x.dtype, weight_grad).chunks
+        found = chunks, group.channels[chunks > 1]
+        if not is_compiling:
+            if len(group.schedules) >= MAX_REMEMBERED:
+                group.schedules.clear()
+            group.schedules[key] = found
+    return found
 
 
 def check_operands(

@@ -19,7 +19,6 @@ Overlap = Literal["auto"] | bool | int
 # chunks 1k rows. Published figures, not measured here.
 GPU_MIN_ROWS = 2048
 GPU_CHUNKS = 2  # two beat four at 8192 x 8192 bf16 on an H100 (nvFuser#5751)
-MAX_REMEMBERED = 4096  # schedules kept by a group: a server's batches vary
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,16 @@ def choose(
         dtype: of the GEMM. Without it no measurement applies.
         weight_grad: a weight gradient follows the GEMM.
     """
-    call = overlap, m, row_bytes, k, dtype, weight_grad
     if torch.compiler.is_compiling():
-        return _choose_in_graph(group, *call)
-    schedule = group.schedules.get(call)
-    if schedule is None:
-        schedule = _choose(group, *call)
-        if len(group.schedules) >= MAX_REMEMBERED:
-            group.schedules.clear()
-        group.schedules[call] = schedule
-    return schedule
+        return _choose_in_graph(overlap, m, row_bytes, group, k, dtype, weight_grad)
+    return _choose(overlap, m, row_bytes, group, k, dtype, weight_grad)
 
 
 def _choose(
-    group: Group,
     overlap: Overlap,
     m: int,
     row_bytes: int,
+    group: Group,
     k: int | None,
     dtype: torch.dtype | None,
     weight_grad: bool,
@@ -112,7 +104,7 @@ def _choose(
     return Schedule(1, group.transport, reason)
 
 
-def _choose_in_graph(group: Group, overlap: Overlap, m: int, row_bytes: int, *call) -> Schedule:
+def _choose_in_graph(overlap: Overlap, m: int, row_bytes: int, group: Group, *options) -> Schedule:
     """Choose under torch.compile, where m may be a symbol."""
     if overlap != "auto" or group.size == 1 or calibration_of(group) is None:
         return _published(overlap, m, row_bytes, group)
@@ -121,15 +113,15 @@ def _choose_in_graph(group: Group, overlap: Overlap, m: int, row_bytes: int, *ca
     # Imported late, as it imports sympy: the compiler has it already.
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    return _fixed_in_graph(group.name, group.device_type, guard_scalar(m), row_bytes, *call)
+    return _fixed_in_graph(guard_scalar(m), row_bytes, group.name, group.device_type, *options)
 
 
-def _fixed_in_graph(name: str, device_type: str, *call) -> Schedule:
+def _fixed_in_graph(m: int, row_bytes: int, name: str, device_type: str, *options) -> Schedule:
     """Choose by the cost model, which torch.compile cannot trace.
 
     The choice is fixed in the graph, and the graph holds for these rows only.
     """
-    return _choose(Group(find_process_group(name), device_type), "auto", *call)
+    return _choose("auto", m, row_bytes, Group(find_process_group(name), device_type), *options)
 
 
 # torch.compiler.assume_constant_result would import the compiler: 1.2 s of `import tpkernels`.

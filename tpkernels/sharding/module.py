@@ -83,7 +83,8 @@ class ShardedModule(nn.Module):
         if parameter is None:
             return None
         tensor: Tensor = parameter
-        if cast:  # before to_local: autocast caches casts of leaves only
+        # Before to_local: autocast caches casts of leaves only.
+        if cast and torch.is_autocast_enabled(tensor.device.type):
             tensor = autocast(tensor, tensor.device.type)
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
