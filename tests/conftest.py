@@ -1,34 +1,37 @@
+"""The pool of ranks, and the skip of tests that need a GPU."""
+
 import os
-import sys
 
 import pytest
 import torch
+from pool import Pool
 
-sys.path[:0] = [os.path.dirname(__file__), os.path.join(os.path.dirname(__file__), "device")]
-
-from pool import Pool  # noqa: E402
-
-# The kernels' tests need triton's interpreter, which test_kernels.py starts in a process of its own, or a GPU.
-collect_ignore = (
-    [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["kernels"]
+NO_GPU = pytest.mark.skip(
+    reason="needs a GPU and a CUDA build of torch: `make gpu-day` on such a machine runs it"
 )
+
+# The kernels' tests need Triton's interpreter, which test_kernels.py starts in a process of its
+# own, or a GPU.
+if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+    collect_ignore = ["kernels"]
 
 
 @pytest.fixture(scope="session")
 def pool():
-    """pool.run(n, function, *args): the results of a module-level function on n gloo ranks."""
-    pool = Pool()
-    yield pool
-    pool.close()
-    pool.folder.cleanup()
+    """Return the pool whose `run(n, function, *args)` calls a function on n gloo ranks."""
+    with Pool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def shm_pool():
+    """Return a pool whose ranks communicate by shared memory."""
+    with Pool(backend="shm") as pool:
+        yield pool
 
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
-                item.add_marker(
-                    pytest.mark.skip(
-                        reason="needs a GPU and a CUDA build of torch: `make gpu-day` on such a machine runs it"
-                    )
-                )
+                item.add_marker(NO_GPU)

@@ -4,12 +4,12 @@ since NCCL takes one rank a device. Not run yet on any machine."""
 import os
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 from pool import Pool
 
 import tpkernels as tpk
-from tpkernels import reference
 from tpkernels.group import resolve_group
 from tpkernels.peer_memory import open_peer_memory
 

@@ -1,8 +1,8 @@
 import pytest
+import reference
 import torch
 from rules import assert_as_good_as_torch, strided, transposed
 
-from tpkernels import reference
 from tpkernels.kernels import activation
 from tpkernels.kernels.activation import bias_act, bias_act_backward, gated_act, gated_act_backward
 

@@ -1,8 +1,8 @@
 import pytest
+import reference
 import torch
 from rules import assert_as_good_as_torch, strided
 
-from tpkernels import reference
 from tpkernels.kernels.column_linear import column_linear_act
 
 

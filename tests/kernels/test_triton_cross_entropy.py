@@ -1,8 +1,8 @@
 import pytest
+import reference
 import torch
 from rules import assert_as_good_as_torch, strided, transposed
 
-from tpkernels import reference
 from tpkernels.kernels import cross_entropy
 from tpkernels.kernels.launch_config import Config
 

@@ -1,8 +1,8 @@
 import pytest
+import reference
 import torch
 from rules import strided, transposed
 
-from tpkernels import reference
 from tpkernels.kernels import dropout as kernel
 from tpkernels.kernels.dropout import dropout
 

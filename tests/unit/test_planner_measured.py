@@ -13,7 +13,7 @@ from tpkernels_planner.constants import Constants, constants_of
 from tpkernels_planner.hardware import load_hardware
 from tpkernels_planner.model import DATA
 
-PAGE = Path(__file__).parents[1] / "docs" / "planner.md"
+PAGE = Path(__file__).parents[2] / "docs" / "planner.md"
 
 
 def test_measured_steps_are_predicted():

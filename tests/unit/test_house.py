@@ -12,7 +12,7 @@ import pytest
 
 import tpkernels as tpk
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Files that the rules do not hold for yet.
 NOT_YET = re.compile(

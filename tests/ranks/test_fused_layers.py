@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from torch.testing import assert_close
 
 import tpkernels as tpk
 import tpkernels.functional as tpf
-from tpkernels import reference
 from tpkernels.nn import (
     LayerNorm,
     ParallelMLP,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_day.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_day.py"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything: `make gpu-day` does")

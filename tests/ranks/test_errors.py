@@ -311,7 +311,7 @@ import tpkernels
 
 
 def test_import_without_the_compiled_part_says_how_to_build_it():
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, "-c", HIDE], cwd=root, capture_output=True, text=True, timeout=120
     )
@@ -325,7 +325,7 @@ def test_init_mesh_without_torchrun_says_how_to_start():
     code = "import os, tpkernels as tpk; [os.environ.pop(k, None) for k in ('RANK', 'WORLD_SIZE')]; tpk.init_mesh(tp=2, dp=2, device='cpu')"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=120,

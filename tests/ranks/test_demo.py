@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,7 +58,7 @@ def test_demo(tmp_path, tp, most_bytes):
 
 
 def test_own_model_example():
-    script = os.path.join(os.path.dirname(os.path.dirname(__file__)), "examples", "own_model.py")
+    script = Path(__file__).parents[2] / "examples" / "own_model.py"
     launch = [
         sys.executable,
         "-m",

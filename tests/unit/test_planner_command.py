@@ -13,7 +13,7 @@ from planner_cases import run_plan
 
 from tpkernels_planner.model_config import gpt_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PREDICT = [
     "predict",
     "--gpu",

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import tpkernels as tpk
 
-sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 from link import Link, missing
 

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -14,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 
 import tpkernels as tpk
 import tpkernels.functional as tpf
-from tpkernels import reference
 from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
 EXACT = dict(atol=0, rtol=0)

@@ -3,6 +3,7 @@
 from functools import partial
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import tpkernels as tpk
 import tpkernels.functional as tpf
-from tpkernels import _C, reference
+from tpkernels import _C
 from tpkernels.nn import (
     ColumnParallelLinear,
     ParallelMLP,

@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,7 +12,6 @@ from torch.testing import assert_close
 
 import tpkernels as tpk
 import tpkernels.functional as tpf
-from tpkernels import reference
 from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
 REDUCTIONS = ("mean", "sum", "none")
