@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.distributed as dist
+from linear_cases import exact
 from pool import Pool
-from test_linear import exact
 
 import tpkernels as tpk
 from tpkernels.group import resolve_group

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from helpers import EXACT
 from refusal import assert_refused, refusals
 from torch import nn
 from torch.testing import assert_close
@@ -12,8 +13,6 @@ import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.nn import VocabParallelEmbedding
 from tpkernels.sharding.spec import ShardSpec, chunk_sizes
-
-EXACT = dict(atol=0, rtol=0)
 
 
 def some_ids(vocabulary):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_trace import KERNELS, nsys
+from traces import KERNELS, nsys
 
 TESTS = Path(__file__).resolve().parents[1]
 SCRIPTS = TESTS.parent / "benchmarks"

@@ -51,3 +51,37 @@ def assert_as_accurate(name, ours, twin, truth):
         assert error < bound, (
             f"{name} {ours.dtype} on {dist.get_world_size() if dist.is_initialized() else 1}: {error:.2e} >= {bound:.2e}"
         )
+
+
+EXACT = dict(atol=0, rtol=0)
+
+
+def grads_of(function, inputs, dy=None):
+    """function's outputs and the gradients of those inputs that are floating-point tensors."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    (out if dy is None else (out * dy)).sum().backward()
+    return [out.detach(), *(t.grad for t in leaves)]
+
+
+def turned(x, cos, sin, interleaved):
+    """Pair by pair, as complex numbers times e^(i angle)."""
+    half = cos.shape[-1]
+    tables = torch.complex(*(t.to(torch.float64) for t in (cos, sin)))
+    tables = tables if tables.dim() == 2 else tables[:, None]
+    head = x[..., : 2 * half].to(torch.float64)
+    pairs = (
+        head.unflatten(-1, (half, 2))
+        if interleaved
+        else head.unflatten(-1, (2, half)).transpose(-1, -2)
+    )
+    product = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * tables)
+    product = product if interleaved else product.transpose(-1, -2)
+    return torch.cat([product.flatten(-2), x[..., 2 * half :].to(torch.float64)], -1)
+
+
+def everyone(tensor):
+    """Every rank's copy."""
+    copies = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(copies, tensor.contiguous())
+    return copies

@@ -1,4 +1,4 @@
-"""The column-parallel GEMM with its activation in the epilogue: when the schedule takes it, and that layers are the same with it."""
+"""Column-parallel layers are the same with the activation in the epilogue of the GEMM."""
 
 from unittest import mock
 
@@ -7,32 +7,8 @@ import torch
 import torch.distributed as dist
 
 import tpkernels as tpk
-from tpkernels.kernels.heuristics import fuses_activation
 from tpkernels.nn import ColumnParallelLinear, ParallelMLP
 from tpkernels.ops import column_linear
-
-
-def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, device="cuda"):
-    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
-        return fuses_activation(torch.device(device), dtype, rows, features, in_features, keep)
-
-
-def test_where_the_schedule_takes_it():
-    assert not fuses((9, 0), 16, 4096, 512, False, device="cpu")
-    assert not fuses((9, 0), 16, 4096, 512, False, dtype=torch.float32)
-    assert fuses(
-        (9, 0), 4, 4096, 8192, True
-    )  # so few rows that the weights' bytes decide: Triton's GEMM is no slower
-    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses(
-        (9, 0), 8192, 8192, 8192, True
-    )  # long sums: cuBLAS
-    between = [
-        k
-        for k in range(256, 8192, 256)
-        if fuses((9, 0), 8192, 8192, k, False) and not fuses((9, 0), 8192, 8192, k, True)
-    ]
-    assert between  # a pre-activation that need not be stored is worth more
-    assert fuses((12, 0), 8192, 8192, 512, True)  # a chip that is not in the table
 
 
 def layers_with_and_without():

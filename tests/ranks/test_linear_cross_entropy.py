@@ -7,7 +7,7 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import assert_as_accurate, wide
+from helpers import EXACT, assert_as_accurate, wide
 from refusal import assert_refused, refusals
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,6 @@ import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
-EXACT = dict(atol=0, rtol=0)
 IGNORED = -100
 
 

@@ -1,0 +1,186 @@
+"""Layers, losses and models that take each GEMM and packed weights."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from gemms import GEMMS, IDS, OPS, PACKED, can, forced, integers, needs_packing
+from helpers import EXACT
+from torch import nn
+from torch.testing import assert_close
+
+import tpkernels as tpk
+import tpkernels.functional as tpf
+from tpkernels import _C
+
+
+def layers(gemm, dtype):
+    """Parallel layers, siblings and the fused loss by a forced GEMM, exactly."""
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(3)
+    x, w, dy = (
+        integers(40, 6 * world, dtype=dtype),
+        integers(16, 6 * world, dtype=dtype),
+        integers(40, 16, dtype=dtype),
+    )
+    mine = [t.chunk(world, 1)[rank].clone().requires_grad_() for t in (x, w)]
+    with forced(gemm):
+        for chunks in (1, 3):
+            for t in mine:
+                t.grad = None
+            y = tpf.row_parallel_linear(*mine, group=group, overlap=chunks)
+            assert_close(y, F.linear(x, w), **EXACT)
+            y.backward(dy)
+            assert_close(mine[0].grad, (dy @ w).chunk(world, 1)[rank], **EXACT)
+            assert_close(mine[1].grad, (dy.t() @ x).chunk(world, 1)[rank], **EXACT)
+            with torch.no_grad():
+                for _ in range(3):
+                    assert_close(
+                        tpf.row_parallel_linear(*mine, group=group, overlap=chunks),
+                        F.linear(x, w),
+                        **EXACT,
+                    )
+        weights, dys = (
+            [integers(n, 12, dtype=dtype) for n in (4, 8)],
+            [integers(40, n, dtype=dtype) for n in (4, 8)],
+        )
+        inner = integers(40, 12, dtype=dtype)
+        dx, *dws = OPS.column_linear_backward(
+            dys, inner, weights, True, [True] * 2, [False] * 2, group.group_name, 3, "column"
+        )
+        total = sum(dy.float() @ w.float() for dy, w in zip(dys, weights, strict=True))
+        assert_close(dx, (world * total).to(dtype), **EXACT)
+        for dy, dw in zip(dys, dws, strict=True):
+            assert_close(dw, dy.t() @ inner, **EXACT)
+        tall, target = torch.randn(10, 8, requires_grad=True), torch.randint(0, 3 * world, (10,))
+        dist.broadcast(tall.data, 0), dist.broadcast(target, 0)
+        table = torch.randn(3 * world, 8)
+        dist.broadcast(table, 0)
+        part = table.chunk(world)[rank].clone().requires_grad_()
+        tpf.vocab_parallel_linear_cross_entropy(
+            tall, part, target, group=group, num_classes=3 * world
+        ).backward()
+        ours = tall.grad, part.grad
+    whole, tall = table.requires_grad_(), tall.detach().requires_grad_()
+    F.cross_entropy(tall @ whole.t(), target).backward()
+    assert_close(ours[0], tall.grad)
+    assert_close(ours[1], whole.grad.chunk(world)[rank])
+
+
+@pytest.mark.parametrize("gemm", GEMMS, ids=IDS)
+def test_layers_and_loss_take_them(pool, gemm):
+    for dtype in (torch.float32, torch.bfloat16):
+        if can(gemm, dtype):
+            pool.run(2, layers, gemm, dtype)
+
+
+def models(dtensor):
+    """A model whose weights are packed, and everything that changes them; against the stock model, which nobody packs."""
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    x = torch.randn(8, 32)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up_proj, self.down_proj = copy.deepcopy(stock[0]), copy.deepcopy(stock[2])
+
+        def forward(self, x):
+            return self.down_proj(F.gelu(self.up_proj(x)))
+
+    split = tpk.parallelize(
+        Model(),
+        dist.group.WORLD,
+        plan={"up_proj": "colwise", "down_proj": "rowwise"},
+        dtensor=dtensor,
+    )
+
+    def local(model, name):
+        weight = getattr(model, name).weight
+        return weight.to_local() if hasattr(weight, "to_local") else weight
+
+    def same(model=split, reference=stock):
+        with torch.no_grad():
+            for _ in range(3):
+                assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+        for name in ("up_proj", "down_proj"):
+            assert _C.packed_bytes(local(model, name)), name
+        with torch.inference_mode():
+            assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
+
+    with forced(PACKED):
+        same()
+        assert "packed weights" in split.up_proj.explain(
+            8
+        ) and "bytes are held now" in split.down_proj.explain(8)
+        optimizers = [
+            torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+            for model in (split, stock)
+        ]
+        for _ in range(2):
+            for model, optimizer in zip((split, stock), optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                assert model is stock or not _C.packed_bytes(local(split, "down_proj"))
+                optimizer.step()
+            same()
+        copied = copy.deepcopy(split)
+        same(copied)
+        with torch.no_grad():
+            for p in stock.parameters():
+                p.mul_(1.5)
+        names = {"0": "up_proj", "2": "down_proj"}
+        state = {f"{names[key[0]]}{key[1:]}": t for key, t in stock.state_dict().items()}
+        tpk.load_unsharded_state_dict(split, state)
+        same()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for _ in range(3):
+                assert_close(split(x).float(), stock(x).float(), atol=0.1, rtol=0.1)
+
+
+@needs_packing
+@pytest.mark.parametrize("dtensor", [False, True])
+def test_models(pool, dtensor):
+    pool.run(2, models, dtensor)
+
+
+def layer_calls():
+    """The short way and the long way of a layer agree, and errors stay errors."""
+    stock = nn.Linear(48, 64)
+    column, row = (
+        cls.from_linear(stock, group=dist.group.WORLD)
+        for cls in (tpk.nn.ColumnParallelLinear, tpk.nn.RowParallelLinear)
+    )
+    for layer in (column, row):
+        for x in (
+            torch.randn(5, 48),
+            torch.randn(48),
+            torch.randn(2, 3, 48),
+            torch.randn(0, 48),
+            torch.randn(48, 4).t(),
+        ):
+            with torch.no_grad():
+                short = layer(x)
+            assert_close(short, stock(x))
+            long = layer(x)
+            assert long.requires_grad and not short.requires_grad
+            assert_close(short, long)
+        with torch.no_grad():
+            for bad, error in (
+                (torch.randn(2, 47), ValueError),
+                (torch.ones(2, 48, dtype=torch.long), TypeError),
+                (torch.randn(2, 48).double(), TypeError),
+            ):
+                with pytest.raises(error):
+                    layer(bad)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert layer(torch.randn(2, 48)).dtype == torch.bfloat16
+            x = torch.randn(6, 2, 48)
+            assert_close(torch.vmap(layer)(x), layer(x))
+            assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), stock(x))
+
+
+def test_a_layer_of_one_rank_equals_the_stock_layer(pool):
+    pool.run(1, layer_calls)

@@ -1,0 +1,93 @@
+"""Dropout in a sharded region: ranks draw masks of their own and stay in step."""
+
+import families
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import everyone
+from torch import nn
+
+import tpkernels as tpk
+
+
+class Dropping(nn.Module):
+    """Attention with dropout on its weights, between replicated dropouts: 6 heads on one rank and 3 on the other draw unequally."""
+
+    def __init__(self, group):
+        super().__init__()
+        self.before, self.after = nn.Linear(72, 72), nn.Linear(72, 72)
+        self.drop = nn.Dropout(0.2)
+        self.attention = tpk.nn.ParallelSelfAttention(72, 9, 3, dropout=0.3, group=group)
+
+    def forward(self, x):
+        x = self.drop(self.before(x))
+        return self.after(self.drop(self.attention(x)))
+
+
+def dropout_keeps_ranks_in_step(checkpointing):
+    torch.manual_seed(0)
+    model = Dropping(dist.group.WORLD).train()
+    x = torch.randn(2, 16, 72, requires_grad=True)
+    for _ in range(3):
+        if checkpointing:
+            y = torch.utils.checkpoint.checkpoint(
+                model, x, use_reentrant=checkpointing == "reentrant"
+            )
+        else:
+            y = model(x)
+        y.square().mean().backward()
+        a, b = everyone(torch.rand(4))  # the ranks' default generators
+        assert torch.equal(a, b)
+    for layer in (model.before, model.after):
+        for parameter in layer.parameters():
+            a, b = everyone(parameter.grad)
+            assert torch.equal(a, b)
+    # A mask is drawn anew each time, and each rank draws its own.
+    rng = model.attention.region.rng
+    draws = []
+    for _ in range(2):
+        rng.fork(x.device)
+        draws.append(torch.rand(8))
+        rng.restore()
+    assert not torch.equal(*draws) and not torch.equal(*everyone(draws[0]))
+    return y.detach(), model.before.weight.grad
+
+
+def test_dropout_in_a_split_region(pool):
+    plain, _ = pool.run(2, dropout_keeps_ranks_in_step, None)
+    for how in ("reentrant", "non-reentrant"):  # recomputing draws the same masks
+        again, _ = pool.run(2, dropout_keeps_ranks_in_step, how)
+        assert torch.equal(plain[0], again[0]) and torch.allclose(
+            plain[1], again[1], rtol=1e-5, atol=1e-7
+        )
+
+
+def hf_dropout(family, changes):
+    model = tpk.parallelize(
+        families.make(family, **changes), dist.group.WORLD, dtensor=False
+    ).train()
+    ids, labels = families.batch()
+    losses = []
+    for _ in range(2):
+        loss = model(ids, labels=labels).loss
+        loss.backward()
+        losses.append(loss.detach())
+    a, b = everyone(torch.stack(losses))
+    assert torch.equal(a, b) and losses[0] != losses[1]
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "ln_" in name:
+            a, b = everyone(parameter.grad)
+            assert torch.equal(a, b), name
+    a, b = everyone(torch.rand(4))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", dict(attention_dropout=0.2)),
+        ("gpt2", dict(attn_pdrop=0.2, resid_pdrop=0.1, embd_pdrop=0.1)),
+    ],
+)
+def test_dropout_of_hugging_face_models(pool, family, changes):
+    pool.run(2, hf_dropout, family, changes)

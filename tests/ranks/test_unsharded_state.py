@@ -1,0 +1,74 @@
+"""Names, ties and the unsharded state of a sharded model."""
+
+import families
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import assert_same_grads
+from torch.distributed.tensor import DTensor, Replicate
+from user_models import llama_pair
+
+import tpkernels as tpk
+
+
+def representation(dtensor):
+    stock, model = llama_pair(dtensor, tie_word_embeddings=True)
+    names = {n: tuple(p.shape) for n, p in stock.named_parameters()}
+    assert list(names) == [n for n, _ in model.named_parameters()]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(isinstance(p, DTensor) == dtensor for p in model.parameters())
+    if dtensor:
+        parameters = dict(model.named_parameters())
+        assert parameters["model.norm.weight"].placements == (Replicate(),)
+        assert parameters["model.layers.0.mlp.up_proj.weight"].shape == (150, 72)
+        rows = {2: 2 * 48, 3: 72, 4: 4 * 24}[
+            dist.get_world_size()
+        ]  # of 8: 6 + 3 heads padded to 6 + 6, 3 + 3 + 3, 3 + 2 + 2 + 2 padded
+        assert parameters["model.layers.0.self_attn.q_proj.weight"].shape == (rows, 72)
+    # The round trip is exact, and what another TP size wrote can be read.
+    state = tpk.unsharded_state_dict(model)
+    want = stock.state_dict()
+    assert list(state) == list(want) and all(torch.equal(state[k], want[k]) for k in want)
+    other = families.make("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.add_(1)
+    tpk.parallelize(other, dist.group.WORLD, dtensor=not dtensor)
+    tpk.load_unsharded_state_dict(other, state)
+    again = tpk.unsharded_state_dict(other, rank0_only=True, cpu_offload=True)
+    assert (dist.get_rank() == 0) == bool(again)
+    assert all(torch.equal(again[k], want[k]) for k in again)
+    broken = {**state, "extra": torch.zeros(1)}
+    del broken["model.norm.weight"]
+    with pytest.raises(KeyError, match=r"model\.norm\.weight.*extra"):
+        tpk.load_unsharded_state_dict(other, broken)
+    tpk.load_unsharded_state_dict(other, broken, strict=False)
+    with pytest.raises(ValueError, match="unsharded model's"):
+        tpk.load_unsharded_state_dict(other, {**state, "model.norm.weight": torch.zeros(3)})
+    with pytest.raises(RuntimeError, match="unsharded_state_dict"):
+        model.save_pretrained("anywhere")
+    return state
+
+
+@pytest.mark.parametrize("dtensor", [True, False])
+def test_names_ties_and_state(pool, dtensor):
+    states = [pool.run(ranks, representation, dtensor)[0] for ranks in (2, 3, 4)]
+    assert all(torch.equal(states[0][k], other[k]) for other in states[1:] for k in other)
+
+
+def one_rank():
+    stock, model = llama_pair()
+    assert not any(isinstance(p, DTensor) for p in model.parameters())
+    ids, labels = families.batch()
+    with tpk.log_collectives() as log:
+        model(ids, labels=labels).loss.backward()
+    stock(ids, labels=labels).loss.backward()
+    assert not log
+    assert_same_grads(stock, model, 1e-6)
+    state = tpk.unsharded_state_dict(model)
+    assert all(torch.equal(state[k], v) for k, v in stock.state_dict().items())
+    tpk.load_unsharded_state_dict(model, state)
+
+
+def test_one_rank_keeps_plain_parameters(pool):
+    pool.run(1, one_rank)

@@ -1,0 +1,89 @@
+"""Activations with bias, whole and gated, as differentiable functions."""
+
+import itertools
+
+import pytest
+import reference
+import torch
+from helpers import assert_as_accurate, grads_of, wide
+from torch.testing import assert_close
+
+import tpkernels.functional as tpf
+
+SHAPES = [(7, 33), (2, 3, 17), (33,), (0, 8), (5, 1)]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "geglu"])
+@pytest.mark.parametrize("biases", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gated_act(activation, biases, shape):
+    torch.manual_seed(0)
+    none = [] if biases else [None, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = [torch.randn(*s).to(dtype) for s in (shape, shape, *[shape[-1:]] * 2 * biases)]
+        dy = torch.randn(*shape).to(dtype)
+        ours = grads_of(lambda g, u, *b: tpf.gated_act(g, u, activation, *b), inputs, dy)
+        twins = [
+            grads_of(
+                lambda *a: reference.gated_act(*a, *none, activation),
+                [t.to(d) for t in inputs],
+                dy.to(d),
+            )
+            for d in (dtype, wide(dtype))
+        ]
+        for name, *values in zip(
+            ("y", "dgate", "dup", "dgate_bias", "dup_bias"), ours, *twins, strict=False
+        ):
+            assert_as_accurate(name, *values)
+
+
+def test_gated_act_computes_the_gradients_asked_for():
+    gate, up, bias = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(4)
+    tpf.gated_act(gate, up, "swiglu", bias, bias.clone().requires_grad_()).sum().backward()
+    want = gate.grad.clone()
+    gate.grad = None
+    reference.gated_act(gate, up, bias, bias, "swiglu").sum().backward()
+    assert_close(want, gate.grad)
+
+
+def test_bias_act_promotes_as_addition_does():
+    x, bias, dy = (
+        torch.randn(5, 6).bfloat16().requires_grad_(),
+        torch.randn(6, requires_grad=True),
+        torch.randn(5, 6),
+    )
+    for activation in ("gelu", None):
+        y = tpf.bias_act(x, bias, activation)
+        assert y.dtype == torch.float32
+        x.grad = bias.grad = None
+        y.backward(dy)
+        grads = x.grad, bias.grad
+        x.grad = bias.grad = None
+        want = reference.bias_act(x, bias, activation)
+        want.backward(dy)
+        assert_close([y, *grads], [want, x.grad, bias.grad])
+
+
+@pytest.mark.parametrize(
+    "activation", ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"]
+)
+def test_bias_act_and_its_biases_gradient(activation):
+    torch.manual_seed(0)
+    for shape, dtype in itertools.product(
+        [(4, 34), (2, 3, 16), (0, 8), (6,)], (torch.float32, torch.bfloat16)
+    ):
+        inputs = [torch.randn(*shape).to(dtype), torch.randn(shape[-1]).to(dtype)]
+        dy = torch.randn(
+            *shape[:-1], shape[-1] // (2 if activation in ("swiglu", "geglu") else 1)
+        ).to(dtype)
+        ours = grads_of(lambda x, b: tpf.bias_act(x, b, activation), inputs, dy)
+        twins = [
+            grads_of(
+                lambda x, b: reference.bias_act(x, b, activation),
+                [t.to(d) for t in inputs],
+                dy.to(d),
+            )
+            for d in (dtype, wide(dtype))
+        ]
+        for name, *values in zip(("y", "dx", "db"), ours, *twins, strict=True):
+            assert_as_accurate(f"{name} {shape}", *values)

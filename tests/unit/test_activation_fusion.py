@@ -1,0 +1,30 @@
+"""Where the schedule fuses the activation into the column-parallel GEMM."""
+
+from unittest import mock
+
+import torch
+
+from tpkernels.kernels.heuristics import fuses_activation
+
+
+def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, device="cuda"):
+    with mock.patch.object(torch.cuda, "get_device_capability", lambda device: capability):
+        return fuses_activation(torch.device(device), dtype, rows, features, in_features, keep)
+
+
+def test_where_the_schedule_takes_it():
+    assert not fuses((9, 0), 16, 4096, 512, False, device="cpu")
+    assert not fuses((9, 0), 16, 4096, 512, False, dtype=torch.float32)
+    assert fuses(
+        (9, 0), 4, 4096, 8192, True
+    )  # so few rows that the weights' bytes decide: Triton's GEMM is no slower
+    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses(
+        (9, 0), 8192, 8192, 8192, True
+    )  # long sums: cuBLAS
+    between = [
+        k
+        for k in range(256, 8192, 256)
+        if fuses((9, 0), 8192, 8192, k, False) and not fuses((9, 0), 8192, 8192, k, True)
+    ]
+    assert between  # a pre-activation that need not be stored is worth more
+    assert fuses((12, 0), 8192, 8192, 512, True)  # a chip that is not in the table
