@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from linear_cases import exact
+from linear_cases import check_linears_exactly
 from pool import Pool
 
 import tpkernels as tpk
@@ -26,7 +26,7 @@ def gpu_pool():
 def test_integers_equal_nn_linear_exactly(gpu_pool, ranks, dtype):
     for chunks in (1, 2, 3, 7):
         for rows, k, n in ((50, 13, 11), (300, 64, 96), (0, 8, 8)):
-            gpu_pool.run(ranks, exact, chunks, rows, k, n, dtype, "cuda")
+            gpu_pool.run(ranks, check_linears_exactly, chunks, rows, k, n, dtype, "cuda")
 
 
 def chunks_use_the_second_communicator():

@@ -6,12 +6,15 @@ import families
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 
 import tpkernels as tpk
 from tpkernels.ops.collective_log import log_collectives
 
 
-def autocast(dtensor):
+@pytest.mark.parametrize("dtensor", [True, False])
+@run_on_ranks(2)
+def test_bf16_autocast(dtensor):
     stock = families.make("llama")
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, dtensor=dtensor)
     ids, labels = families.batch()
@@ -31,7 +34,8 @@ def autocast(dtensor):
     assert all(abs(a - b) < 2e-2 * b for a, b in zip(ours, want, strict=True)), (ours, want)
 
 
-def autocast_details():
+@run_on_ranks(2)
+def test_autocast_casts_once_and_checks_after():
     group = dist.group.WORLD
     torch.manual_seed(0)
     layer = tpk.nn.ColumnParallelLinear(16, 12, group=group)
@@ -52,12 +56,3 @@ def autocast_details():
         layer(x.bfloat16())
     with torch.autocast("cpu", dtype=torch.bfloat16):  # checked after the cast
         layer(x.bfloat16())
-
-
-@pytest.mark.parametrize("dtensor", [True, False])
-def test_bf16_autocast(pool, dtensor):
-    pool.run(2, autocast, dtensor)
-
-
-def test_autocast_casts_once_and_checks_after(pool):
-    pool.run(2, autocast_details)

@@ -2,16 +2,17 @@
 
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 
 import tpkernels as tpk
 from tpkernels.nn import ColumnParallelLinear, ParallelMLP
 from tpkernels.ops import column_linear
 
 
-def layers_with_and_without():
+@run_on_ranks(1, 2, 3)
+def test_the_same_layers():
     group, found = dist.group.WORLD, []
     for fused in (False, True):
         calls = []
@@ -52,8 +53,3 @@ def layers_with_and_without():
     assert sent == sent_too
     for a, b in zip(plain, fused, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_same_layers(pool, ranks):
-    pool.run(ranks, layers_with_and_without)

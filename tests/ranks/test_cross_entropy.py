@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pool import run_on_ranks
 from refusal import assert_refused, refusals
 from torch.testing import assert_close
 
@@ -87,66 +88,60 @@ def assert_as_accurate_as_torch(logits, target, dloss=None, **options):
         )
 
 
-def numerics():
-    for classes, dtype in itertools.product(
-        (331, 5), (torch.float32, torch.bfloat16, torch.float16)
-    ):
-        for reduction, smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
-            tokens = (4, 9) if reduction == "none" else (37,)
-            logits, target = whole_logits(tokens, classes, dtype), some_targets(tokens, classes)
-            dloss = torch.rand(tokens) if reduction == "none" else torch.tensor(0.7)
-            assert_as_accurate_as_torch(
-                logits, target, dloss, reduction=reduction, label_smoothing=smoothing
-            )
-        target = some_targets((37,), classes).masked_fill_(torch.arange(37) == 3, 2)
+@pytest.mark.parametrize(
+    "classes, dtype",
+    list(itertools.product((331, 5), (torch.float32, torch.bfloat16, torch.float16))),
+)
+@run_on_ranks(1, 2, 3, 4)
+def test_as_accurate_as_torch(classes, dtype):
+    for reduction, smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
+        tokens = (4, 9) if reduction == "none" else (37,)
+        logits, target = whole_logits(tokens, classes, dtype), some_targets(tokens, classes)
+        dloss = torch.rand(tokens) if reduction == "none" else torch.tensor(0.7)
         assert_as_accurate_as_torch(
-            whole_logits((37,), classes, dtype), target.clamp_min(0), ignore_index=2
+            logits, target, dloss, reduction=reduction, label_smoothing=smoothing
         )
-        assert_as_accurate_as_torch(whole_logits((), classes, dtype), torch.tensor(classes - 1))
+    target = some_targets((37,), classes).masked_fill_(torch.arange(37) == 3, 2)
+    assert_as_accurate_as_torch(
+        whole_logits((37,), classes, dtype), target.clamp_min(0), ignore_index=2
+    )
+    assert_as_accurate_as_torch(whole_logits((), classes, dtype), torch.tensor(classes - 1))
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_as_accurate_as_torch(pool, ranks):
-    pool.run(ranks, numerics)
+@pytest.mark.parametrize("classes, smoothing", list(itertools.product((331, 5), (0.0, 0.1))))
+@run_on_ranks(1, 2, 4)
+def test_extreme_logits_and_nothing_to_count(classes, smoothing):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_as_accurate_as_torch(
+            whole_logits((37,), classes, dtype, 1e4),
+            some_targets((37,), classes),
+            label_smoothing=smoothing,
+        )
+    same = dict(equal_nan=True, atol=1e-6, rtol=1e-6)
+    logits, target = whole_logits((37,), classes), some_targets((37,), classes).clamp_min(0)
+    masked = torch.rand(logits.shape) < 0.4
+    masked[:, -1] = True
+    masked[:9, :-2] = True  # all classes of some ranks
+    masked.scatter_(1, target[:, None], False)
+    masked[5], masked[6, target[6]] = True, True  # nothing left; the target itself
+    logits.masked_fill_(masked, -torch.inf)
+    for reduction in REDUCTIONS:
+        options = dict(reduction=reduction, label_smoothing=smoothing)
+        assert_close(
+            split_run(logits, target, **options), stock_run(logits, target, **options), **same
+        )
+        fine = target.masked_fill((torch.arange(37) == 5) | (torch.arange(37) == 6), -100)
+        loss, grad = stock_run(logits, fine, **options)
+        grad[5:7] = 0  # torch's own is NaN for an ignored row of nothing but -inf
+        assert_close(split_run(logits, fine, **options), (loss, grad), **same)
+        for tokens in ((6,), (0,), (2, 0)):  # all ignored, none there
+            logits_, ignored = whole_logits(tokens, classes), torch.full(tokens, -100)
+            loss, _ = split_run(logits_, ignored, **options)
+            assert_close(loss, stock_run(logits_, ignored, **options)[0], **same)
 
 
-def extremes():
-    for classes, smoothing in itertools.product((331, 5), (0.0, 0.1)):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert_as_accurate_as_torch(
-                whole_logits((37,), classes, dtype, 1e4),
-                some_targets((37,), classes),
-                label_smoothing=smoothing,
-            )
-        same = dict(equal_nan=True, atol=1e-6, rtol=1e-6)
-        logits, target = whole_logits((37,), classes), some_targets((37,), classes).clamp_min(0)
-        masked = torch.rand(logits.shape) < 0.4
-        masked[:, -1] = True
-        masked[:9, :-2] = True  # all classes of some ranks
-        masked.scatter_(1, target[:, None], False)
-        masked[5], masked[6, target[6]] = True, True  # nothing left; the target itself
-        logits.masked_fill_(masked, -torch.inf)
-        for reduction in REDUCTIONS:
-            options = dict(reduction=reduction, label_smoothing=smoothing)
-            assert_close(
-                split_run(logits, target, **options), stock_run(logits, target, **options), **same
-            )
-            fine = target.masked_fill((torch.arange(37) == 5) | (torch.arange(37) == 6), -100)
-            loss, grad = stock_run(logits, fine, **options)
-            grad[5:7] = 0  # torch's own is NaN for an ignored row of nothing but -inf
-            assert_close(split_run(logits, fine, **options), (loss, grad), **same)
-            for tokens in ((6,), (0,), (2, 0)):  # all ignored, none there
-                logits_, ignored = whole_logits(tokens, classes), torch.full(tokens, -100)
-                loss, _ = split_run(logits_, ignored, **options)
-                assert_close(loss, stock_run(logits_, ignored, **options)[0], **same)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_extreme_logits_and_nothing_to_count(pool, ranks):
-    pool.run(ranks, extremes)
-
-
-def other_layouts():
+@run_on_ranks(2, 4)
+def test_layouts_and_bit_equal_ranks():
     logits, target = whole_logits((4, 9), 332, torch.float64), some_targets((4, 9), 332)
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     want = F.cross_entropy(logits.flatten(0, 1), target.flatten())
@@ -161,11 +156,6 @@ def other_layouts():
     losses = [torch.empty_like(loss) for _ in range(world)]
     dist.all_gather(losses, loss)
     assert all(torch.equal(loss, other) for other in losses)
-
-
-def test_layouts_and_bit_equal_ranks(pool):
-    for ranks in (2, 4):
-        pool.run(ranks, other_layouts)
 
 
 def refused():

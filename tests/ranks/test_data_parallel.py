@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads
+from pool import run_on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -15,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 import tpkernels as tpk
 
 
-def tp_and_dp(how, changes):
+@pytest.mark.parametrize("how", ["fsdp", "ddp"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, vocab_size=332)],
+)
+@run_on_ranks(4)
+def test_tp_inside_dp(how, changes):
     mesh = tpk.init_mesh(tp=2, dp=2, device="cpu")
     stock = families.make("llama", **changes)
     model = tpk.parallelize(copy.deepcopy(stock), mesh["tp"], dtensor=how == "fsdp")
@@ -58,12 +65,3 @@ def tp_and_dp(how, changes):
             p.zero_()
     tpk.load_unsharded_state_dict(model, state)
     assert all(torch.equal(v, state[k]) for k, v in tpk.unsharded_state_dict(model).items())
-
-
-@pytest.mark.parametrize("how", ["fsdp", "ddp"])
-@pytest.mark.parametrize(
-    "changes",
-    [{}, dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=160, vocab_size=332)],
-)
-def test_tp_inside_dp(pool, how, changes):
-    pool.run(4, tp_and_dp, how, changes)

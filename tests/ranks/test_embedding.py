@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import EXACT
+from pool import run_on_ranks
 from refusal import assert_refused, refusals
 from torch import nn
 from torch.testing import assert_close
@@ -64,15 +65,13 @@ def check_function(vocabulary, padding_idx, dtype):
             assert_close(mine.grad, split.shard(stock.grad, rank), **EXACT)
 
 
-def equal_to_nn_embedding():
-    for vocabulary in (331, 5):
-        for padding_idx, dtype in ((None, torch.float32), (3, torch.float32), (0, torch.bfloat16)):
-            check_function(vocabulary, padding_idx, dtype)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_equals_nn_embedding_exactly(pool, ranks):
-    pool.run(ranks, equal_to_nn_embedding)
+@pytest.mark.parametrize("vocabulary", [331, 5])
+@pytest.mark.parametrize(
+    "padding_idx, dtype", [(None, torch.float32), (3, torch.float32), (0, torch.bfloat16)]
+)
+@run_on_ranks(1, 2, 3, 4)
+def test_equals_nn_embedding_exactly(padding_idx, dtype, vocabulary):
+    check_function(vocabulary, padding_idx, dtype)
 
 
 def check_module(make, stock):
@@ -95,29 +94,26 @@ def check_module(make, stock):
     assert_close(tpk.unsharded_gradients(split)["weight"], stock.weight.grad, **EXACT)
 
 
-def modules():
+@pytest.mark.parametrize("vocabulary", [331, 5])
+@pytest.mark.parametrize("padding_idx", [None, 2, -1])
+@run_on_ranks(1, 2, 3, 4)
+def test_module_is_nn_embedding_for_a_seed_and_from_one(padding_idx, vocabulary):
     group = dist.group.WORLD
-    for vocabulary in (331, 5):
-        for padding_idx in (None, 2, -1):
-            torch.manual_seed(3)
-            stock = nn.Embedding(vocabulary, 6, padding_idx)
-            torch.manual_seed(3)
-            check_module(
-                lambda v=vocabulary, p=padding_idx: VocabParallelEmbedding(v, 6, p, group=group),
-                stock,
-            )
-            stock = nn.Embedding(vocabulary, 6, padding_idx)
-            check_module(
-                lambda stock=stock: VocabParallelEmbedding.from_embedding(stock, group=group), stock
-            )
+    torch.manual_seed(3)
+    stock = nn.Embedding(vocabulary, 6, padding_idx)
+    torch.manual_seed(3)
+    check_module(
+        lambda v=vocabulary, p=padding_idx: VocabParallelEmbedding(v, 6, p, group=group),
+        stock,
+    )
+    stock = nn.Embedding(vocabulary, 6, padding_idx)
+    check_module(
+        lambda stock=stock: VocabParallelEmbedding.from_embedding(stock, group=group), stock
+    )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_module_is_nn_embedding_for_a_seed_and_from_one(pool, ranks):
-    pool.run(ranks, modules)
-
-
-def from_embedding_leaves_its_source():
+@run_on_ranks(2)
+def test_from_embedding_leaves_its_source():
     stock = nn.Embedding(331, 6)
     stock.weight.requires_grad_(False)
     stock.eval()
@@ -130,10 +126,6 @@ def from_embedding_leaves_its_source():
     assert (
         split.weight.untyped_storage().nbytes() == split.weight.nbytes
     )  # does not keep the whole table alive
-
-
-def test_from_embedding_leaves_its_source(pool):
-    pool.run(2, from_embedding_leaves_its_source)
 
 
 def refused():
@@ -199,14 +191,11 @@ def test_integers_that_nn_embedding_does_not_take(pool):
     )
 
 
-def negative_padding_idx():
+@run_on_ranks(2)
+def test_negative_padding_idx_counts_from_the_end():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     mine = torch.zeros(chunk_sizes(331, world)[rank], 6, requires_grad=True)
     tpf.vocab_parallel_embedding(
         torch.tensor([330, 330]), mine, group=group, num_embeddings=331, padding_idx=-1
     ).sum().backward()
     assert not mine.grad.any()
-
-
-def test_negative_padding_idx_counts_from_the_end(pool):
-    pool.run(2, negative_padding_idx)

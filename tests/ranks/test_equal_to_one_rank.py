@@ -3,59 +3,52 @@
 import pytest
 import torch
 from one_rank import WHOLE, assert_near, assert_same_run, group_of_one, twins
+from pool import run_on_ranks
 from torch.testing import assert_close
 
 import tpkernels as tpk
 
 
-def equal_to_one_rank():
+@pytest.mark.parametrize("name", WHOLE)
+@run_on_ranks(1, 2, 3, 4)
+def test_equal_to_one_rank(name):
     alone = group_of_one()
-    for name in WHOLE:
-        split, whole = twins(name, alone)
-        assert_same_run(split, whole, torch.randn(2, 35, 18))
-        whole.zero_grad()
+    split, whole = twins(name, alone)
+    assert_same_run(split, whole, torch.randn(2, 35, 18))
+    whole.zero_grad()
+    split.zero_grad()
+    whole.eval()
+    split.eval()
+    assert_same_run(split, whole, torch.randn(1, 3, 18))
+
+
+@pytest.mark.parametrize("name", ["column", "row in 3 chunks", "mlp gelu"])
+@run_on_ranks(1, 3)
+def test_inputs_of_any_shape(name):
+    alone = group_of_one()
+    split, whole = twins(name, alone)
+    rows = torch.randn(18, 35)
+    strided = torch.randn(35, 40)[:, 3:39:2]
+    for x in (
+        torch.randn(18),
+        torch.randn(1, 18),
+        torch.randn(2, 3, 5, 18),
+        torch.randn(0, 18),
+        torch.randn(2, 0, 18),
+        rows.t(),
+        strided,
+    ):
         split.zero_grad()
-        whole.eval()
-        split.eval()
-        assert_same_run(split, whole, torch.randn(1, 3, 18))
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_equal_to_one_rank(pool, ranks):
-    pool.run(ranks, equal_to_one_rank)
-
-
-def inputs_of_any_shape():
-    alone = group_of_one()
-    for name in ("column", "row in 3 chunks", "mlp gelu"):
-        split, whole = twins(name, alone)
-        rows = torch.randn(18, 35)
-        strided = torch.randn(35, 40)[:, 3:39:2]
-        for x in (
-            torch.randn(18),
-            torch.randn(1, 18),
-            torch.randn(2, 3, 5, 18),
-            torch.randn(0, 18),
-            torch.randn(2, 0, 18),
-            rows.t(),
-            strided,
+        whole.zero_grad()
+        mine, theirs = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
+        out, want = split(mine), whole(theirs)
+        assert_near(out, want)
+        out.sum().backward()  # a gradient that is not contiguous either
+        want.sum().backward()
+        assert_near(mine.grad, theirs.grad)
+        for ours, grad in zip(
+            tpk.unsharded_gradients(split).values(),
+            (p.grad for p in whole.parameters()),
+            strict=True,
         ):
-            split.zero_grad()
-            whole.zero_grad()
-            mine, theirs = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
-            out, want = split(mine), whole(theirs)
-            assert_near(out, want)
-            out.sum().backward()  # a gradient that is not contiguous either
-            want.sum().backward()
-            assert_near(mine.grad, theirs.grad)
-            for ours, grad in zip(
-                tpk.unsharded_gradients(split).values(),
-                (p.grad for p in whole.parameters()),
-                strict=True,
-            ):
-                assert_close(ours, grad, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_inputs_of_any_shape(pool, ranks):
-    pool.run(ranks, inputs_of_any_shape)
+            assert_close(ours, grad, atol=1e-4, rtol=1e-4)

@@ -7,16 +7,31 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads
+from pool import run_on_ranks
 from torch import nn
 from user_models import PLAN, Attention, Lora, llama_pair
 
 import tpkernels as tpk
 
 
-def runs(case, dtensor):
+@pytest.mark.parametrize(
+    "case",
+    [
+        "plain",
+        "checkpointing non-reentrant",
+        "checkpointing reentrant",
+        "two graphs",
+        "two graphs backward in turn",
+        "retain_graph",
+        "frozen weights",
+        "frozen input",
+        "deepcopy",
+    ],
+)
+@run_on_ranks(2)
+def test_a_fused_column_group_shares_one_all_reduce(case):
     """One training step of a split Llama under `case` against the same step of the unsplit one."""
-    changes = dict(attention_dropout=0.0)
-    stock, model = llama_pair(dtensor, **changes)
+    stock, model = llama_pair(attention_dropout=0.0)
     ids, labels = families.batch()
     more, _ = families.batch(seed=8)
 
@@ -82,24 +97,17 @@ def runs(case, dtensor):
 
 
 @pytest.mark.parametrize(
-    "case",
+    "case, wanted",
     [
-        "plain",
-        "checkpointing non-reentrant",
-        "checkpointing reentrant",
-        "two graphs",
-        "two graphs backward in turn",
-        "retain_graph",
-        "frozen weights",
-        "frozen input",
-        "deepcopy",
+        ("one input", 1),
+        ("cross-attention", 3),
+        ("skipped sibling", 1),
+        ("wrapped sibling", 2),
+        ("hooked sibling", 4),
     ],
 )
-def test_siblings_share_one_all_reduce(pool, case):
-    pool.run(2, runs, case, True)
-
-
-def own_attention(case, wanted):
+@run_on_ranks(2)
+def test_siblings_that_do_not_share_stay_right(case, wanted):
     torch.manual_seed(0)
     stock = Attention(skip=case == "skipped sibling")
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, PLAN, dtensor=False)
@@ -132,17 +140,3 @@ def own_attention(case, wanted):
     assert sum(c.tag == "column_backward" for c in log) == wanted
     if case != "wrapped sibling":
         assert_same_grads(stock, model, 1e-4)
-
-
-@pytest.mark.parametrize(
-    "case, wanted",
-    [
-        ("one input", 1),
-        ("cross-attention", 3),
-        ("skipped sibling", 1),
-        ("wrapped sibling", 2),
-        ("hooked sibling", 4),
-    ],
-)
-def test_siblings_that_do_not_share_stay_right(pool, case, wanted):
-    pool.run(2, own_attention, case, wanted)

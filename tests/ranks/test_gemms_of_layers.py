@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from gemms import GEMMS, IDS, OPS, PACKED, can, forced, integers, needs_packing
 from helpers import EXACT
+from pool import run_on_ranks
 from torch import nn
 from torch.testing import assert_close
 
@@ -15,9 +16,18 @@ import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels import _C
 
+CASES = {
+    f"{name}-{str(dtype)[6:]}": (gemm, dtype)
+    for name, gemm in zip(IDS, GEMMS, strict=True)
+    for dtype in (torch.float32, torch.bfloat16)
+    if can(gemm, dtype)
+}
 
-def layers(gemm, dtype):
-    """Parallel layers, siblings and the fused loss by a forced GEMM, exactly."""
+
+@pytest.mark.parametrize("gemm, dtype", CASES.values(), ids=CASES)
+@run_on_ranks(2)
+def test_layers_and_losses_take_every_gemm(gemm, dtype):
+    """Linears, a fused column group and the fused loss are exact on integers."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     torch.manual_seed(3)
     x, w, dy = (
@@ -69,14 +79,10 @@ def layers(gemm, dtype):
     assert_close(ours[1], whole.grad.chunk(world)[rank])
 
 
-@pytest.mark.parametrize("gemm", GEMMS, ids=IDS)
-def test_layers_and_loss_take_them(pool, gemm):
-    for dtype in (torch.float32, torch.bfloat16):
-        if can(gemm, dtype):
-            pool.run(2, layers, gemm, dtype)
-
-
-def models(dtensor):
+@needs_packing
+@pytest.mark.parametrize("dtensor", [False, True])
+@run_on_ranks(2)
+def test_models(dtensor):
     """A model whose weights are packed, and everything that changes them; against the stock model, which nobody packs."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
@@ -140,13 +146,8 @@ def models(dtensor):
                 assert_close(split(x).float(), stock(x).float(), atol=0.1, rtol=0.1)
 
 
-@needs_packing
-@pytest.mark.parametrize("dtensor", [False, True])
-def test_models(pool, dtensor):
-    pool.run(2, models, dtensor)
-
-
-def layer_calls():
+@run_on_ranks(1)
+def test_a_layer_of_one_rank_equals_the_stock_layer():
     """The short way and the long way of a layer agree, and errors stay errors."""
     stock = nn.Linear(48, 64)
     column, row = (
@@ -180,7 +181,3 @@ def layer_calls():
             x = torch.randn(6, 2, 48)
             assert_close(torch.vmap(layer)(x), layer(x))
             assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), stock(x))
-
-
-def test_a_layer_of_one_rank_equals_the_stock_layer(pool):
-    pool.run(1, layer_calls)

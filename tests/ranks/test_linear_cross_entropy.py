@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import EXACT, assert_as_accurate, wide
+from pool import run_on_ranks
 from refusal import assert_refused, refusals
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -71,18 +72,15 @@ def stock_loss(x, w, b, target, dtype, dloss=1.0, **options):
     return [loss.detach(), dx, *(t.grad for t in leaves[1:] if t is not None)]
 
 
-def losses_like_the_unsplit_models():
-    cases = itertools.cycle(
-        itertools.product((1, 7, 64, None), (0.0, 0.1))
-    )  # chunk_rows, smoothing
-    kinds = (
-        (331, torch.float32),
-        (331, torch.bfloat16),
-        (5, torch.float32),
-    )  # of five roundings the largest says little
-    for (classes, dtype), reduction, with_bias in itertools.product(
-        kinds, ("mean", "sum"), (True, False)
-    ):
+# Not 5 classes in bfloat16: the largest of five roundings says little.
+@pytest.mark.parametrize(
+    "classes, dtype", [(331, torch.float32), (331, torch.bfloat16), (5, torch.float32)]
+)
+@run_on_ranks(1, 2, 3, 4)
+def test_a_fused_loss_is_the_unsharded_models(classes, dtype):
+    # (chunk_rows, smoothing)
+    cases = itertools.cycle(itertools.product((1, 7, 64, None), (0.0, 0.1)))
+    for reduction, with_bias in itertools.product(("mean", "sum"), (True, False)):
         for _ in range(2 if dtype == torch.float32 else 4):
             chunk_rows, smoothing = next(cases)
             x, w, b = (
@@ -92,15 +90,11 @@ def losses_like_the_unsplit_models():
             )
             x, w, b = (None if t is None else t.to(dtype) for t in (x, w, b))
             target, dloss = some_targets(22, classes).view(2, 11), 0.7
-            if (
-                dtype != torch.float32
-            ):  # backward's factor is a power of two: it rounds the gradients no further
-                target, dloss = (
-                    torch.randint(classes, (22,))
-                    .index_fill(0, torch.randperm(22)[:6], IGNORED)
-                    .view(2, 11),
-                    0.5,
-                )
+            if dtype != torch.float32:
+                # Factors that are powers of two round the gradients no further.
+                target = torch.randint(classes, (22,))
+                target = target.index_fill(0, torch.randperm(22)[:6], IGNORED).view(2, 11)
+                dloss = 0.5
             options = dict(reduction=reduction, label_smoothing=smoothing, dloss=dloss)
             ours = split_loss(x, w, b, target, classes, chunk_rows=chunk_rows, **options)
             truth, twin = (stock_loss(x, w, b, target, d, **options) for d in (wide(dtype), dtype))
@@ -112,12 +106,8 @@ def losses_like_the_unsplit_models():
                 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_a_fused_loss_is_the_unsplit_models(pool, ranks):
-    pool.run(ranks, losses_like_the_unsplit_models)
-
-
-def empty_and_ignored():
+@run_on_ranks(4)
+def test_a_fused_loss_of_no_tokens():
     w, b = torch.randn(5, 16), torch.randn(5)
     for shape, reduction in itertools.product(((0,), (2, 0), (3,)), ("mean", "sum")):
         x, target = torch.randn(*shape, 16), torch.full(shape, IGNORED)
@@ -127,10 +117,6 @@ def empty_and_ignored():
             stock_loss(x, w, b, target, torch.float32, **options),
             equal_nan=True,
         )
-
-
-def test_a_fused_loss_of_no_tokens(pool):
-    pool.run(4, empty_and_ignored)
 
 
 class Allocations(TorchDispatchMode):
@@ -154,7 +140,8 @@ class Allocations(TorchDispatchMode):
         return result
 
 
-def loss_memory_and_collectives():
+@run_on_ranks(2, 3)
+def test_a_fused_loss_holds_a_chunk_and_sends_what_is_needed():
     group, rank, rows, features, classes = dist.group.WORLD, dist.get_rank(), 320, 8, 200
     width = chunk_sizes(classes, dist.get_world_size())[rank]
     x, target = torch.randn(rows, features, requires_grad=True), some_targets(rows, classes)
@@ -197,12 +184,8 @@ def loss_memory_and_collectives():
     assert not any(c.tag == "loss_input" for c in log)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_a_fused_loss_holds_a_chunk_and_sends_what_is_needed(pool, ranks):
-    pool.run(ranks, loss_memory_and_collectives)
-
-
-def loss_under_autocast():
+@run_on_ranks(2)
+def test_a_fused_loss_under_autocast():
     x, w, target = torch.randn(9, 16), torch.randn(331, 16), some_targets(9, 331)
     with torch.autocast("cpu", torch.bfloat16):
         ours = split_loss(x, w, None, target, 331)
@@ -211,10 +194,6 @@ def loss_under_autocast():
     assert all(grad.dtype == torch.float32 for grad in ours)
     for name, *values in zip(("loss", "dx", "dw"), ours, twin, truth, strict=True):
         assert_as_accurate(name, *values)
-
-
-def test_a_fused_loss_under_autocast(pool):
-    pool.run(2, loss_under_autocast)
 
 
 def loss_refused():

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from helpers import EXACT
 from one_rank import assert_near, seeded
+from pool import run_on_ranks
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._pytree import tree_leaves
@@ -18,40 +19,35 @@ from tpkernels.nn import ColumnParallelLinear, ParallelMLP, RowParallelLinear
 from tpkernels.ops import column_linear, linear, row_linear
 
 
-def the_stock_initialisation():
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+@pytest.mark.parametrize("shape", [(18, 23), (5, 3)], ids=str)
+@run_on_ranks(1, 4)
+def test_a_seed_gives_nn_linears_weights(shape, kind):
     group = dist.group.WORLD
-    for shape in ((18, 23), (5, 3)):
-        stock = seeded(partial(nn.Linear, *shape))
-        for kind in (ColumnParallelLinear, RowParallelLinear):
-            for layer in (
-                seeded(partial(kind, *shape), group=group),
-                kind.from_linear(stock, group=group),
-            ):
-                assert_close(
-                    dict(tpk.unsharded_state_dict(layer)), dict(stock.state_dict()), **EXACT
-                )
+    stock = seeded(partial(nn.Linear, *shape))
+    for layer in (
+        seeded(partial(kind, *shape), group=group),
+        kind.from_linear(stock, group=group),
+    ):
+        assert_close(dict(tpk.unsharded_state_dict(layer)), dict(stock.state_dict()), **EXACT)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
-def test_a_seed_gives_nn_linears_weights(pool, ranks):
-    pool.run(ranks, the_stock_initialisation)
-
-
-def from_linear():
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+@run_on_ranks(3)
+def test_from_linear(kind):
     group, rank = dist.group.WORLD, dist.get_rank()
     stock = nn.Linear(18, 23)
     stock.weight.requires_grad_(False)
     stock.eval()
     before = stock.weight.clone()
-    for kind in (ColumnParallelLinear, RowParallelLinear):
-        layer = kind.from_linear(stock, group=group)
-        assert not layer.training and not layer.weight.requires_grad and layer.bias.requires_grad
-        assert (
-            layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
-        )  # does not keep the whole weight alive
-        with torch.no_grad():
-            layer.weight.zero_()
-        assert torch.equal(stock.weight, before)
+    layer = kind.from_linear(stock, group=group)
+    assert not layer.training and not layer.weight.requires_grad and layer.bias.requires_grad
+    assert (
+        layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+    )  # does not keep the whole weight alive
+    with torch.no_grad():
+        layer.weight.zero_()
+    assert torch.equal(stock.weight, before)
     x, bare = torch.randn(4, 18), nn.Linear(18, 24, bias=False)
     gated = ColumnParallelLinear.from_linear(
         bare, group=group, activation="geglu", gather_output=True
@@ -64,32 +60,22 @@ def from_linear():
     assert halves.bias is None
 
 
-def test_from_linear(pool):
-    pool.run(3, from_linear)
-
-
-def explanations():
+@pytest.mark.parametrize(
+    "overlap, reason", [("auto", "CPU"), (False, "overlap=False"), (3, "overlap=3 was asked for")]
+)
+@run_on_ranks(1, 2)
+def test_explain_says_the_chunks_and_why(overlap, reason):
     group, ranks = dist.group.WORLD, dist.get_world_size()
-    for overlap, reason in (
-        ("auto", "CPU"),
-        (False, "overlap=False"),
-        (3, "overlap=3 was asked for"),
+    for layer, features in (
+        (ColumnParallelLinear(18, 23, group=group, overlap=overlap), 18),
+        (RowParallelLinear(18, 23, group=group, overlap=overlap), 23),
     ):
-        for layer, features in (
-            (ColumnParallelLinear(18, 23, group=group, overlap=overlap), 18),
-            (RowParallelLinear(18, 23, group=group, overlap=overlap), 23),
-        ):
-            text = layer.explain(450)
-            bounds = _C.chunk_bounds(450, 3 if overlap == 3 and ranks > 1 else 1, features * 4)
-            sizes = [str(b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
-            assert f"{len(sizes)} chunk" in text and f"of {', '.join(sizes)} rows" in text
-            assert f"{450 * features * 4:,} bytes" in text and f"over {ranks} ranks" in text
-            assert (reason if ranks > 1 else "one rank") in text
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_explain_says_the_chunks_and_why(pool, ranks):
-    pool.run(ranks, explanations)
+        text = layer.explain(450)
+        bounds = _C.chunk_bounds(450, 3 if overlap == 3 and ranks > 1 else 1, features * 4)
+        sizes = [str(b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+        assert f"{len(sizes)} chunk" in text and f"of {', '.join(sizes)} rows" in text
+        assert f"{450 * features * 4:,} bytes" in text and f"over {ranks} ranks" in text
+        assert (reason if ranks > 1 else "one rank") in text
 
 
 class Recorder:
@@ -114,7 +100,8 @@ class Recorder:
         column_linear._ops = linear._ops = row_linear._ops = torch.ops.tpkernels
 
 
-def auto_is_one_chunk():
+@run_on_ranks(2)
+def test_auto_on_cpus_is_the_path_of_one_chunk():
     x, dy, seen = torch.randn(2, 1200, 18), torch.randn(2, 1200, 18), []
     for overlap in ("auto", False):
         mlp = seeded(partial(ParallelMLP, 18, 27), group=dist.group.WORLD, overlap=overlap)
@@ -136,10 +123,6 @@ def auto_is_one_chunk():
     ]
 
 
-def test_auto_on_cpus_is_the_path_of_one_chunk(pool):
-    pool.run(2, auto_is_one_chunk)
-
-
 def gemms_and_collectives(run):
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
@@ -151,32 +134,29 @@ def gemms_and_collectives(run):
     ), len(log)
 
 
-def nothing_unneeded():
+@pytest.mark.parametrize(
+    "frozen", [(), ("input",), ("weight",), ("weight", "bias"), ("input", "weight")], ids=str
+)
+@pytest.mark.parametrize("kind", [ColumnParallelLinear, RowParallelLinear])
+@run_on_ranks(2)
+def test_what_needs_no_gradient_is_neither_computed_nor_sent(kind, frozen):
     group, rank = dist.group.WORLD, dist.get_rank()
     stock = nn.Linear(18, 24)
-    for frozen in ((), ("input",), ("weight",), ("weight", "bias"), ("input", "weight")):
-        for kind in (ColumnParallelLinear, RowParallelLinear):
-            layer = kind.from_linear(stock, group=group)
-            x = torch.randn(6, 18)
-            x = x if kind is ColumnParallelLinear else layer.input_spec.shard(x, rank).clone()
-            x.requires_grad_("input" not in frozen)
-            layer.weight.requires_grad_("weight" not in frozen)
-            layer.bias.requires_grad_("bias" not in frozen)
-            out = layer(x)
-            with Recorder() as recorder:
-                gemms, collectives = gemms_and_collectives(
-                    lambda: out.backward(torch.ones_like(out))  # noqa: B023
-                )
-            wanted = {"input": x, "weight": layer.weight, "bias": layer.bias}
-            assert {name for name, t in wanted.items() if t.grad is None} == set(frozen)
-            assert gemms == 2 - ("input" in frozen) - ("weight" in frozen)
-            assert collectives == (kind is ColumnParallelLinear and "input" not in frozen)
-            assert all(len(result) == 3 - len(frozen) for _, _, result in recorder.calls)
+    layer = kind.from_linear(stock, group=group)
+    x = torch.randn(6, 18)
+    x = x if kind is ColumnParallelLinear else layer.input_spec.shard(x, rank).clone()
+    x.requires_grad_("input" not in frozen)
+    layer.weight.requires_grad_("weight" not in frozen)
+    layer.bias.requires_grad_("bias" not in frozen)
+    out = layer(x)
+    with Recorder() as recorder:
+        gemms, collectives = gemms_and_collectives(lambda: out.backward(torch.ones_like(out)))
+    wanted = {"input": x, "weight": layer.weight, "bias": layer.bias}
+    assert {name for name, t in wanted.items() if t.grad is None} == set(frozen)
+    assert gemms == 2 - ("input" in frozen) - ("weight" in frozen)
+    assert collectives == (kind is ColumnParallelLinear and "input" not in frozen)
+    assert all(len(result) == 3 - len(frozen) for _, _, result in recorder.calls)
     layer = ColumnParallelLinear.from_linear(stock, group=group)
     with torch.no_grad(), tpk.log_collectives() as log:
         assert not layer(torch.randn(6, 18)).requires_grad
     assert not log
-
-
-def test_what_needs_no_gradient_is_neither_computed_nor_sent(pool):
-    pool.run(2, nothing_unneeded)

@@ -8,13 +8,15 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 
 import tpkernels as tpk
 from tpkernels import group as groups
 from tpkernels.group import Group, resolve_group
 
 
-def mesh_of_four():
+@run_on_ranks(4)
+def test_a_mesh_of_four():
     mesh = tpk.init_mesh(tp=2, dp=2, device="cpu", timeout=timedelta(seconds=30))
     assert mesh.mesh_dim_names == ("dp", "tp") and mesh.mesh.tolist() == [
         [0, 1],
@@ -42,22 +44,16 @@ def mesh_of_four():
         resolve_group(None)
 
 
-def test_a_mesh_of_four(pool):
-    pool.run(4, mesh_of_four)
-
-
-def one_process():
+@run_on_ranks(1)
+def test_one_process_needs_no_torchrun():
     dist.destroy_process_group()
     del os.environ["RANK"]
     mesh = tpk.init_mesh(1, device="cpu")
     assert mesh["tp"].size() == 1
 
 
-def test_one_process_needs_no_torchrun(pool):
-    pool.run(1, one_process)
-
-
-def routing():
+@run_on_ranks(2)
+def test_chunked_schedules_use_the_second_communicator():
     plain, chunked = dist.new_group([0, 1]), dist.new_group([0, 1])
     groups._chunked_groups[plain.group_name] = chunked
     try:
@@ -83,7 +79,3 @@ def routing():
         4096
     ) and "1 chunk of 100 rows" in passed.explain(100)
     assert "not measured" in passed.explain(4096)
-
-
-def test_chunked_schedules_use_the_second_communicator(pool):
-    pool.run(2, routing)

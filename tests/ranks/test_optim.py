@@ -7,13 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads
+from pool import run_on_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 import tpkernels as tpk
 
 
-def norms(kind):
+@pytest.mark.parametrize("kind", [2.0, 1.0, float("inf")])
+@run_on_ranks(2, 4)
+def test_the_norm_of_plain_parameters(kind):
     stock = families.make("llama")
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, dtensor=False)
     ids, labels = families.batch()
@@ -43,13 +46,9 @@ def norms(kind):
         tpk.clip_grad_norm_([mixed, torch.zeros(1)], 1.0)
 
 
-@pytest.mark.parametrize("kind", [2.0, 1.0, float("inf")])
-def test_the_norm_of_plain_parameters(pool, kind):
-    pool.run(2, norms, kind)
-    pool.run(4, norms, kind)
-
-
-def scaler(dtensor):
+@pytest.mark.parametrize("dtensor", [True, False])
+@run_on_ranks(2)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(dtensor):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))
     tpk.parallelize(model, dist.group.WORLD, {"0": "colwise", "1": "rowwise"}, dtensor=dtensor)
@@ -67,8 +66,3 @@ def scaler(dtensor):
         after = tpk.unsharded_state_dict(model)
         assert all(torch.equal(after[k], before[k]) for k in before) == overflow
         assert scaler.get_scale() == 2.0
-
-
-@pytest.mark.parametrize("dtensor", [True, False])
-def test_an_overflow_on_one_rank_skips_the_step_on_all(pool, dtensor):
-    pool.run(2, scaler, dtensor)

@@ -7,12 +7,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads, count_all_reduces
+from pool import run_on_ranks
 from user_models import llama_pair
 
 import tpkernels as tpk
 
 
-def equal_to_unsplit(family, dtensor):
+@pytest.mark.parametrize("ranks, dtensor", [(2, True), (3, False), (4, True), (4, False)])
+@pytest.mark.parametrize("family", families.FAMILIES)
+@run_on_ranks()
+def test_equal_to_unsharded(family, dtensor):
     stock = families.make(family)
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, dtensor=dtensor)
     ids, labels = families.batch()
@@ -50,13 +54,20 @@ def equal_to_unsplit(family, dtensor):
         assert torch.equal(*tokens)
 
 
-@pytest.mark.parametrize("ranks, dtensor", [(2, True), (3, False), (4, True), (4, False)])
-@pytest.mark.parametrize("family", families.FAMILIES)
-def test_equal_to_unsplit(pool, family, ranks, dtensor):
-    pool.run(ranks, equal_to_unsplit, family, dtensor)
+@pytest.mark.parametrize("ranks, dtensor", [(2, True), (4, False)])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+@run_on_ranks()
+def test_two_all_reduces_a_block_each_way(family, dtensor):
+    check_collectives(family, dtensor)
 
 
-def collectives_of_a_block(family, dtensor):
+@run_on_ranks(2)
+def test_two_all_reduces_a_block_each_way_of_gpt2():
+    """Run on fewer ranks than its KV heads divide among: it has 9."""
+    check_collectives("gpt2", True)
+
+
+def check_collectives(family, dtensor):
     stock = families.make(family)
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, dtensor=dtensor)
     ids, labels = families.batch()
@@ -83,27 +94,20 @@ def collectives_of_a_block(family, dtensor):
     assert tags.count("replicated_gradients") == (blocks if replicated else 0)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt2"])
-def test_two_all_reduces_a_block_each_way(pool, family):
-    pool.run(2, collectives_of_a_block, family, True)
-    if family != "gpt2":  # 9 KV heads
-        pool.run(4, collectives_of_a_block, family, False)
-
-
-def parameter_bytes(family):
-    stock = families.make(family)
-    whole = sum(p.nbytes for p in stock.parameters())
+# The heads go 2 + 1 groups on 2 ranks: a padded 2/3 of attention, a third of these parameters.
+@pytest.mark.parametrize(
+    "ranks, most", [(2, 0.5 * 1.05 + (2 / 3 - 1 / 2) * 0.35), (3, 1.05 / 3)], ids=["2", "3"]
+)
+@run_on_ranks()
+def test_parameter_bytes_a_rank(most):
+    stock = families.make("llama")
+    unsharded = sum(p.nbytes for p in stock.parameters())
     model = tpk.parallelize(stock, dist.group.WORLD)
-    return sum(p.to_local().nbytes for p in model.parameters()) / whole
+    assert sum(p.to_local().nbytes for p in model.parameters()) <= most * unsharded
 
 
-def test_parameter_bytes_a_rank(pool):
-    # The heads go 2 + 1 groups on 2 ranks: a padded 2/3 of attention, which is a third of these parameters.
-    for ranks, most in ((2, 0.5 * 1.05 + (2 / 3 - 1 / 2) * 0.35), (3, 1.05 / 3)):
-        assert max(pool.run(ranks, parameter_bytes, "llama")) <= most
-
-
-def inference():
+@run_on_ranks(2)
+def test_inference_mode_and_sampling():
     stock, model = llama_pair()
     ids, _ = families.batch()
     with torch.inference_mode():
@@ -121,11 +125,8 @@ def inference():
     assert torch.equal(sampled, stock.generate(ids[:, :6], **options))
 
 
-def test_inference_mode_and_sampling(pool):
-    pool.run(2, inference)
-
-
-def extended_plan():
+@run_on_ranks(2)
+def test_a_plan_can_be_extended():
     stock = families.make("llama")
     plan = {
         **tpk.auto_plan(stock),
@@ -140,33 +141,20 @@ def extended_plan():
     assert_same_grads(stock, model)
 
 
-def test_a_plan_can_be_extended(pool):
-    pool.run(2, extended_plan)
-
-
-def other_heads():
+@pytest.mark.parametrize("name", ["LlamaModel", "GPT2Model", "LlamaForSequenceClassification"])
+@run_on_ranks(2)
+def test_base_models_and_classifiers(name):
+    """Nothing to split behind the last block, and a loss of their own."""
     import transformers
 
     ids, _ = families.batch()
-    labels = torch.tensor([0, 1])
-    for name, options in (
-        ("LlamaModel", {}),
-        ("GPT2Model", {}),
-        ("LlamaForSequenceClassification", dict(labels=labels)),
-    ):
-        config = families.make("gpt2" if "GPT2" in name else "llama").config
-        torch.manual_seed(0)
-        stock = getattr(transformers, name)(config).eval()
-        model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD)
-        assert any(isinstance(m, tpk.nn.ColumnParallelLinear) for m in model.modules())
-        with torch.no_grad():
-            for mine, want in zip(
-                model(ids, **options)[:2], stock(ids, **options)[:2], strict=True
-            ):
-                if torch.is_tensor(mine):  # not the KV cache, which is split
-                    assert (mine - want).abs().max() < 1e-5
-
-
-def test_base_models_and_classifiers(pool):
-    """Nothing to split behind the last block, and a loss of their own."""
-    pool.run(2, other_heads)
+    options = dict(labels=torch.tensor([0, 1])) if "Classification" in name else {}
+    config = families.make("gpt2" if "GPT2" in name else "llama").config
+    torch.manual_seed(0)
+    stock = getattr(transformers, name)(config).eval()
+    model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD)
+    assert any(isinstance(m, tpk.nn.ColumnParallelLinear) for m in model.modules())
+    with torch.no_grad():
+        for mine, want in zip(model(ids, **options)[:2], stock(ids, **options)[:2], strict=True):
+            if torch.is_tensor(mine):  # not the KV cache, which is split
+                assert (mine - want).abs().max() < 1e-5

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import assert_same_grads
+from pool import run_on_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from user_models import llama_pair
@@ -14,7 +15,8 @@ from user_models import llama_pair
 import tpkernels as tpk
 
 
-def loss_parallel_logits():
+@run_on_ranks(2)
+def test_loss_parallel_logits():
     stock, model = llama_pair()
     ids, labels = families.batch()
     want = stock(ids, labels=labels)
@@ -40,10 +42,6 @@ def loss_parallel_logits():
     model.loss_function = None
 
 
-def test_loss_parallel_logits(pool):
-    pool.run(2, loss_parallel_logits)
-
-
 class OwnLossHead(nn.Module):
     def __init__(self, stock):
         super().__init__()
@@ -58,7 +56,8 @@ class OwnLossHead(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
-def head_with_its_own_loss():
+@run_on_ranks(2)
+def test_a_head_with_its_own_loss_gets_whole_logits():
     stock = families.make("llama")
     ids, _ = families.batch()
     model = OwnLossHead(copy.deepcopy(stock))
@@ -67,11 +66,8 @@ def head_with_its_own_loss():
     assert abs(model(ids, labels=ids) - OwnLossHead(stock)(ids, labels=ids)) < 1e-4
 
 
-def test_a_head_with_its_own_loss_gets_whole_logits(pool):
-    pool.run(2, head_with_its_own_loss)
-
-
-def tiny_vocabulary():
+@run_on_ranks(4)
+def test_a_rank_without_any_of_the_vocabulary():
     stock, model = llama_pair(vocab_size=5, pad_token_id=None)  # 2 + 2 + 1 + 0 on 4 ranks
     ids = torch.randint(0, 5, (2, 7), generator=torch.Generator().manual_seed(0))
     loss, want = model(ids, labels=ids).loss, stock(ids, labels=ids).loss
@@ -81,7 +77,3 @@ def tiny_vocabulary():
     assert_same_grads(stock, model)
     with torch.no_grad():
         assert (model(ids).logits - stock(ids).logits).abs().max() < 1e-4
-
-
-def test_a_rank_without_any_of_the_vocabulary(pool):
-    pool.run(4, tiny_vocabulary)

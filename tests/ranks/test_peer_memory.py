@@ -5,9 +5,9 @@ import warnings
 from types import SimpleNamespace
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 
 from tpkernels import peer_memory
 from tpkernels.group import Group
@@ -103,7 +103,8 @@ def test_refused_on_every_rank_with_one_reason(pool):
             )
 
 
-def opens():
+@run_on_ranks(2, 3)
+def test_opened_and_chosen_by_size():
     pg = dist.group.WORLD
     assert peer_memory.peer_memory_of(pg) is peer_memory.CLOSED
     memory, told, launched = attempt(gpu="one", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
@@ -133,8 +134,3 @@ def opens():
     assert "one-shot" in reasons[0] and ("two-shot" in reasons[1]) == (dist.get_world_size() > 2)
     attempt(TPKERNELS_TRANSPORT="nccl")  # opened again, closed this time
     assert choose("auto", small, 100, Group(pg, "cuda")).transport == "nccl"
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_opened_and_chosen_by_size(pool, ranks):
-    pool.run(ranks, opens)

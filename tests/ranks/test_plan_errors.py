@@ -4,6 +4,7 @@ import families
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 from torch import nn
 from user_models import PLAN, Attention, Quantised
 
@@ -11,7 +12,8 @@ import tpkernels as tpk
 from tpkernels.parallelization.styles import STYLES
 
 
-def plan_errors():
+@run_on_ranks(3)
+def test_plan_errors():
     def refuses(plan, *words, model=None, **options):
         model = model if model is not None else families.make("llama")
         before = {n: p.shape for n, p in model.named_parameters()}
@@ -57,7 +59,3 @@ def plan_errors():
     if dist.get_world_size() > 2:
         small = families.make("llama", num_attention_heads=2, num_key_value_heads=1)
         refuses("auto", "2 attention heads", f"{dist.get_world_size()} ranks", model=small)
-
-
-def test_plan_errors(pool):
-    pool.run(3, plan_errors)

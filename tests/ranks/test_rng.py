@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import everyone
+from pool import run_on_ranks
 from torch import nn
 
 import tpkernels as tpk
@@ -62,7 +63,15 @@ def test_dropout_in_a_split_region(pool):
         )
 
 
-def hf_dropout(family, changes):
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", dict(attention_dropout=0.2)),
+        ("gpt2", dict(attn_pdrop=0.2, resid_pdrop=0.1, embd_pdrop=0.1)),
+    ],
+)
+@run_on_ranks(2)
+def test_dropout_of_hugging_face_models(family, changes):
     model = tpk.parallelize(
         families.make(family, **changes), dist.group.WORLD, dtensor=False
     ).train()
@@ -80,14 +89,3 @@ def hf_dropout(family, changes):
             assert torch.equal(a, b), name
     a, b = everyone(torch.rand(4))
     assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize(
-    "family, changes",
-    [
-        ("llama", dict(attention_dropout=0.2)),
-        ("gpt2", dict(attn_pdrop=0.2, resid_pdrop=0.1, embd_pdrop=0.1)),
-    ],
-)
-def test_dropout_of_hugging_face_models(pool, family, changes):
-    pool.run(2, hf_dropout, family, changes)

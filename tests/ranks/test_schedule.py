@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 from schedules import timings
 from torch.testing import assert_close
 
@@ -99,7 +100,8 @@ def test_rank_0_decides_for_all(pool, ranks):
             assert "over gloo" in text and "predicted" in text and lines[-1].startswith("gemm of")
 
 
-def compiled():
+@run_on_ranks(2)
+def test_torch_compile_takes_a_tuned_layer_whole():
     """A tuned layer in one graph, at more sizes than one."""
     group = resolve_group(dist.group.WORLD)
     install(Calibration("here", "today", {torch.float32: timings(1e-6, 1e-6)}), group)
@@ -112,7 +114,3 @@ def compiled():
         assert_close(y, row(x))
         assert log[0].chunks == choose("auto", rows, 32, group, 8, torch.float32).chunks
     install(None, group)
-
-
-def test_torch_compile_takes_a_tuned_layer_whole(pool):
-    pool.run(2, compiled)

@@ -7,6 +7,7 @@ import linear_cases
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -43,7 +44,11 @@ def strided(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-def reductions(dtype, asynchronous):
+@pytest.mark.parametrize(
+    "dtype, asynchronous", [(dtype, i % 2 == 1) for i, dtype in enumerate(DTYPES)], ids=str
+)
+@run_on_ranks(1, 2, 3, 4, pool="shm_pool")
+def test_reductions_are_exact(dtype, asynchronous):
     n, rank = dist.get_world_size(), dist.get_rank()
     itemsize = dtype.itemsize
     for count in (0, 1, 13, 1000, (32 << 10) // itemsize, 2 * PIECE // itemsize + 77):
@@ -72,13 +77,8 @@ def reductions(dtype, asynchronous):
         assert torch.equal(out, scattered[:, rank].sum(0).to(dtype)), (count, dtype)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_reductions_are_exact(shm_pool, ranks):
-    for i, dtype in enumerate(DTYPES):
-        shm_pool.run(ranks, reductions, dtype, i % 2 == 1)
-
-
-def moves():
+@run_on_ranks(1, 2, 3, 4, pool="shm_pool")
+def test_moves_are_exact():
     n, rank = dist.get_world_size(), dist.get_rank()
     for dtype in (torch.float32, torch.bool, torch.complex64, torch.uint8):
         for count in (0, 1, 1001, PIECE // 4 + 3):
@@ -108,12 +108,8 @@ def moves():
     dist.barrier()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_moves_are_exact(shm_pool, ranks):
-    shm_pool.run(ranks, moves)
-
-
-def rest():
+@run_on_ranks(1, 3, pool="shm_pool")
+def test_what_shm_lacks_goes_to_gloo():
     """What shm lacks goes to gloo: other collectives, other reductions, other dtypes."""
     n, rank = dist.get_world_size(), dist.get_rank()
     x = torch.full((3,), rank + 1)
@@ -141,13 +137,10 @@ def rest():
         dist.all_reduce(torch.ones(2, dtype=torch.int64), dist.ReduceOp.AVG)
 
 
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_what_shm_lacks_goes_to_gloo(shm_pool, ranks):
-    shm_pool.run(ranks, rest)
-
-
-def bits(dtype):
-    """Every rank's bits, of messages that go one way and the other, and the bits of the sum in rank order."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@run_on_ranks(2, 3, 4, 6, pool="shm_pool")
+def test_the_sum_is_in_rank_order_and_rounded_once(dtype):
+    """Small and large all-reduces take different ways and give the same bits."""
     n, rank = dist.get_world_size(), dist.get_rank()
     values = [
         torch.randn(70000, generator=torch.Generator().manual_seed(r)).to(dtype) for r in range(n)
@@ -161,13 +154,8 @@ def bits(dtype):
         assert torch.equal(x, expected[:count].to(dtype)), (count, dtype)
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 6])
-def test_the_sum_is_in_rank_order_and_rounded_once(shm_pool, ranks):
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        shm_pool.run(ranks, bits, dtype)
-
-
-def special():
+@run_on_ranks(2, pool="shm_pool")
+def test_nan_spreads():
     x = torch.tensor([1.0, float("nan"), float("inf"), 1.0])
     if dist.get_rank() == 1:
         x = torch.tensor([float("nan"), 1.0, -float("inf"), 2.0])
@@ -180,12 +168,12 @@ def special():
     assert y[2].isnan()
 
 
-def test_nan_spreads(shm_pool):
-    shm_pool.run(2, special)
+@run_on_ranks(1, 2, 3, pool="shm_pool")
+def test_asynchronous_works():
+    """Works run in the order of their calls, whoever waits or nobody.
 
-
-def works():
-    """Asynchronous works run in the order of their calls, whoever waits, or nobody; synchronous calls stay behind them."""
+    Synchronous calls stay behind them.
+    """
     rank, n = dist.get_rank(), dist.get_world_size()
     xs = [torch.full((50000,), float(i + rank)) for i in range(20)]
     pending = [dist.all_reduce(x, async_op=True) for x in xs]
@@ -218,12 +206,8 @@ def works():
     dist.barrier()
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_asynchronous_works(shm_pool, ranks):
-    shm_pool.run(ranks, works)
-
-
-def torch_code():
+@run_on_ranks(2, 3, pool="shm_pool")
+def test_plain_torch_code():
     """DTensor, DDP and FSDP on the group, against one process."""
     n, rank = dist.get_world_size(), dist.get_rank()
     mesh = dist.device_mesh.init_device_mesh("cpu", (n,))
@@ -249,24 +233,23 @@ def torch_code():
     assert all(map(torch.allclose, [p.grad.full_tensor() for p in model.parameters()], expected))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_plain_torch_code(shm_pool, ranks):
-    shm_pool.run(ranks, torch_code)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.parametrize("chunks", [1, 3])
-def test_the_parallel_ops_are_exact(shm_pool, ranks, chunks):
-    for rows, k, n, dtype in [
+@pytest.mark.parametrize(
+    "m, k, n, dtype",
+    [
         (50, 13, 11, torch.float32),
         (300, 9, 33, torch.bfloat16),
         (0, 8, 4, torch.float32),
         (1, 64, 4096, torch.float32),
-    ]:
-        shm_pool.run(ranks, linear_cases.exact, chunks, rows, k, n, dtype)
+    ],
+)
+@pytest.mark.parametrize("chunks", [1, 3])
+@run_on_ranks(1, 2, 3, 4, pool="shm_pool")
+def test_the_parallel_ops_are_exact(chunks, m, k, n, dtype):
+    linear_cases.check_linears_exactly(chunks, m, k, n, dtype)
 
 
-def blocks():
+@run_on_ranks(2, 3, pool="shm_pool")
+def test_messages_larger_than_the_memory():
     """More rows than a half of the segment holds: several steps, each with its own slice of the residual."""
     n, rank, rows, columns = dist.get_world_size(), dist.get_rank(), 5000, 1024  # 20 MB
     group = dist.group.WORLD
@@ -286,11 +269,6 @@ def blocks():
     assert torch.equal(out, x @ w.t() + bias + residual)
     out = tpk.functional.row_parallel_linear(x[:, mine], w[:, mine], group=group)
     assert torch.equal(out, x @ w.t())
-
-
-def test_messages_larger_than_the_memory(shm_pool):
-    for ranks in (2, 3):
-        shm_pool.run(ranks, blocks)
 
 
 def two_jobs():

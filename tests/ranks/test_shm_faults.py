@@ -12,6 +12,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 
 import tpkernels as tpk
 
@@ -156,24 +157,25 @@ def differ(kind):
     return str(caught.value).splitlines()[1:4]
 
 
-def test_ranks_that_make_different_calls_are_told(shm_pool):
-    for kind, second in [
+@pytest.mark.parametrize(
+    "kind, second",
+    [
         ("sizes", "rank 1: all_reduce (sum) of 20 bytes of Float"),
         ("ops", "rank 1: broadcast of 12 bytes from rank 1"),
         ("dtypes", "rank 1: all_reduce (sum) of 32 bytes of Float"),
-    ]:
-        first, other, third = shm_pool.run(3, differ, kind)
-        assert first == other == third and first[1].strip() == second
+    ],
+    ids=["sizes", "ops", "dtypes"],
+)
+def test_ranks_that_make_different_calls_are_told(shm_pool, kind, second):
+    first, other, third = shm_pool.run(3, differ, kind)
+    assert first == other == third and first[1].strip() == second
 
 
-def uneven_splits():
+@run_on_ranks(2, pool="shm_pool")
+def test_split_sizes_that_do_not_match():
     rank = dist.get_rank()
     with pytest.raises(ValueError, match="rank 1 sends 4 bytes to rank 0, which expects 8"):
         dist.all_to_all_single(
             torch.empty(3 + rank), torch.ones(3), [1, 2 + rank] if rank == 0 else [2, 2], [1, 2]
         )
     dist.barrier()  # nothing was lost
-
-
-def test_split_sizes_that_do_not_match(shm_pool):
-    shm_pool.run(2, uneven_splits)

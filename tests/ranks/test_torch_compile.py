@@ -4,6 +4,7 @@ import families
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads, grads_of
+from pool import run_on_ranks
 from torch.testing import assert_close
 from user_models import llama_pair
 
@@ -12,7 +13,8 @@ import tpkernels.functional as tpf
 from tpkernels.nn import ParallelMLP
 
 
-def compiled_layers():
+@run_on_ranks(1)
+def test_torch_compile_takes_them_whole():
     weight, bias = torch.randn(16, requires_grad=True), torch.randn(16, requires_grad=True)
     mlp = ParallelMLP(16, 24, activation="gelu", group=dist.group.WORLD)
     tables, seed = tpf.rotary_tables(3, 4), torch.tensor([4])
@@ -33,11 +35,9 @@ def compiled_layers():
         )
 
 
-def test_torch_compile_takes_them_whole(pool):
-    pool.run(1, compiled_layers)
-
-
-def compiled():
+@run_on_ranks(2)
+def test_torch_compile():
+    """A whole model with graph breaks at its hooks, an MLP of ours without any."""
     stock, model = llama_pair()
     ids, labels = families.batch()
     torch.compile(model, backend="aot_eager")(ids, labels=labels).loss.backward()
@@ -57,8 +57,3 @@ def compiled():
         torch.allclose(a, b, atol=1e-6)
         for a, b in zip(grads, (x.grad, *(p.grad for p in mlp.parameters())), strict=True)
     )
-
-
-def test_torch_compile(pool):
-    """A whole model with graph breaks at its hooks, an MLP of ours without any."""
-    pool.run(2, compiled)

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from pool import run_on_ranks
 
 import tpkernels as tpk
 from tpkernels.group import resolve_group
@@ -102,11 +103,8 @@ def test_an_unmeasured_link_between_hosts_is_said_once(pool):
     )
 
 
-def refused():
+@run_on_ranks(2)
+def test_bad_shapes_are_refused_before_anything_is_measured():
     for shapes in ([(1, 2)], [(1, 2, 0)], [(1, 2.0, 3)], [5]):
         with pytest.raises(ValueError, match=r"shapes must be .*ints of at least 1"):
             tpk.tune(dist.group.WORLD, shapes)
-
-
-def test_bad_shapes_are_refused_before_anything_is_measured(pool):
-    pool.run(2, refused)

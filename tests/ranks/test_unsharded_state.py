@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads
+from pool import run_on_ranks
 from torch.distributed.tensor import DTensor, Replicate
 from user_models import llama_pair
 
@@ -56,7 +57,8 @@ def test_names_ties_and_state(pool, dtensor):
     assert all(torch.equal(states[0][k], other[k]) for other in states[1:] for k in other)
 
 
-def one_rank():
+@run_on_ranks(1)
+def test_one_rank_keeps_plain_parameters():
     stock, model = llama_pair()
     assert not any(isinstance(p, DTensor) for p in model.parameters())
     ids, labels = families.batch()
@@ -68,7 +70,3 @@ def one_rank():
     state = tpk.unsharded_state_dict(model)
     assert all(torch.equal(state[k], v) for k, v in stock.state_dict().items())
     tpk.load_unsharded_state_dict(model, state)
-
-
-def test_one_rank_keeps_plain_parameters(pool):
-    pool.run(1, one_rank)

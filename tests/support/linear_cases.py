@@ -15,7 +15,8 @@ def integers(*shape, dtype=torch.float32, generator=None, device="cpu"):
     return torch.randint(-1, 2, shape, generator=generator).to(device, dtype)
 
 
-def exact(chunks, rows, k, n, dtype, device="cpu"):
+def check_linears_exactly(chunks, rows, k, n, dtype, device="cpu"):
+    """Compare both linears, their gradients and options with nn.Linear, on integers."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     rng = torch.Generator().manual_seed(rows + k)
     x, w, b = (

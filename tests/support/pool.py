@@ -29,7 +29,7 @@ def run_on_ranks(*sizes: int, pool: str = "pool") -> Callable[[Callable], Callab
     and fixtures are handed to the ranks. The ids then start with the number of ranks.
 
     Args:
-        sizes: the numbers of ranks.
+        sizes: the numbers of ranks; none where `ranks` is parametrized outside.
         pool: the name of the fixture that is the pool.
     """
 
@@ -45,7 +45,7 @@ def run_on_ranks(*sizes: int, pool: str = "pool") -> Callable[[Callable], Callab
         test.__module__ = function.__module__
         test.__doc__ = function.__doc__
         test.__wrapped__ = function  # pytest shows its file and line; a rank calls it
-        return pytest.mark.parametrize("ranks", sizes)(test)
+        return pytest.mark.parametrize("ranks", sizes)(test) if sizes else test
 
     return decorate
 
