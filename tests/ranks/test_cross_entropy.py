@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from pool import run_on_ranks
-from refusal import assert_refused, refusals
+from refusal import assert_refused
 from torch.testing import assert_close
 
 import tpkernels as tpk
@@ -158,7 +158,8 @@ def test_layouts_and_bit_equal_ranks():
     assert all(torch.equal(loss, other) for other in losses)
 
 
-def refused():
+@run_on_ranks(3)
+def test_refused_on_every_rank_before_communication():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     width = chunk_sizes(331, world)[rank]
     logits, target = torch.zeros(4, width), torch.zeros(4, dtype=torch.long)
@@ -168,36 +169,16 @@ def refused():
             logits, target, **{"group": group, "num_classes": 331, **options}
         )
 
-    return refusals(
-        {
-            "target too large": loss(target=target + 331),
-            "target negative": loss(target=target - 1),
-            "target float": loss(target=target.float()),
-            "target int16": loss(target=target.short()),
-            "target shape": loss(target=target[:3]),
-            "reduction": loss(reduction="avg"),
-            "smoothing": loss(label_smoothing=1.5),
-            "smoothing nan": loss(label_smoothing=float("nan")),
-            "integer logits": loss(logits=logits.long()),
-            "num_classes": loss(num_classes=500),
-        }
-    )
-
-
-def test_refused_on_every_rank_before_communication(pool):
-    expected = {
-        "target too large": (IndexError, "target", "331 to 331", "0 to 330"),
-        "target negative": (IndexError, "target", "-1", "0 to 330"),
-        "target float": (TypeError, "target", "torch.float32"),
-        "target int16": (TypeError, "target", "torch.int16"),
-        "target shape": (ValueError, "target", "(3,)", "(4,)"),
-        "reduction": (ValueError, "reduction", "'avg'"),
-        "smoothing": (ValueError, "label_smoothing", "1.5"),
-        "smoothing nan": (ValueError, "label_smoothing", "nan"),
-        "integer logits": (TypeError, "logits_shard", "torch.int64"),
-        "num_classes": (ValueError, "logits_shard", "500"),
-    }
-    assert_refused(pool.run(3, refused), expected)
+    assert_refused(loss(target=target + 331), IndexError, "target", "331 to 331", "0 to 330")
+    assert_refused(loss(target=target - 1), IndexError, "target", "-1", "0 to 330")
+    assert_refused(loss(target=target.float()), TypeError, "target", "torch.float32")
+    assert_refused(loss(target=target.short()), TypeError, "target", "torch.int16")
+    assert_refused(loss(target=target[:3]), ValueError, "target", "(3,)", "(4,)")
+    assert_refused(loss(reduction="avg"), ValueError, "reduction", "'avg'")
+    assert_refused(loss(label_smoothing=1.5), ValueError, "label_smoothing", "1.5")
+    assert_refused(loss(label_smoothing=float("nan")), ValueError, "label_smoothing", "nan")
+    assert_refused(loss(logits=logits.long()), TypeError, "logits_shard", "torch.int64")
+    assert_refused(loss(num_classes=500), ValueError, "logits_shard", "500")
 
 
 def uneven(classes, target):

@@ -6,7 +6,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import EXACT
 from pool import run_on_ranks
-from refusal import assert_refused, refusals
+from refusal import assert_refused
 from torch import nn
 from torch.testing import assert_close
 
@@ -128,7 +128,8 @@ def test_from_embedding_leaves_its_source():
     )  # does not keep the whole table alive
 
 
-def refused():
+@run_on_ranks(1, 3)
+def test_refused_on_every_rank_before_communication():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     shard, options = (
         torch.zeros(chunk_sizes(331, world)[rank], 6),
@@ -138,57 +139,48 @@ def refused():
     def look_up(*ids, weight=shard):
         return lambda: tpf.vocab_parallel_embedding(torch.tensor(*ids), weight, **options)
 
-    return refusals(
-        {
-            "out of range": look_up([0, 331]),
-            "negative": look_up([[5, -1]]),
-            "float": look_up([1.0]),
-            "bool": look_up([True]),
-            "wrong rows": look_up([1], weight=torch.zeros(7, 6)),
-            "module": lambda: VocabParallelEmbedding(331, 6, group=group)(torch.tensor([400])),
-            "padding_idx": lambda: VocabParallelEmbedding(331, 6, 331, group=group),
-            "not an embedding": lambda: VocabParallelEmbedding.from_embedding(
-                nn.Linear(2, 2), group=group
-            ),
-            "max_norm": lambda: VocabParallelEmbedding.from_embedding(
-                nn.Embedding(9, 2, max_norm=1.0), group=group
-            ),
-        }
-    )
-
-
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_refused_on_every_rank_before_communication(pool, ranks):
-    expected = {
-        "out of range": (IndexError, "ids", "0 to 331", "0 to 330"),
-        "negative": (IndexError, "ids", "-1 to 5", "0 to 330"),
-        "float": (TypeError, "ids", "torch.float32"),
-        "bool": (TypeError, "ids", "torch.bool"),
-        "wrong rows": (ValueError, "weight has 7 rows", "num_embeddings"),
-        "module": (IndexError, "ids", "400", "330"),
-        "padding_idx": (ValueError, "padding_idx=331", "331"),
-        "not an embedding": (TypeError, "nn.Embedding", "Linear"),
-        "max_norm": (ValueError, "max_norm=1.0"),
-    }
-    assert_refused(pool.run(ranks, refused), expected)
-
-
-def small_integer_ids():
-    """5 rows on 4 ranks: the last has none, and must refuse what the others do."""
-    calls = {
-        str(dtype): lambda dtype=dtype: VocabParallelEmbedding(5, 6, group=dist.group.WORLD)(
-            torch.tensor([1, 4], dtype=dtype)
-        )
-        for dtype in (torch.uint8, torch.int16)
-    }
-    return refusals(calls)
-
-
-def test_integers_that_nn_embedding_does_not_take(pool):
+    assert_refused(look_up([0, 331]), IndexError, "ids", "0 to 331", "0 to 330")
+    assert_refused(look_up([[5, -1]]), IndexError, "ids", "-1 to 5", "0 to 330")
+    assert_refused(look_up([1.0]), TypeError, "ids", "torch.float32")
+    assert_refused(look_up([True]), TypeError, "ids", "torch.bool")
     assert_refused(
-        pool.run(4, small_integer_ids),
-        {str(d): (TypeError, "ids", str(d)) for d in (torch.uint8, torch.int16)},
+        look_up([1], weight=torch.zeros(7, 6)), ValueError, "weight has 7 rows", "num_embeddings"
     )
+    assert_refused(
+        lambda: VocabParallelEmbedding(331, 6, group=group)(torch.tensor([400])),
+        IndexError,
+        "ids",
+        "400",
+        "330",
+    )
+    assert_refused(
+        lambda: VocabParallelEmbedding(331, 6, 331, group=group),
+        ValueError,
+        "padding_idx=331",
+        "331",
+    )
+    assert_refused(
+        lambda: VocabParallelEmbedding.from_embedding(nn.Linear(2, 2), group=group),
+        TypeError,
+        "nn.Embedding",
+        "Linear",
+    )
+    assert_refused(
+        lambda: VocabParallelEmbedding.from_embedding(
+            nn.Embedding(9, 2, max_norm=1.0), group=group
+        ),
+        ValueError,
+        "max_norm=1.0",
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16])
+@run_on_ranks(4)
+def test_integers_that_nn_embedding_does_not_take(dtype):
+    """The last of 4 ranks has none of the 5 rows, and refuses the ids as the others do."""
+    layer = VocabParallelEmbedding(5, 6, group=dist.group.WORLD)
+    ids = torch.tensor([1, 4], dtype=dtype)
+    assert_refused(lambda: layer(ids), TypeError, "ids", str(dtype))
 
 
 @run_on_ranks(2)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import EXACT, assert_as_accurate, wide
 from pool import run_on_ranks
-from refusal import assert_refused, refusals
+from refusal import assert_refused
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -196,7 +196,8 @@ def test_a_fused_loss_under_autocast():
         assert_as_accurate(name, *values)
 
 
-def loss_refused():
+@run_on_ranks(3)
+def test_a_fused_loss_refuses_on_every_rank_before_communication():
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     x, target = torch.zeros(4, 6), torch.zeros(4, dtype=torch.long)
     w, b = (torch.zeros(chunk_sizes(331, world)[rank], *rest) for rest in ((6,), ()))
@@ -206,41 +207,17 @@ def loss_refused():
             x, w, target, b, **{"group": group, "num_classes": 331, **options}
         )
 
-    return refusals(
-        {
-            "target too large": loss(target=target + 331),
-            "target float": loss(target=target.float()),
-            "target shape": loss(target=target[:3]),
-            "reduction none": loss(reduction="none"),
-            "smoothing": loss(label_smoothing=-0.1),
-            "integer input": loss(x=x.long(), w=w.long(), b=b.long()),
-            "num_classes": loss(num_classes=500),
-            "features": loss(x=x[:, :5]),
-            "weight of one dimension": loss(w=b),
-            "bias size": loss(b=b[1:]),
-            "weight dtype": loss(w=w.double()),
-            "bias dtype": loss(b=b.bfloat16()),
-            "chunk_rows 0": loss(chunk_rows=0),
-            "chunk_rows float": loss(chunk_rows=2.0),
-        }
-    )
-
-
-def test_a_fused_loss_refuses_on_every_rank_before_communication(pool):
-    expected = {
-        "target too large": (IndexError, "target", "331 to 331", "0 to 330"),
-        "target float": (TypeError, "target", "torch.float32"),
-        "target shape": (ValueError, "target", "(3,)", "(4,)"),
-        "reduction none": (ValueError, "reduction", "'none'", "mean, sum"),
-        "smoothing": (ValueError, "label_smoothing", "-0.1"),
-        "integer input": (TypeError, "input", "torch.int64"),
-        "num_classes": (ValueError, "weight_shard", "500"),
-        "features": (ValueError, "input", "weight_shard", "(4, 5)"),
-        "weight of one dimension": (ValueError, "weight_shard"),
-        "bias size": (ValueError, "bias_shard"),
-        "weight dtype": (TypeError, "weight_shard", "torch.float64"),
-        "bias dtype": (TypeError, "bias_shard", "torch.bfloat16"),
-        "chunk_rows 0": (ValueError, "chunk_rows", "0"),
-        "chunk_rows float": (ValueError, "chunk_rows", "2.0"),
-    }
-    assert_refused(pool.run(3, loss_refused), expected)
+    assert_refused(loss(target=target + 331), IndexError, "target", "331 to 331", "0 to 330")
+    assert_refused(loss(target=target.float()), TypeError, "target", "torch.float32")
+    assert_refused(loss(target=target[:3]), ValueError, "target", "(3,)", "(4,)")
+    assert_refused(loss(reduction="none"), ValueError, "reduction", "'none'", "mean, sum")
+    assert_refused(loss(label_smoothing=-0.1), ValueError, "label_smoothing", "-0.1")
+    assert_refused(loss(x=x.long(), w=w.long(), b=b.long()), TypeError, "input", "torch.int64")
+    assert_refused(loss(num_classes=500), ValueError, "weight_shard", "500")
+    assert_refused(loss(x=x[:, :5]), ValueError, "input", "weight_shard", "(4, 5)")
+    assert_refused(loss(w=b), ValueError, "weight_shard")
+    assert_refused(loss(b=b[1:]), ValueError, "bias_shard")
+    assert_refused(loss(w=w.double()), TypeError, "weight_shard", "torch.float64")
+    assert_refused(loss(b=b.bfloat16()), TypeError, "bias_shard", "torch.bfloat16")
+    assert_refused(loss(chunk_rows=0), ValueError, "chunk_rows", "0")
+    assert_refused(loss(chunk_rows=2.0), ValueError, "chunk_rows", "2.0")
