@@ -1,0 +1,65 @@
+"""The public all-reduce, of every dtype and layout."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from pool import run_on_ranks
+from torch.testing import assert_close
+
+import tpkernels as tpk
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+        torch.int8,
+    ],
+    ids=str,
+)
+@run_on_ranks(3)
+def test_all_reduce(dtype):
+    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
+    total = sum(range(1, world + 1))
+    base = torch.arange(24).view(4, 6)
+    for view in (
+        lambda t: t,
+        lambda t: t.t(),
+        lambda t: t[:, 1::2],
+        lambda t: t[2],
+        lambda t: t[0, 0],
+    ):
+        whole = (base.to(dtype) * 0 + 1) * (rank + 1)
+        tensor = view(whole)
+        with tpk.log_collectives() as log:
+            assert tpk.all_reduce_(tensor, group) is tensor
+        assert [(c.op, c.tag, c.bytes, c.chunk, c.chunks) for c in log] == [
+            ("all_reduce", "all_reduce", tensor.nbytes, 0, 1)
+        ]
+        want = torch.full((4, 6), rank + 1, dtype=dtype)
+        view(want).fill_(total)
+        assert_close(whole, want, atol=0, rtol=0)  # in place, and nothing else
+
+
+@run_on_ranks(3)
+def test_a_tensor_that_requires_grad_is_refused():
+    group = dist.group.WORLD
+    leaf = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match=r"requires grad.*detach"):
+        tpk.all_reduce_(leaf, group)
+    with torch.no_grad():
+        tpk.all_reduce_(leaf, group)
+    assert leaf.tolist() == [3, 3, 3]
+
+
+@run_on_ranks(3)
+def test_an_empty_tensor_is_not_sent():
+    with tpk.log_collectives() as log:
+        tpk.all_reduce_(torch.empty(0, 3), dist.group.WORLD)
+    assert not log
