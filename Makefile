@@ -5,16 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 SOURCES := $(shell find csrc -type f)
-CLANG_FORMATTED := $(shell find csrc tests/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CLANG_FORMATTED := $(shell find csrc tests/proofs/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 BENCH_VENV := .venv-bench
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= /usr/local/cuda
 export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
 
-# Tests that start no ranks and compile nothing.
-UNIT_TESTS := $(or $(wildcard tests/unit),tests/test_house.py tests/test_trace.py tests/test_planner_errors.py \
-	tests/test_planner_measured.py tests/test_planner_model.py tests/test_planner_time.py)
 MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
 
 .PHONY: setup demo test check unit lint types imports spelling format docs mutants wheel bench bench-docs check-gpu \
@@ -48,7 +45,7 @@ test: setup
 check: lint types imports spelling unit
 
 unit: setup
-	$(BIN)/python -m pytest -q $(UNIT_TESTS)
+	$(BIN)/python -m pytest -q tests/unit
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -110,7 +107,8 @@ bench-docs: $(BENCH_VENV)/.installed
 # What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the Triton kernels interpreted and
 # compiled for four chips, the CUDA kernels on simulated GPUs, under sanitizers, their mutants and machine code; and what they take, in docs/.
 check-gpu: setup
-	$(BIN)/python -m pytest -q -s tests/test_stream_semantics.py tests/test_kernels.py $(wildcard tests/device/test_*.py tests/device/check_*.py)
+	$(BIN)/python -m pytest -q -s tests/proofs/test_stream_semantics.py tests/proofs/test_triton_interpreter.py \
+		$(wildcard tests/proofs/device/test_*.py tests/proofs/device/check_*.py)
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)

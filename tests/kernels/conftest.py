@@ -1,6 +1,6 @@
 """Tests of the Triton kernels, on a GPU or by Triton's interpreter.
 
-tests/test_kernels.py starts pytest so that Triton interprets.
+tests/proofs/test_triton_interpreter.py starts pytest so that Triton interprets.
 """
 
 import os
@@ -13,7 +13,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
-    sys.path.append(str(Path(__file__).parents[1] / "device"))
+    sys.path.append(str(Path(__file__).parents[1] / "proofs/device"))
     import interpreter
 
     interpreter.install()

@@ -1,5 +1,5 @@
-// Hides the differences between nvcc and the CPU (tests/device/simt): nothing else in these headers
-// asks which of the two compiles it.
+// Hides the differences between nvcc and the CPU (tests/proofs/device/simt): nothing else in these
+// headers asks which of the two compiles it.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -1,7 +1,7 @@
 // Ranks as threads over one memory, for ThreadSanitizer: what a rank reads must be ordered after
 // what its peers wrote, and what it overwrites after their reading. Arguments: ranks, steps. Exits
 // with 1 where a value is wrong.
-#include "../../csrc/shm/ring.h"
+#include "../../../csrc/shm/ring.h"
 
 #include <cstdio>
 #include <cstdlib>

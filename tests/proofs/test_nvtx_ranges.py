@@ -1,4 +1,4 @@
-"""The engine's NVTX ranges, as a tool receives them: tests/nvtx/recorder.c is one, which nvtx3 loads in place of a profiler."""
+"""The engine's NVTX ranges, as a tool receives them: tests/proofs/nvtx/recorder.c is one, which nvtx3 loads in place of a profiler."""
 
 import importlib.util
 import os
@@ -129,7 +129,7 @@ def test_a_range_without_a_tool_allocates_nothing(recorder, tmp_path):
         "-std=c++17",
         "-O1",
         "-I",
-        HERE.parent / "csrc/engine",
+        HERE.parents[1] / "csrc/engine",
         HERE / "nvtx/allocations.cpp",
     ]
     build(*compiler, "-I", HEADERS, "-o", tmp_path / "with_headers", "-ldl")

@@ -14,7 +14,7 @@ from pathlib import Path
 from engine_mutants import MUTANTS
 from mutation import Edit, markers
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Files that all ops need, from csrc/. A mutant of any other file is that file alone, beside mutant
 # 0's copy of these.

@@ -1,4 +1,4 @@
-"""`python tests/device/report.py --out docs/kernels.md`: what each kernel takes of each chip,
+"""`python tests/proofs/device/report.py --out docs/kernels.md`: what each kernel takes of each chip,
 between markers of a Markdown file.
 
 `--check` writes nothing and exits 1 if the tables in the file are not what it would write. Nothing
@@ -21,9 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DOCUMENT = HERE.parents[1] / "docs/kernels.md"
+DOCUMENT = HERE.parents[2] / "docs/kernels.md"
 sys.path[:0] = [
-    str(HERE.parents[1]),
+    str(HERE.parents[2]),
     str(HERE),
 ]  # the checkout's tpkernels, and this folder's modules, wherever it is started
 
@@ -46,7 +46,10 @@ COLUMNS += ("bytes / element", "scratch", "least")
 
 
 def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name} begin: written by tests/device/report.py -->", f"<!-- {name} end -->"
+    return (
+        f"<!-- {name} begin: written by tests/proofs/device/report.py -->",
+        f"<!-- {name} end -->",
+    )
 
 
 def replace(text: str, name: str, table: str) -> str:
@@ -216,7 +219,7 @@ def main() -> int:
     if options.check:
         print(
             f"{options.out} is not current: "
-            f"`python tests/device/report.py --out {options.out}` writes it anew",
+            f"`python tests/proofs/device/report.py --out {options.out}` writes it anew",
             file=sys.stderr,
         )
         return 1

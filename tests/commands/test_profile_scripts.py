@@ -1,4 +1,4 @@
-"""benchmarks/profile_step.py and nsys.sh on CPUs; tests/nvtx/nsys stands in for Nsight Systems."""
+"""benchmarks/profile_step.py and nsys.sh on CPUs; tests/proofs/nvtx/nsys stands in for Nsight Systems."""
 
 import importlib.util
 import os
@@ -42,7 +42,7 @@ def test_steps_run_on_cpus(what, options):
 
 def test_nsys_script(tmp_path):
     nsys(tmp_path / "export.sqlite", KERNELS)
-    out, path = tmp_path / "out", f"{TESTS / 'nvtx'}{os.pathsep}{os.environ['PATH']}"
+    out, path = tmp_path / "out", f"{TESTS / 'proofs/nvtx'}{os.pathsep}{os.environ['PATH']}"
     script = (SCRIPTS / "nsys.sh", "2", out, "layer", "--tokens", "32", "--steps", "1")
     done = run(*script, FAKE_NSYS=str(tmp_path), PATH=path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-HEADERS = HERE.parent.parent / "csrc" / "include" / "tpkernels"
-CACHE = HERE.parent.parent / "build" / "device"
+HEADERS = HERE.parents[2] / "csrc" / "include" / "tpkernels"
+CACHE = HERE.parents[2] / "build" / "device"
 SANITIZERS = {
     None: [],
     "thread": ["-fsanitize=thread", "-DSIMT_TSAN"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mutation import markers, replace
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def sanitizer(tmp_path_factory):
 
     def run(ranks, steps, *edits):
         (folder / "csrc/shm").mkdir(parents=True, exist_ok=True)
-        (folder / "tests/shm").mkdir(parents=True, exist_ok=True)
+        (folder / "tests/proofs/shm").mkdir(parents=True, exist_ok=True)
         for name in ("ring.h", "ring.cpp"):
             text = (ROOT / "csrc/shm" / name).read_text()
             for edit in edits:
                 text = edit.apply(text) if edit.markers <= markers(text) else text
             (folder / "csrc/shm" / name).write_text(text)
-        shutil.copy(ROOT / "tests/shm/ring.cpp", folder / "tests/shm")
-        sources = ["tests/shm/ring.cpp", "csrc/shm/ring.cpp"]
+        shutil.copy(ROOT / "tests/proofs/shm/ring.cpp", folder / "tests/proofs/shm")
+        sources = ["tests/proofs/shm/ring.cpp", "csrc/shm/ring.cpp"]
         command = [
             "g++",
             "-std=c++17",
