@@ -72,7 +72,7 @@ def test_a_block_is_two_all_reduces_forward_and_two_backward(kv_heads, norm):
     block = ParallelTransformerBlock(18, 9, 27, kv_heads, norm=norm, group=dist.group.WORLD)
     x = torch.randn(2, 5, 18, requires_grad=True)
     with tpk.log_collectives() as forward:
-        seen, out = count_all_reduces(lambda: block(x))  # noqa: B023
+        seen, out = count_all_reduces(lambda: block(x))
     assert seen == 2 and [c.tag for c in forward] == ["row_forward"] * 2
     with tpk.log_collectives() as backward:
         seen, _ = count_all_reduces(out.sum().backward)
