@@ -2,7 +2,7 @@
 
 A code block that cannot run here has a reason in the line above it:
 `<!-- not run: needs a GPU -->`. Python blocks of a page run one after the other in one namespace,
-on two ranks. Shell blocks are parsed; `tpkernels plan` is run. Blocks that show a command's output
+on two ranks (test_docs_code.py). Shell blocks are parsed; `tpkernels plan` is run. Blocks that show a command's output
 (`$ tpkernels plan ...`) are held to it by test_planner_command.py.
 """
 
@@ -14,17 +14,14 @@ import shlex
 import subprocess
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
-import pytest
 import typer
+from pages import BLOCK, PAGES, blocks, by_page
 from typer.testing import CliRunner
 
 from tools.line_links import LINK, ROOT, refreshed
 from tpkernels.cli import app
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^(?:<!-- not run: ([^>]*?) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
 SHELL = ("", "sh", "bash", "console")
 COMMAND = re.compile(
     r"(?:\.venv/bin/)?(?:make|tpkernels|torchrun|python|pytest|pip|nsys|benchmarks/\S+) "
@@ -34,24 +31,6 @@ NAMED_FILE = re.compile(
     r"|[\w./*-]+\.(?:py|cpp|h|cu|cuh)"
 )
 
-by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-
-
-class Block(NamedTuple):
-    """A code block of a page: its language, its text, and why it is not run, if it is not."""
-
-    language: str
-    text: str
-    reason: str | None
-
-
-def blocks(page: Path) -> list[Block]:
-    return [Block(*match.group(2, 3, 1)) for match in BLOCK.finditer(page.read_text())]
-
-
-def python_of(page: Path) -> list[str]:
-    return [b.text for b in blocks(page) if b.language == "python" and b.reason is None]
-
 
 def commands(page: Path) -> list[str]:
     """Return the shell commands of a page, continued lines joined, without their comments."""
@@ -60,23 +39,6 @@ def commands(page: Path) -> list[str]:
         if block.language in SHELL and block.reason is None:
             lines += block.text.replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if COMMAND.match(line)]
-
-
-def run_blocks(name: str, codes: list[str]) -> None:
-    """Run a page's Python blocks as a rank of the job."""
-    namespace: dict = {"__name__": name}
-    with contextlib.redirect_stdout(io.StringIO()):
-        for number, code in enumerate(codes, 1):
-            exec(compile(code, f"{name}, Python block {number}", "exec"), namespace)
-
-
-@by_page
-def test_python_runs_on_two_ranks(pool, page):
-    for block in blocks(page):
-        if block.language == "python":
-            compile(block.text, page.name, "exec")
-    if codes := python_of(page):
-        pool.run(2, run_blocks, page.name, codes)
 
 
 @cache
