@@ -196,7 +196,10 @@ def vocab_ce_grad(
     smoothing: float,
     num_classes: int,
 ) -> Tensor:
-    """Return (softmax - smoothing / num_classes - (1 - smoothing) onehot(target)) * scale, [M, N]."""
+    """Return the logits' gradient, [M, N].
+
+    It is (softmax - smoothing / num_classes - (1 - smoothing) * onehot(target)) * scale.
+    """
     out = logits.new_empty(logits.shape)
     rows = as_rows(logits)
     _launch_grad(rows, target, log_norm, scale, out, vocab_start_index, smoothing, num_classes)

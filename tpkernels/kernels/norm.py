@@ -58,8 +58,9 @@ def norm_kernel(
     if bias_ptr is not None:
         b = tl.load(bias_ptr + col, col < N, other=0.0)
     if residual_ptr is not None:
+        h = h.to(OPMATH)
         added = tl.load(residual_ptr + rows * residual_stride + col, mask, other=0.0).to(OPMATH)
-        h = (h.to(OPMATH) + added).to(out_ptr.dtype.element_ty)
+        h = (h + added).to(out_ptr.dtype.element_ty)
         tl.store(sum_ptr + rows * N + col, h, mask)
     x = h.to(OPMATH)
     if not RMS:
@@ -111,8 +112,9 @@ def norm_long_kernel(
         mask = inside[:, None] & (col < N)
         h = tl.load(input_ptr + rows * input_stride + col, mask, other=0.0)
         if residual_ptr is not None:
+            h = h.to(OPMATH)
             added = tl.load(residual_ptr + rows * residual_stride + col, mask, other=0.0).to(OPMATH)
-            h = (h.to(OPMATH) + added).to(out_ptr.dtype.element_ty)
+            h = (h + added).to(out_ptr.dtype.element_ty)
             tl.store(sum_ptr + rows * N + col, h, mask)
         x = h.to(OPMATH)
         if not RMS:
