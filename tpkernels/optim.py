@@ -79,7 +79,8 @@ def clip_grad_norm_(
         owned_grads += _owned_rows(parameter.grad, spec, group.rank)
     if len(groups) > 1:
         raise ValueError(
-            f"parameters are sharded over {len(groups)} different groups: clip them a group at a time"
+            f"parameters are sharded over {len(groups)} different groups: "
+            "clip them a group at a time"
         )
     norm = get_total_norm(replicated_grads, norm_type, foreach=foreach).float()
     for group in groups.values():

@@ -1,1 +1,1 @@
-"""`tpkernels demo`: SmolLM2-135M sharded over ranks, trained, and held against the unsharded model."""
+"""`tpkernels demo`: SmolLM2-135M sharded over ranks, trained, and compared with the full model."""

@@ -1,4 +1,4 @@
-"""What the ranks of the demo run: tpkernels, and torch's own tensor parallelism."""
+"""The demo's ranks: one function trains with tpkernels, one with torch's own tensor parallelism."""
 
 from __future__ import annotations
 

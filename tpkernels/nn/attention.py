@@ -18,7 +18,9 @@ from .tp_region import TPRegion
 
 
 class ParallelSelfAttention(nn.Module):
-    """Multi-head, grouped-query or multi-query self-attention: one all-reduce forward, one backward.
+    """Multi-head, grouped-query or multi-query self-attention.
+
+    It has one all-reduce forward and one backward.
 
     Ranks take whole KV groups, as evenly as they come (9 heads on 2 ranks: 6 and 3 with 3 KV heads,
     5 and 4 with 9). With more ranks than KV heads each rank holds copies of the KV heads that its

@@ -8,6 +8,7 @@ from ..group import GroupLike, resolve_group
 from ..ops.activation import GATED, bias_act, check_activation
 from ..ops.collectives import gather_from_tp
 from ..ops.column_linear import column_linear_act, column_linears
+from ..ops.linear import ReduceOptions
 from ..overlap.schedule import Overlap
 from ..sharding.spec import ShardSpec
 from .parallel_linear import ParallelLinear, linear_features, refuse_sequence_parallel
@@ -118,9 +119,8 @@ class ColumnParallelLinear(ParallelLinear):
     def linear(self, input: Tensor) -> Tensor:
         """Compute x A^T + b without the rest of the fused column group."""
         weight, bias = self.weight_and_bias()
-        (y,) = column_linears(
-            input, [weight], [bias], self.group, self.max_shard_size, self.overlap, self.tag
-        )
+        options = ReduceOptions(self.group, self.max_shard_size, self.overlap, self.tag)
+        (y,) = column_linears(input, [weight], [bias], options)
         return y
 
     def forward(self, input: Tensor) -> Tensor:
@@ -131,16 +131,8 @@ class ColumnParallelLinear(ParallelLinear):
                 return y
         if self.activation is not None and self.region is None:
             weight, bias = self.weight_and_bias()
-            y = column_linear_act(
-                input,
-                weight,
-                bias,
-                self.activation,
-                self.group,
-                self.max_shard_size,
-                self.overlap,
-                self.tag,
-            )
+            options = ReduceOptions(self.group, self.max_shard_size, self.overlap, self.tag)
+            y = column_linear_act(input, weight, bias, self.activation, options)
         else:
             y = self.linear(input) if self.region is None else self.region.column(self, input)
             y = bias_act(y, None, self.activation)

@@ -80,7 +80,7 @@ class VocabParallelEmbedding(ShardedModule, nn.Embedding):
             ValueError: it has options that cannot be sharded.
         """
         check_embedding(embedding)
-        stock = type(embedding)
+        stock: Any = type(embedding)
         kind: Any = cls
         if stock is not nn.Embedding:
             kind = type(f"{cls.__name__}Of{stock.__name__}", (stock, cls), {})

@@ -21,7 +21,7 @@ _LIBRARIES = {"aten": "at::mm", "mkl": "MKL", "onednn": "oneDNN"}
 
 
 class ParallelLinear(ShardedModule):
-    """What the two layers share.
+    """State and methods that the two layers share.
 
     Attributes:
         in_features: of the full layer.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..group import GroupLike, resolve_group
+from ..ops.linear import ReduceOptions
 from ..ops.row_linear import row_linear, scatter_input
 from ..overlap.schedule import Overlap
 from ..sharding.spec import ShardSpec
@@ -146,10 +147,8 @@ class RowParallelLinear(ParallelLinear):
             weight,
             None if self.skip_bias_add else bias,
             residual,
-            self.group,
-            self.max_shard_size,
-            self.overlap,
-            norm=weight_and_eps,
+            ReduceOptions(self.group, self.max_shard_size, self.overlap, "row_forward"),
+            weight_and_eps,
         )
         return (output, bias) if self.skip_bias_add else output
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..group import Group
 from ..ops.collectives import all_reduce_gradients
 from ..ops.column_linear import column_linears
+from ..ops.linear import ReduceOptions
 from ..overlap.schedule import Overlap
 from ..rng import RngTracker
 from ..sharding.module import ShardedModule
@@ -121,9 +122,8 @@ class TPRegion:
         if self.input is None and not any(c._forward_pre_hooks for c in self.columns):
             weights, biases = zip(*(c.weight_and_bias() for c in self.columns), strict=True)
             max_n = sum(c.max_shard_size for c in self.columns)
-            outputs = column_linears(
-                input, weights, biases, self.group, max_n, layer.overlap, layer.tag
-            )
+            options = ReduceOptions(self.group, max_n, layer.overlap, layer.tag)
+            outputs = column_linears(input, weights, biases, options)
             self.input, self.outputs = input, dict(zip(self.columns, outputs, strict=True))
         if input is self.input and layer in self.outputs:
             return self.outputs.pop(layer)

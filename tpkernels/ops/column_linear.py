@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast
-from ..group import Group, GroupLike, resolve_group
+from ..group import GroupLike, resolve_group
 from ..kernels.heuristics import fuses_activation
 from ..overlap.schedule import Overlap, check_overlap
 from ..sharding.spec import ShardSpec
@@ -16,6 +16,7 @@ from .activation import GATED, bias_act, check_activation
 from .collective_log import log_fake
 from .collectives import gather_from_tp
 from .linear import (
+    ReduceOptions,
     check_operands,
     chunks_and_channel,
     linear,
@@ -157,10 +158,7 @@ def column_linears(
     input: Tensor,  # [..., K]
     weights: Sequence[Tensor],  # [N_i / R, K]
     biases: Sequence[Tensor | None],  # [N_i / R]
-    group: Group,
-    max_n: int | None,  # sum of N_i / R on the largest rank; None where the caller does not know it
-    overlap: Overlap,
-    tag: str = "column_backward",
+    options: ReduceOptions,
 ) -> tuple[Tensor, ...]:
     """Compute layers of a fused column group: one backward all-reduce for all of them."""
     if len(weights) == 1 and (y := linear_fast_path(input, weights[0], biases[0])) is not None:
@@ -172,12 +170,12 @@ def column_linears(
         weights = [autocast(w, device_type) for w in weights]
         biases = [autocast(b, device_type) for b in biases]
     for w, b in zip(weights, biases, strict=True):
-        check_operands(x, w, b, group, "column")
+        check_operands(x, w, b, options.group, "column")
     if not wants_grad(x, *weights, *biases):
         return tuple(linear(x, w, b) for w, b in zip(weights, biases, strict=True))
     weight_grad = any(w.requires_grad for w in weights)
-    chunks, channel = chunks_and_channel(overlap, x, x.shape[-1], group, max_n, weight_grad)
-    return _ColumnLinear.apply(x, channel, chunks, tag, *weights, *biases)
+    chunks, channel = chunks_and_channel(x, x.shape[-1], options, weight_grad)
+    return _ColumnLinear.apply(x, channel, chunks, options.tag, *weights, *biases)
 
 
 def column_linear_act(
@@ -185,10 +183,7 @@ def column_linear_act(
     weight: Tensor,  # [N / R, K]
     bias: Tensor | None,  # [N / R]
     activation: str,
-    group: Group,
-    max_n: int | None,
-    overlap: Overlap,
-    tag: str = "column_backward",
+    options: ReduceOptions,
 ) -> Tensor:
     """Compute act(input @ weight^T + bias); see `column_linears`.
 
@@ -199,18 +194,16 @@ def column_linear_act(
     device_type = input.device.type
     x = autocast(input, device_type)
     weight, bias = autocast(weight, device_type), autocast(bias, device_type)
-    check_operands(x, weight, bias, group, "column")
+    check_operands(x, weight, bias, options.group, "column")
     grad = wants_grad(x, weight, bias)
     n, k = weight.shape
     if not fuses_activation(x.device, x.dtype, rows_of(x), n, k, grad):
-        (y,) = column_linears(x, [weight], [None], group, max_n, overlap, tag)
+        (y,) = column_linears(x, [weight], [None], options)
         return bias_act(y, bias, activation)
     if not grad:
         return _ops.column_linear_act(x, weight, bias, activation, False)[0]
-    chunks, channel = chunks_and_channel(
-        overlap, x, x.shape[-1], group, max_n, weight.requires_grad
-    )
-    return _ColumnLinearAct.apply(x, weight, bias, activation, channel, chunks, tag)
+    chunks, channel = chunks_and_channel(x, x.shape[-1], options, weight.requires_grad)
+    return _ColumnLinearAct.apply(x, weight, bias, activation, channel, chunks, options.tag)
 
 
 def column_parallel_linear(
@@ -261,13 +254,14 @@ def column_parallel_linear(
     check_overlap(overlap)
     check_activation(activation)
     group = resolve_group(group)
-    max_n = None
+    max_shard_size = None
     if out_spec is not None:
-        max_n = out_spec.max_shard_size * (2 if activation in GATED else 1)
+        max_shard_size = out_spec.max_shard_size * (2 if activation in GATED else 1)
+    options = ReduceOptions(group, max_shard_size, overlap, tag)
     if activation is None:
-        (y,) = column_linears(input, [weight], [bias], group, max_n, overlap, tag)
+        (y,) = column_linears(input, [weight], [bias], options)
     else:
-        y = column_linear_act(input, weight, bias, activation, group, max_n, overlap, tag)
+        y = column_linear_act(input, weight, bias, activation, options)
     if gather_output:
         if out_spec is None:
             out_spec = ShardSpec.chunks(y.shape[-1] * group.size, group.size, dim=-1)

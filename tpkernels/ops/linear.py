@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +30,23 @@ _BIAS_HINTS = {
 @torch.library.register_fake("tpkernels::linear")
 def _(input, weight, bias, grad):
     return input.new_empty(*input.shape[:-1], weight.shape[0])
+
+
+class ReduceOptions(NamedTuple):
+    """How the all-reduce of a layer runs.
+
+    Attributes:
+        group: the tensor-parallel group.
+        max_shard_size: sharded features on the largest rank: N / R of a column layer, summed over
+            a fused column group, or K / R of a row layer. None where the caller does not know it.
+        overlap: "auto", False or a number of row chunks.
+        tag: name in the collective log.
+    """
+
+    group: Group
+    max_shard_size: int | None
+    overlap: Overlap
+    tag: str
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, grad: bool = False) -> Tensor:
@@ -64,18 +83,17 @@ def rows_of(x: Tensor) -> int:
 
 
 def chunks_and_channel(
-    overlap: Overlap, x: Tensor, n: int, group: Group, k: int | None, weight_grad: bool = False
+    x: Tensor, n: int, options: ReduceOptions, weight_grad: bool = False
 ) -> tuple[int, str]:
     """Return the row chunks of an all-reduce of [M, n] and the process group that carries it.
 
     Args:
-        overlap: the layer's option.
         x: [..., any], whose M rows and dtype the all-reduce has.
         n: features of the all-reduce.
-        group: the tensor-parallel group.
-        k: as `choose` takes it.
+        options: the layer's.
         weight_grad: as `choose` takes it.
     """
+    group, k, overlap, _ = options
     m, row_bytes, is_compiling = rows_of(x), n * x.itemsize, torch.compiler.is_compiling()
     key = overlap, m, row_bytes, k, x.dtype, weight_grad
     found = None if is_compiling else group.schedules.get(key)

@@ -121,7 +121,7 @@ def vocab_parallel_linear_cross_entropy(
     reduction: str = "mean",
     chunk_rows: int | None = None,
 ) -> Tensor:
-    """Compute the cross entropy of input @ weight_shard^T + bias_shard, a chunk of tokens at a time.
+    """Compute the cross entropy of input @ weight_shard^T + bias_shard in chunks of tokens.
 
     The full logits are never held: beside the gradients, one chunk of them. The gradients are
     computed in forward, so that a second backward (retain_graph) works. A forward under
@@ -170,7 +170,7 @@ def vocab_parallel_linear_cross_entropy(
     check_target_range(flat_target, ignore_index, num_classes)
     m, k = flat_target.numel(), x.shape[-1]
     if chunk_rows is None:
-        # From the first rank's shard, the largest: every rank takes the same chunks.
+        # The first rank's shard is the largest, and every rank takes the chunks that fit it.
         max_width = max(chunk_sizes(num_classes, group.size)[0], 1)
         chunk_rows = max(256, 1 << (m * k // max_width).bit_length())
     elif not isinstance(chunk_rows, int) or chunk_rows < 1:
@@ -191,7 +191,7 @@ def vocab_parallel_linear_cross_entropy(
     if reduction == "sum":
         return total
     count = (flat_target != ignore_index).sum()
-    # As torch's: the mean over no tokens is NaN, and its gradients are zeros.
+    # The mean over no tokens is NaN and its gradients are zeros, as torch's are.
     return torch.where(count > 0, total / count.clamp_min(1), torch.nan)
 
 

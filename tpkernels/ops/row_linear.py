@@ -11,7 +11,7 @@ from ..overlap.schedule import Overlap, check_overlap
 from ..sharding.spec import ShardSpec
 from .collective_log import log_fake
 from .collectives import scatter_to_tp
-from .linear import check_operands, chunks_and_channel, wants_grad
+from .linear import ReduceOptions, check_operands, chunks_and_channel, wants_grad
 from .norm import rms_norm
 from .once import once_differentiable
 
@@ -80,10 +80,7 @@ def row_linear(
     weight: Tensor,  # [N, K / R]
     bias: Tensor | None,  # [N]
     residual: Tensor | None,  # [..., N]
-    group: Group,
-    max_k: int | None,  # K / R of the largest rank; None where the caller does not know it
-    overlap: Overlap,
-    tag: str = "row_forward",
+    options: ReduceOptions,
     norm: NormWeightAndEps | None = None,
 ):
     """Compute `row_parallel_linear` of this rank's features, for a resolved group."""
@@ -93,13 +90,14 @@ def row_linear(
         x = autocast(x, device_type)
         weight = autocast(weight, device_type)
         bias = autocast(bias, device_type)
-    check_operands(x, weight, bias, group, "row")
+    check_operands(x, weight, bias, options.group, "row")
     n = weight.shape[0]
     if residual is not None and residual.shape != (*x.shape[:-1], n):
         raise ValueError(
             f"residual has shape {tuple(residual.shape)} but the output has {(*x.shape[:-1], n)}"
         )
-    chunks, channel = chunks_and_channel(overlap, x, n, group, max_k)
+    tag = options.tag
+    chunks, channel = chunks_and_channel(x, n, options)
     # A residual of another dtype, such as a float32 stream under autocast, is added at the end,
     # so that the sum promotes as y + residual does.
     promotes = residual is not None and residual.dtype != x.dtype
@@ -180,8 +178,9 @@ def row_parallel_linear(
         if in_spec is None:
             in_spec = ShardSpec.chunks(weight.shape[-1] * group.size, group.size, dim=-1)
         x = scatter_input(x, in_spec, group)
-    max_k = None if in_spec is None else in_spec.max_shard_size
-    return row_linear(x, weight, bias, residual, group, max_k, overlap, tag, norm)
+    max_shard_size = None if in_spec is None else in_spec.max_shard_size
+    options = ReduceOptions(group, max_shard_size, overlap, tag)
+    return row_linear(x, weight, bias, residual, options, norm)
 
 
 def scatter_input(input: Tensor, in_spec: ShardSpec, group: Group) -> Tensor:

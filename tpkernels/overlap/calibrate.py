@@ -38,7 +38,7 @@ Calls = Mapping[Key, Callable[[], object]]
 
 
 class _Bench(NamedTuple):
-    """Where and in which dtype is measured."""
+    """The place and dtype of a measurement."""
 
     group: Group
     device: torch.device

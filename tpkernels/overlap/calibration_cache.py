@@ -1,4 +1,4 @@
-"""Calibrations: what `tune` measured, installed on all ranks of a group alike and kept in a file."""
+"""Calibrations: what `tune` measured, installed on all ranks of a group and kept in a file."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def _choose_in_graph(overlap: Overlap, m: int, row_bytes: int, group: Group, *op
     # Imported late, as it imports sympy: the compiler has it already.
     from torch.fx.experimental.symbolic_shapes import guard_scalar
 
-    return _fixed_in_graph(guard_scalar(m), row_bytes, group.name, group.device_type, *options)
+    return _fixed_in_graph(int(guard_scalar(m)), row_bytes, group.name, group.device_type, *options)
 
 
 def _fixed_in_graph(m: int, row_bytes: int, name: str, device_type: str, *options) -> Schedule:

@@ -108,7 +108,7 @@ def auto_plan(model: Any) -> dict[str, str]:
     }
     # A tied embedding and head are sharded alike, or not at all.
     embedding = model.get_input_embeddings() if head is not None else None
-    if embedding is not None and head.weight is embedding.weight:
+    if head is not None and embedding is not None and head.weight is embedding.weight:
         styles = match_plan(model, plan)
         if names[embedding] in styles or names[head] in styles:
             plan.setdefault(names[embedding], "embedding_rowwise")

@@ -1,4 +1,7 @@
-"""Styles: how one module is sharded. The names are torch's and Hugging Face's where they have one."""
+"""Styles: how one module is sharded.
+
+The names are torch's and Hugging Face's where they have one.
+"""
 
 STYLES = {
     "colwise": "nn.Linear or Conv1D by output features; in an attention module by whole heads",

@@ -189,7 +189,8 @@ def _read_nsys(path: Path) -> tuple[list[Kernel], list[Range]]:
     return [Kernel(*row) for row in kernels], [Range(*row) for row in ranges]
 
 
-# A globalPid is a serialized process id: / 0x1000000 % 0x1000000 is the process, also of a globalTid.
+# A globalPid is a serialized process id: / 0x1000000 % 0x1000000 is the process. A globalTid has
+# it too.
 KERNELS = """
     SELECT k.globalPid / 0x1000000 % 0x1000000, k.deviceId, k.start, k."end", s.value
     FROM CUPTI_ACTIVITY_KIND_KERNEL k JOIN StringIds s ON s.id = k.demangledName
