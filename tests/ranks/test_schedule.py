@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels.group import resolve_group
-from tpkernels.ops.linear import chunks_and_channel
+from tpkernels.ops.linear import ReduceOptions, chunks_and_channel
 from tpkernels.overlap.calibration_cache import Calibration, calibration_of, install
 from tpkernels.overlap.cost_model import CHUNK_COUNTS
 from tpkernels.overlap.schedule import choose
@@ -31,7 +31,7 @@ def shared(rank_table):
         for k in (1, 9)
         for w in (0, 1)
     ]
-    layer_call = "auto", torch.empty(4096, 9), 8, group, 9
+    layer_call = torch.empty(4096, 9), 8, ReduceOptions(group, 9, "auto", "test")
     chosen = chunks_and_channel(*layer_call)
     assert chosen is chunks_and_channel(*layer_call)  # looked up
     assert chosen[0] == choose("auto", 4096, 32, group, 9, torch.float32).chunks
