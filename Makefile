@@ -65,6 +65,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CLANG_FORMATTED)
+	$(PYTHON) tools/line_links.py
 
 # The site, in build/site, from docs/ and the docstrings. It needs no network and no built extension.
 docs: $(VENV)/.installed

@@ -2,8 +2,8 @@
 
 A code block that cannot run here has a reason in the line above it:
 `<!-- not run: needs a GPU -->`. Python blocks of a page run one after the other in one namespace,
-on two ranks (test_docs_code.py). Shell blocks are parsed; `tpkernels plan` is run. Blocks that show a command's output
-(`$ tpkernels plan ...`) are held to it by test_planner_command.py.
+on two ranks (test_docs_code.py). Shell blocks are parsed; `tpkernels plan` is run. Blocks that show
+a command's output (`$ tpkernels plan ...`) are held to it by test_planner_command.py.
 """
 
 import contextlib
@@ -136,7 +136,7 @@ def test_links_lead_to_files(page):
 
 @by_page
 def test_links_to_lines_are_right(page):
-    assert refreshed(page) == page.read_text(), "run `python tools/line_links.py`"
+    assert refreshed(page) == page.read_text(), "run `python tools/line_links.py`, or `make format`"
 
 
 def test_walkthrough_is_short():
