@@ -19,6 +19,7 @@ from datetime import timedelta
 import pytest
 
 TIMEOUT = 240  # seconds that a call may take on a loaded machine
+DIED = 0.0  # the time of a death: before all errors, which it explains
 GRACE = 10  # seconds that the other ranks have once one has failed: they may wait for it
 
 
@@ -50,9 +51,8 @@ def run_on_ranks(*sizes: int, pool: str = "pool") -> Callable[[Callable], Callab
     return decorate
 
 
-def _call(module: str, name: str, args: tuple, options: dict):
-    function = getattr(importlib.import_module(module), name)
-    return inspect.unwrap(function)(*args, **options)
+def _function(module: str, name: str) -> Callable:
+    return inspect.unwrap(getattr(importlib.import_module(module), name))
 
 
 def _serve(rank: int, pipe, threads: int, backend: str) -> None:
@@ -67,7 +67,7 @@ def _serve(rank: int, pipe, threads: int, backend: str) -> None:
     if "nccl" in backend:
         torch.cuda.set_device(rank)
     while (job := pipe.recv()) is not None:
-        size, store, call = job
+        module, name, args, options, size, store = job
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
@@ -75,6 +75,7 @@ def _serve(rank: int, pipe, threads: int, backend: str) -> None:
             XDG_CACHE_HOME=os.path.dirname(store),
         )
         try:
+            function = _function(module, name)  # the import may register the world's backend
             dist.init_process_group(
                 backend,
                 store=dist.FileStore(store, size),
@@ -83,15 +84,16 @@ def _serve(rank: int, pipe, threads: int, backend: str) -> None:
                 timeout=timedelta(seconds=60),
             )
             torch.manual_seed(0)
-            pipe.send(("ok", _call(*call)))
+            result = function(*args, **options)
+            pipe.send((None, result))
             # Nobody leaves before all have arrived: gloo takes a peer that is gone for a failure,
             # even while it connects.
             pipe.recv()
         except BaseException as error:
+            text = f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
+            pipe.send((time.monotonic(), text))
             if dist.is_initialized():  # its peers then fail at once instead of waiting for it
                 dist.destroy_process_group()
-            text = f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
-            pipe.send(("error", text))
             pipe.recv()
         finally:
             if dist.is_initialized():
@@ -132,13 +134,14 @@ class Pool:
             there.close()
             self.workers.append((process, here))
 
-    def _answer(self, rank: int) -> tuple[str, object]:
+    def _answer(self, rank: int) -> tuple[float | None, object]:
+        """Return the time of a rank's failure, None without one, and its result or message."""
         process, pipe = self.workers[rank]
         try:
             return pipe.recv()
         except (EOFError, OSError):
             process.join(GRACE)
-            return "died", f"rank {rank} died, exit code {process.exitcode}"
+            return DIED, f"rank {rank} died, exit code {process.exitcode}"
 
     def run(
         self, size: int, function: Callable, *args, timeout: float = TIMEOUT, **options
@@ -155,35 +158,39 @@ class Pool:
         self._start(size)
         self.calls += 1
         store = os.path.join(self.folder.name, f"store{self.calls}")
-        call = function.__module__, function.__name__, args, options
+        job = function.__module__, function.__name__, args, options, size, store
         for _, pipe in self.workers[:size]:
             with contextlib.suppress(BrokenPipeError):  # a dead rank is found below
-                pipe.send((size, store, call))
+                pipe.send(job)
+        results, failures = self._wait(size, timeout)
+        if failures:
+            raise AssertionError(min(failures)[1])
+        return results
+
+    def _wait(self, size: int, timeout: float) -> tuple[list, list[tuple[float, str]]]:
+        """Return the ranks' results, and the time and message of each failure."""
         results: list = [None] * size
-        failure, broken = None, False
+        failures: list = []
         deadline = time.monotonic() + timeout
         waiting = {pipe: rank for rank, (_, pipe) in enumerate(self.workers[:size])}
         while waiting:
             ready = mp.connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            # A rank that died explains the errors of its peers, so it is read first.
-            answers = [(rank, *self._answer(rank)) for rank in map(waiting.pop, ready)]
-            for rank, status, results[rank] in sorted(answers, key=lambda a: a[1]):
-                broken |= status == "died"
-                if status != "ok" and (failure is None or status == "died"):
-                    failure = results[rank]
+            for rank in map(waiting.pop, ready):
+                failed, results[rank] = self._answer(rank)
+                if failed is not None:
+                    failures.append((failed, results[rank]))
                     deadline = min(deadline, time.monotonic() + GRACE)
-        if waiting:
+        if waiting and not failures:
             ranks = sorted(waiting.values())
-            failure = failure or f"ranks {ranks} of {size} did not return in {timeout} s: a hang"
-        if waiting or broken:
+            text = f"ranks {ranks} of {size} did not return in {timeout} s: a hang"
+            failures.append((time.monotonic(), text))
+        if waiting or any(failed == DIED for failed, _ in failures):
             self.close()
         for _, pipe in self.workers[:size]:
             pipe.send("leave")
-        if failure:
-            raise AssertionError(failure)
-        return results
+        return results, failures
 
     def close(self) -> None:
         """Kill the ranks; the next call starts others."""
