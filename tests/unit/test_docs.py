@@ -127,11 +127,20 @@ def test_headings_open_with_a_subject_or_ask(page):
     assert not re.findall(openers, prose(page), re.M)
 
 
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
 @by_page
-def test_links_lead_to_files(page):
-    links = re.findall(r"\]\(([^)#\s]*)(?:#[^)\s]*)?\)", prose(page))
-    local = [link for link in links if link and "://" not in link]
-    assert not [link for link in local if not (page.parent / link).exists()]
+def test_links_lead_to_files_and_headings(page):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", prose(page)):
+        if "://" in link:
+            continue
+        target = (page.parent / link) if link else page
+        assert target.exists(), link
+        if anchor and target.suffix == ".md":
+            assert anchor in anchors(target), f"{link}#{anchor}"
 
 
 @by_page
