@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -66,8 +67,8 @@ class ParallelSelfAttention(nn.Module):
         head_dim: int | None = None,
         dropout: float = 0.0,
         overlap: Overlap = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if num_kv_heads is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..group import GroupLike, resolve_group
@@ -70,8 +71,8 @@ class ParallelTransformerBlock(nn.Module):
         attention_dropout: float = 0.0,
         group: GroupLike = None,
         overlap: Overlap = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if norm not in _NORMS:

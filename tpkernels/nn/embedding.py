@@ -46,8 +46,8 @@ class VocabParallelEmbedding(ShardedModule, nn.Embedding):
         padding_idx: int | None = None,
         *,
         group: GroupLike = None,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         self._init_embedding(num_embeddings, embedding_dim, padding_idx, resolve_group(group))
         spec = ShardSpec.chunks(num_embeddings, self.group.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..group import GroupLike, resolve_group
@@ -51,8 +52,8 @@ class ParallelMLP(nn.Module):
         bias: bool = True,
         group: GroupLike = None,
         overlap: Overlap = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         options: dict[str, Any] = dict(

@@ -31,8 +31,8 @@ class RMSNorm(nn.RMSNorm):
         normalized_shape: int,
         eps: float | None = None,
         elementwise_affine: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(_features(normalized_shape), eps, elementwise_affine, device, dtype)
 
@@ -70,8 +70,8 @@ class LayerNorm(nn.LayerNorm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__(_features(normalized_shape), eps, elementwise_affine, bias, device, dtype)
 

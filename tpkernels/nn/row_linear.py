@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..group import GroupLike, resolve_group
@@ -60,8 +61,8 @@ class RowParallelLinear(ParallelLinear):
         skip_bias_add: bool = False,
         sequence_parallel: bool = False,
         overlap: Overlap = "auto",
-        device=None,
-        dtype=None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
         in_spec: ShardSpec | None = None,
     ):
         refuse_sequence_parallel(sequence_parallel)

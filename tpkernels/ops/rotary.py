@@ -32,7 +32,11 @@ class _Rotary(torch.autograd.Function):
 
 
 def rotary_tables(
-    positions: int, features: int, theta: float = 10000.0, device=None, dtype=None
+    positions: int,
+    features: int,
+    theta: float = 10000.0,
+    device: torch.device | str | int | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return cos and sin of position * theta^(-2 i / features).
 
