@@ -174,7 +174,7 @@ class BuildKernels(build_ext):
         # Linked last and from the lowest set up: of an inline function that several objects hold,
         # the linker keeps the first.
         for name, flags in INSTRUCTION_SETS.items():
-            defines = f"-DCPU_CAPABILITY={name} -DCPU_CAPABILITY_{name}"
+            defines = f"-Wno-psabi -DCPU_CAPABILITY={name} -DCPU_CAPABILITY_{name}"
             ninja.compile(KERNELS, flags=f"{defines} {' '.join(flags)}", folder=f"{name}/")
 
         extension.extra_objects, extension.sources = ninja.build(), []
