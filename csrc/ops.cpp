@@ -11,7 +11,7 @@
 //   vocab_linear_ce                         engine/linear_cross_entropy.cpp
 //   vocab_ce_stats, vocab_ce_grad(_)        cross_entropy.cpp of composite/ and cpu/, Triton
 //   all_reduce_, all_gather                 engine/collectives.cpp
-//   empty_comm_buffer                       engine/comm_buffer.cpp
+//   empty_comm_buffer                       engine/collectives.cpp
 //   open_peer_memory                        cuda/peer_all_reduce.cu, CUDA only
 //   add_bias_residual_                      cpu/add_bias_residual.cpp, cuda/add_bias_residual.cu
 //   bias_act, gated_act (and _backward)     activation.cpp of composite/ and cpu/, Triton

@@ -2,14 +2,12 @@
 
 #include <c10/util/Exception.h>
 
-#include <atomic>
 #include <mutex>
 #include <utility>
 
 namespace tpkernels {
 
 namespace {
-std::atomic<bool> logging{false};  // read on every collective; the mutex guards the entries
 std::mutex log_mutex;
 std::vector<LoggedCollective> log_entries;
 }  // namespace
@@ -26,8 +24,6 @@ std::vector<LoggedCollective> log_stop() {
   logging = false;
   return std::exchange(log_entries, {});
 }
-
-bool log_enabled() { return logging.load(std::memory_order_relaxed); }
 
 void log_write(LoggedCollective entry) {
   std::lock_guard<std::mutex> lock(log_mutex);

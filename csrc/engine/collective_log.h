@@ -2,6 +2,7 @@
 // which chunk.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -14,11 +15,14 @@ struct LoggedCollective {
   int64_t bytes, chunk, chunks;
 };
 
+// Read on every collective; a mutex guards the entries.
+inline std::atomic<bool> logging{false};
+
 // The log is off until started. Fake kernels write to it too, so that a traced model's volumes can
 // be counted.
 void log_start();
 std::vector<LoggedCollective> log_stop();
-bool log_enabled();
+inline bool log_enabled() { return logging.load(std::memory_order_relaxed); }
 void log_write(LoggedCollective entry);
 
 }  // namespace tpkernels

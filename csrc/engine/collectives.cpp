@@ -30,9 +30,14 @@ at::Tensor all_gather(const at::Tensor& self, const std::string& group, const st
   return out;
 }
 
+static at::Tensor empty_comm_buffer_like(const at::Tensor& like, at::IntArrayRef size) {
+  return empty_comm_buffer(size, like.options());
+}
+
 static void register_collectives(torch::Library& m) {
   m.impl("all_reduce_", &all_reduce_);
   m.impl("all_gather", &all_gather);
+  m.impl("empty_comm_buffer", &empty_comm_buffer_like);
 }
 
 TORCH_LIBRARY_IMPL(tpkernels, CPU, m) { register_collectives(m); }

@@ -7,8 +7,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+#include <unordered_map>
+#include <utility>
 
 namespace tpkernels {
 
@@ -50,10 +53,25 @@ class PeerAllReduce {
   virtual bool synchronous() const { return false; }
 };
 
-// The registry, by the group's name; null where there is none. Entries come and go while no op of
-// the group runs.
-std::shared_ptr<PeerAllReduce> find_peer_all_reduce(const std::string& group);
-void set_peer_all_reduce(const std::string& group, std::shared_ptr<PeerAllReduce> peers);
+// The registry, by the group's name. Entries come and go while no op of the group runs.
+inline std::mutex peers_mutex;
+inline std::unordered_map<std::string, std::shared_ptr<PeerAllReduce>> peers_of_groups;
+
+// Null where there is none.
+inline std::shared_ptr<PeerAllReduce> find_peer_all_reduce(const std::string& group) {
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  const auto found = peers_of_groups.find(group);
+  return found == peers_of_groups.end() ? nullptr : found->second;
+}
+
+inline void set_peer_all_reduce(const std::string& group, std::shared_ptr<PeerAllReduce> peers) {
+  std::lock_guard<std::mutex> lock(peers_mutex);
+  if (peers) {
+    peers_of_groups[group] = std::move(peers);
+  } else {
+    peers_of_groups.erase(group);
+  }
+}
 
 // Bytes of a rank's symmetric buffer for all-reduces of up to `slot_bytes`: flags and two slots,
 // as include/tpkernels/barrier.cuh lays them out. Only device compilers read that header;

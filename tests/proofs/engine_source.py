@@ -26,9 +26,6 @@ SHARED = (
     "gemm/linear.cpp",
     "gemm/linear_gradients.cpp",
     "engine/collective_log.cpp",
-    "engine/comm_buffer.cpp",
-    "engine/peer_all_reduce.cpp",
-    "engine/chunking.cpp",
     "engine/channel.cpp",
     "engine/cross_entropy.h",
 )
