@@ -10,8 +10,8 @@ NO_GPU = pytest.mark.skip(
     reason="needs a GPU and a CUDA build of torch: `make gpu-day` on such a machine runs it"
 )
 
-# The kernels' tests need Triton's interpreter, which proofs/test_triton_interpreter.py starts in a process of its
-# own, or a GPU.
+# The kernels' tests need a GPU or Triton's interpreter, which proofs/test_triton_interpreter.py
+# starts in a process of its own.
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     collect_ignore = ["kernels"]
 

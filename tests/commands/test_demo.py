@@ -11,7 +11,7 @@ import pytest
 
 
 def command(*args):
-    # Little parallelism is asked of a loaded machine: the demo divides the cores among its ranks by itself.
+    # The demo divides the cores among its ranks by itself.
     return subprocess.run(
         [sys.executable, "-m", "tpkernels", *args],
         capture_output=True,
@@ -41,7 +41,7 @@ def test_demo(tmp_path, tp, most_bytes):
     assert result["losses"][-1] < result["losses"][0]
     assert result["generated"] == result["reference_generated"] and len(result["generated"]) == 20
     assert result["all_reduces_per_block_forward"] == result["all_reduces_per_block_backward"] == 2
-    # 6 of 9 heads on the first of 2 ranks: two thirds of the 14.8% of the parameters that attention has.
+    # Attention has 14.8% of the parameters; the first of 2 ranks holds 6 of its 9 heads.
     assert (
         len(result["param_bytes"]) == tp
         and max(result["param_bytes"]) <= most_bytes * result["param_bytes_unsharded"]

@@ -1,4 +1,7 @@
-"""benchmarks/profile_step.py and nsys.sh on CPUs; tests/proofs/nvtx/nsys stands in for Nsight Systems."""
+"""The profiling scripts of benchmarks/ run on CPUs.
+
+tests/proofs/nvtx/nsys stands in for Nsight Systems.
+"""
 
 import importlib.util
 import os

@@ -1,5 +1,6 @@
 """Errors of a start: no compiled extension, no torchrun."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,9 +28,11 @@ def test_import_without_the_compiled_part_says_how_to_build_it():
 
 
 def test_init_mesh_without_torchrun_says_how_to_start():
-    code = "import os, tpkernels as tpk; [os.environ.pop(k, None) for k in ('RANK', 'WORLD_SIZE')]; tpk.init_mesh(tp=2, dp=2, device='cpu')"
+    code = "import tpkernels as tpk; tpk.init_mesh(tp=2, dp=2, device='cpu')"
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
         [sys.executable, "-c", code],
+        env=alone,
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -37,6 +40,6 @@ def test_init_mesh_without_torchrun_says_how_to_start():
     )
     assert done.returncode == 1
     assert (
-        "ValueError: tp=2 * dp=2 is 4 ranks, but this job has 1: start it with `torchrun --nproc-per-node 4`"
-        in done.stderr
+        "ValueError: tp=2 * dp=2 is 4 ranks, but this job has 1: "
+        "start it with `torchrun --nproc-per-node 4`" in done.stderr
     )

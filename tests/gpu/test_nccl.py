@@ -1,4 +1,4 @@
-"""What only GPUs can show: the engine over NCCL, its second communicator, CUDA graphs. Not run yet on any machine."""
+"""The engine over NCCL: its second communicator, CUDA graphs. Not run yet on any machine."""
 
 import pytest
 import torch

@@ -1,5 +1,8 @@
-"""All-reduces over peer memory on real GPUs. With one GPU the ranks share it: torch has to be allowed to, and the group is gloo's,
-since NCCL takes one rank a device. Not run yet on any machine."""
+"""All-reduces over peer memory on real GPUs. Not run yet on any machine.
+
+With one GPU the ranks share it. torch has to be allowed to, and the group is gloo's, since NCCL
+takes one rank a device.
+"""
 
 import os
 

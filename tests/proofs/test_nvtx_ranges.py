@@ -1,4 +1,7 @@
-"""The engine's NVTX ranges, as a tool receives them: tests/proofs/nvtx/recorder.c is one, which nvtx3 loads in place of a profiler."""
+"""The engine's NVTX ranges, as a tool receives them.
+
+The tool is tests/proofs/nvtx/recorder.c, which nvtx3 loads in place of a profiler.
+"""
 
 import importlib.util
 import os
@@ -57,7 +60,10 @@ def environment(record, recorder=None):
 
 
 def read_ranges(path) -> list[tuple[int, str]]:
-    """(depth, name) of each range of the domain "tpkernels", in the order of their starts. All of them end, nothing ends twice."""
+    """Return (depth, name) of each range of the domain "tpkernels" in the order of their starts.
+
+    Every range must end once.
+    """
     ranges, depth = [], 0
     for line in path.read_text().splitlines():
         what, domain, name = line.split(" ", 2)

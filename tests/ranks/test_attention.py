@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from helpers import turned
-from one_rank import assert_same_run, group_of_one, twins
+from one_rank import assert_same_run, group_of_one, sharded_and_whole
 from pool import run_on_ranks
 from torch.testing import assert_close
 
@@ -18,7 +18,7 @@ from tpkernels.nn import ParallelSelfAttention
 @run_on_ranks(4)
 def test_attention_masks(name):
     alone = group_of_one()
-    split, whole = twins(name, alone)
+    split, whole = sharded_and_whole(name, alone)
     x = torch.randn(2, 5, 18)
     keep = torch.rand(2, 1, 5, 5) < 0.7
     keep |= torch.eye(5, dtype=torch.bool)

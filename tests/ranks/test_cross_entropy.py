@@ -30,7 +30,10 @@ def some_targets(tokens, classes):
 
 
 def split_run(logits, target, dloss=None, **options):
-    """Loss and the gradient of all logits, gathered by hand; checks that backward starts nothing and forward little."""
+    """Return the loss and the gradient of all logits, gathered by hand.
+
+    Backward must start no collective, and forward few and small ones.
+    """
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     split = ShardSpec.chunks(logits.shape[-1], world, dim=-1)
     mine = split.shard(logits, rank).clone().requires_grad_()
@@ -65,7 +68,10 @@ def stock_run(logits, target, dloss=None, reduction="mean", **options):
 
 
 def assert_as_accurate_as_torch(logits, target, dloss=None, **options):
-    """max|ours - wide| < 2 max|torch in the same dtype - wide| + 1e-6; wide: float32 for half precision, float64 for float32."""
+    """Require max|ours - truth| < 2 max|torch in the same dtype - truth| + 1e-6.
+
+    The truth is torch's result in float32 for half precision, in float64 for float32.
+    """
     wide = stock_run(
         logits.to(torch.float64 if logits.dtype == torch.float32 else torch.float32),
         target,
@@ -84,7 +90,8 @@ def assert_as_accurate_as_torch(logits, target, dloss=None, **options):
             2 * (b - want).abs().max() + 1e-6 * want.abs().max().clamp_min(1),
         )
         assert error < bound, (
-            f"{name} of {logits.dtype} {tuple(logits.shape)} {options}: {error:.2e}, torch's {bound:.2e}"
+            f"{name} of {logits.dtype} {tuple(logits.shape)} {options}: "
+            f"{error:.2e}, torch's {bound:.2e}"
         )
 
 

@@ -35,7 +35,7 @@ def masks_of_ranks():
 
 
 def test_dropout_is_the_same_at_any_tp_size(pool):
-    """From the default generator, of a split tensor, and in a block: nothing of it depends on the number of ranks."""
+    """The mask of the default generator, of a sharded tensor and in a block is the same."""
     whole, split, *block = pool.run(1, masks_of_ranks)[0]
     assert 0 < (whole == 0).sum() < 66 and torch.equal(
         split, tpf.dropout(torch.ones(6, 11), seed=torch.tensor([9]))

@@ -17,7 +17,7 @@ from tpkernels.sharding.spec import ShardSpec, chunk_sizes
 
 
 def some_ids(vocabulary):
-    """Of every rank and size: repeated, 0-d, 1-d, 3-d, none at all, not contiguous, int32."""
+    """Return ids of all ranks: repeated, 0-d, 1-d, 3-d, none at all, not contiguous, int32."""
     rng = torch.Generator().manual_seed(vocabulary)
     ids = torch.randint(vocabulary, (4, 6), generator=rng)
     every = torch.arange(vocabulary).repeat(2)

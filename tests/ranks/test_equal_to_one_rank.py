@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from one_rank import WHOLE, assert_near, assert_same_run, group_of_one, twins
+from one_rank import WHOLE, assert_near, assert_same_run, group_of_one, sharded_and_whole
 from pool import run_on_ranks
 from torch.testing import assert_close
 
@@ -13,7 +13,7 @@ import tpkernels as tpk
 @run_on_ranks(1, 2, 3, 4)
 def test_equal_to_one_rank(name):
     alone = group_of_one()
-    split, whole = twins(name, alone)
+    split, whole = sharded_and_whole(name, alone)
     assert_same_run(split, whole, torch.randn(2, 35, 18))
     whole.zero_grad()
     split.zero_grad()
@@ -26,7 +26,7 @@ def test_equal_to_one_rank(name):
 @run_on_ranks(1, 3)
 def test_inputs_of_any_shape(name):
     alone = group_of_one()
-    split, whole = twins(name, alone)
+    split, whole = sharded_and_whole(name, alone)
     rows = torch.randn(18, 35)
     strided = torch.randn(35, 40)[:, 3:39:2]
     for x in (

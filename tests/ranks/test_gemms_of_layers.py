@@ -83,7 +83,7 @@ def test_layers_and_losses_take_every_gemm(gemm, dtype):
 @pytest.mark.parametrize("dtensor", [False, True])
 @run_on_ranks(2)
 def test_models(dtensor):
-    """A model whose weights are packed, and everything that changes them; against the stock model, which nobody packs."""
+    """A model with packed weights follows every change of them, as the stock model does."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     x = torch.randn(8, 32)

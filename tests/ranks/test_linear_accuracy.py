@@ -24,10 +24,10 @@ def test_integers_are_exact_in_other_dtypes(dtype):
     check_linears_exactly(3, 50, 13, 11, dtype)
 
 
-def assert_as_accurate(name, ours, twin, wide):
-    error, bound = (ours - wide).abs().max(), 2 * (twin - wide).abs().max() + 1e-6
+def assert_as_accurate(name, ours, same_dtype, truth):
+    error, bound = (ours - truth).abs().max(), 2 * (same_dtype - truth).abs().max() + 1e-6
     assert error < bound, (
-        f"{name} {ours.dtype} on {dist.get_world_size()}: {error:.2e}, the twin's {bound:.2e}"
+        f"{name} {ours.dtype} on {dist.get_world_size()}: {error:.2e}, the reference's {bound:.2e}"
     )
 
 
@@ -36,7 +36,7 @@ def assert_as_accurate(name, ours, twin, wide):
 def test_as_accurate_as_partial_sums_in_rank_order(dtype):
     rows, k, n = 70, 333, 35
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    truth = torch.float64 if dtype == torch.float32 else torch.float32
     x, w, b, residual = (
         torch.randn(*shape).to(dtype) for shape in ((rows, k), (n, k), (n,), (rows, n))
     )
@@ -48,14 +48,14 @@ def test_as_accurate_as_partial_sums_in_rank_order(dtype):
                 xs[rank], ws[rank], b, group=group, residual=rest, overlap=chunks
             )
             args = (
-                [[t.to(d) for t in xs] for d in (dtype, wide)],
-                [[t.to(d) for t in ws] for d in (dtype, wide)],
+                [[t.to(d) for t in xs] for d in (dtype, truth)],
+                [[t.to(d) for t in ws] for d in (dtype, truth)],
             )
-            twins = [
+            references = [
                 reference.row_linear(a, c, b.to(d), None if rest is None else rest.to(d))
-                for a, c, d in zip(*args, (dtype, wide), strict=True)
+                for a, c, d in zip(*args, (dtype, truth), strict=True)
             ]
-            assert_as_accurate("row", out, *twins)
+            assert_as_accurate("row", out, *references)
 
         a, dy = (
             torch.randn(n, k).to(dtype).t(),
@@ -68,15 +68,15 @@ def test_as_accurate_as_partial_sums_in_rank_order(dtype):
         leaf = residual.clone().requires_grad_()
         y = tpf.column_parallel_linear(leaf, weights[rank], group=group, overlap=chunks)
         y.backward(dys[rank])
-        twins = [
+        references = [
             reference.column_linear(residual.to(d), [t.to(d) for t in weights], [None] * world)[
                 rank
             ]
-            for d in (dtype, wide)
+            for d in (dtype, truth)
         ]
-        assert_as_accurate("column", y, *twins)
-        twins = [
+        assert_as_accurate("column", y, *references)
+        references = [
             reference.column_linear_input_grad([t.to(d) for t in dys], [t.to(d) for t in weights])
-            for d in (dtype, wide)
+            for d in (dtype, truth)
         ]
-        assert_as_accurate("column's dx", leaf.grad, *twins)
+        assert_as_accurate("column's dx", leaf.grad, *references)

@@ -1,4 +1,4 @@
-"""The output layer and the vocabulary-parallel loss in one, a chunk of tokens at a time, against the unsplit model's."""
+"""The output layer and its loss in one, a chunk of tokens at a time, against the unsharded ones."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import reference
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from helpers import EXACT, assert_as_accurate, wide
+from helpers import EXACT, assert_as_accurate, truth_dtype
 from pool import run_on_ranks
 from refusal import assert_refused
 from torch.testing import assert_close
@@ -25,8 +25,8 @@ def some_targets(rows, classes, ignored=0.2):
     return torch.randint(classes, (rows,)).masked_fill(torch.rand(rows) < ignored, IGNORED)
 
 
-def split_loss(x, w, b, target, classes, dloss=1.0, **options):
-    """The loss and the gradients of the input, and of the whole weight and bias, gathered by hand."""
+def sharded_loss(x, w, b, target, classes, dloss=1.0, **options):
+    """Return the loss, and the gradients of the input and of the whole weight and bias."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     split = ShardSpec.chunks(classes, world)
     leaf = x.detach().clone().requires_grad_()
@@ -52,7 +52,7 @@ def split_loss(x, w, b, target, classes, dloss=1.0, **options):
 
 
 def stock_loss(x, w, b, target, dtype, dloss=1.0, **options):
-    """As split_loss; the input's gradient is the sum of the ranks' partial ones in that dtype."""
+    """Return what `sharded_loss` does; the input's gradient adds the ranks' partial ones."""
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
     logits = F.linear(*leaves)
     logits.retain_grad()
@@ -96,12 +96,16 @@ def test_a_fused_loss_is_the_unsharded_models(classes, dtype):
                 target = target.index_fill(0, torch.randperm(22)[:6], IGNORED).view(2, 11)
                 dloss = 0.5
             options = dict(reduction=reduction, label_smoothing=smoothing, dloss=dloss)
-            ours = split_loss(x, w, b, target, classes, chunk_rows=chunk_rows, **options)
-            truth, twin = (stock_loss(x, w, b, target, d, **options) for d in (wide(dtype), dtype))
+            ours = sharded_loss(x, w, b, target, classes, chunk_rows=chunk_rows, **options)
+            truth, same_dtype = (
+                stock_loss(x, w, b, target, d, **options) for d in (truth_dtype(dtype), dtype)
+            )
             assert ours[0].dtype == torch.float32 and all(grad.dtype == dtype for grad in ours[1:])
-            for name, *values in zip(("loss", "dx", "dw", "db"), ours, twin, truth, strict=False):
+            for name, *values in zip(
+                ("loss", "dx", "dw", "db"), ours, same_dtype, truth, strict=False
+            ):
                 assert_as_accurate(
-                    f"{name} of {classes} in chunks of {chunk_rows}, {reduction}, smoothing {smoothing}",
+                    f"{name} in chunks of {chunk_rows}, {reduction}, smoothing {smoothing}",
                     *values,
                 )
 
@@ -113,7 +117,7 @@ def test_a_fused_loss_of_no_tokens():
         x, target = torch.randn(*shape, 16), torch.full(shape, IGNORED)
         options = dict(reduction=reduction)
         assert_close(
-            split_loss(x, w, b, target, 5, chunk_rows=2, **options),
+            sharded_loss(x, w, b, target, 5, chunk_rows=2, **options),
             stock_loss(x, w, b, target, torch.float32, **options),
             equal_nan=True,
         )
@@ -188,11 +192,13 @@ def test_a_fused_loss_holds_a_chunk_and_sends_what_is_needed():
 def test_a_fused_loss_under_autocast():
     x, w, target = torch.randn(9, 16), torch.randn(331, 16), some_targets(9, 331)
     with torch.autocast("cpu", torch.bfloat16):
-        ours = split_loss(x, w, None, target, 331)
+        ours = sharded_loss(x, w, None, target, 331)
     half = [t.bfloat16() for t in (x, w)]
-    truth, twin = (stock_loss(*half, None, target, d) for d in (torch.float32, torch.bfloat16))
+    truth, same_dtype = (
+        stock_loss(*half, None, target, d) for d in (torch.float32, torch.bfloat16)
+    )
     assert all(grad.dtype == torch.float32 for grad in ours)
-    for name, *values in zip(("loss", "dx", "dw"), ours, twin, truth, strict=True):
+    for name, *values in zip(("loss", "dx", "dw"), ours, same_dtype, truth, strict=True):
         assert_as_accurate(name, *values)
 
 

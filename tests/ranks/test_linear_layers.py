@@ -79,7 +79,7 @@ def test_explain_says_the_chunks_and_why(overlap, reason):
 
 
 class Recorder:
-    """Stands for torch.ops.tpkernels in tpkernels.ops.linear: notes what each op is called with and returns."""
+    """Stands for torch.ops.tpkernels in tpkernels.ops: notes the arguments and results of ops."""
 
     def __init__(self):
         self.calls = []

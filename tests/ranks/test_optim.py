@@ -26,12 +26,12 @@ def test_the_norm_of_plain_parameters(kind):
     want = nn.utils.clip_grad_norm_(stock.parameters(), 0.1, norm_type=kind)
     assert abs(norm - want) < 1e-5 * want
     assert_same_grads(stock, model)  # clipped
-    twin = copy.deepcopy(model)  # its modules are known too
-    for mine, theirs in zip(twin.parameters(), model.parameters(), strict=True):
+    copied = copy.deepcopy(model)  # its modules are known too
+    for mine, theirs in zip(copied.parameters(), model.parameters(), strict=True):
         mine.grad = theirs.grad.clone()
     assert (
         abs(
-            tpk.clip_grad_norm_(twin.parameters(), 1e9, norm_type=kind)
+            tpk.clip_grad_norm_(copied.parameters(), 1e9, norm_type=kind)
             - nn.utils.get_total_norm([p.grad for p in stock.parameters()], kind)
         )
         < 1e-5

@@ -1,4 +1,4 @@
-"""When peer memory is opened and when it is refused, on every rank alike; what runs on it needs GPUs (tests/gpu)."""
+"""Peer memory is opened or refused on every rank alike. Its kernels need GPUs (tests/gpu)."""
 
 import os
 import warnings
@@ -87,7 +87,8 @@ def test_refused_on_every_rank_with_one_reason(pool):
         "rendezvous": "rank 1: torch's symmetric memory failed: MemoryError: no more",
         "too many": "rank 0: the group has 3 ranks, and the kernels take up to 2",
         "forced off": "TPKERNELS_TRANSPORT=nccl",
-        "forced": "TPKERNELS_TRANSPORT=symm, but rank 0: tpkernels was built without CUDA kernels: unset it",
+        "forced": "TPKERNELS_TRANSPORT=symm, but rank 0: tpkernels was built without CUDA kernels: "
+        "unset it",
     }
     for rank, found in enumerate(results):
         for name, reason in reasons.items():

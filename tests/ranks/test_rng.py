@@ -12,7 +12,10 @@ import tpkernels as tpk
 
 
 class Dropping(nn.Module):
-    """Attention with dropout on its weights, between replicated dropouts: 6 heads on one rank and 3 on the other draw unequally."""
+    """Attention with dropout on its weights, between replicated dropouts.
+
+    Of 2 ranks one has 6 heads and one has 3: they draw unequally.
+    """
 
     def __init__(self, group):
         super().__init__()

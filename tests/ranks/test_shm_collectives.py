@@ -30,7 +30,7 @@ PIECE = 256 << 10  # csrc/shm/collectives.h
 
 
 def parts(count, dtype, low=0, high=4):
-    """What every rank has: small integers, whose sums are exact in any dtype and order."""
+    """Return every rank's small integers, whose sums are exact in any dtype and order."""
     return [
         torch.randint(low, high, (count,), generator=torch.Generator().manual_seed(r + count)).to(
             dtype
@@ -110,7 +110,7 @@ def test_moves_are_exact():
 
 @run_on_ranks(1, 3, pool="shm_pool")
 def test_what_shm_lacks_goes_to_gloo():
-    """What shm lacks goes to gloo: other collectives, other reductions, other dtypes."""
+    """Gloo has the other collectives, reductions and dtypes."""
     n, rank = dist.get_world_size(), dist.get_rank()
     x = torch.full((3,), rank + 1)
     dist.all_reduce(x, dist.ReduceOp.PRODUCT)
@@ -250,7 +250,7 @@ def test_the_parallel_ops_are_exact(chunks, m, k, n, dtype):
 
 @run_on_ranks(2, 3, pool="shm_pool")
 def test_messages_larger_than_the_memory():
-    """More rows than a half of the segment holds: several steps, each with its own slice of the residual."""
+    """More rows than a slot holds take several steps, each with its slice of the residual."""
     n, rank, rows, columns = dist.get_world_size(), dist.get_rank(), 5000, 1024  # 20 MB
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(0)

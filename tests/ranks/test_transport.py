@@ -23,11 +23,14 @@ def main(rank, store, mode):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            dist.init_process_group("cpu:shm" if mode == "explicit" else "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2)
+            backend = "cpu:shm" if mode == "explicit" else "gloo"
+            store = dist.FileStore(store, 2)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=2)
             mesh = tpk.init_mesh(2, device="cpu")
             x = torch.ones(300000)
             tpk.all_reduce_(x, mesh["tp"])
-            said = f"ran on {dist.get_backend(mesh['tp'].get_group())} {x.unique().tolist()} {[str(w.message) for w in caught]}"
+            backend = dist.get_backend(mesh["tp"].get_group())
+            said = f"ran on {backend} {x.unique().tolist()} {[str(w.message) for w in caught]}"
         except Exception as error:
             said = f"raised {type(error).__name__} {error}"
     os.write(1, f"{rank} {said}\\n".encode())  # in one piece
@@ -40,7 +43,7 @@ if __name__ == "__main__":
 
 
 def with_room(tmp_path, kilobytes, mode, **environment):
-    """What two ranks say that have a /dev/shm of `kilobytes`."""
+    """Return the lines that two ranks print with a /dev/shm of `kilobytes`."""
     can = subprocess.run(["unshare", "-m", "true"], capture_output=True)
     if can.returncode:
         pytest.skip(
@@ -48,9 +51,10 @@ def with_room(tmp_path, kilobytes, mode, **environment):
         )
     script = tmp_path / "small.py"
     script.write_text(SMALL)
-    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs /dev/shm && exec {sys.executable} {script} {tmp_path / mode} {mode}"
+    mount = f"mount -t tmpfs -o size={kilobytes}k tmpfs /dev/shm"
+    command = f"{mount} && exec {sys.executable} {script} {tmp_path / mode} {mode}"
     run = subprocess.run(
-        ["unshare", "-m", "sh", "-c", mount],
+        ["unshare", "-m", "sh", "-c", command],
         capture_output=True,
         text=True,
         timeout=200,
@@ -64,7 +68,8 @@ def with_room(tmp_path, kilobytes, mode, **environment):
 def test_a_dev_shm_that_is_too_small_is_an_error_with_the_size(tmp_path):
     for line in with_room(tmp_path, 128, "explicit"):
         assert "raised" in line and re.search(
-            r"/dev/shm: No space left on device: it has \d+ bytes free, and the 2 ranks need 270336",
+            r"/dev/shm: No space left on device: it has \d+ bytes free, "
+            r"and the 2 ranks need 270336",
             line,
         )
 

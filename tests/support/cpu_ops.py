@@ -90,8 +90,8 @@ def dropout(input, seed, p, row, column):
     rows, columns = input.numel() // max(input.shape[-1], 1), input.shape[-1]
     bits = [[philox(int(seed), row + r, column + c) for c in range(columns)] for r in range(rows)]
     kept = torch.tensor(bits, dtype=torch.int64).view(input.shape) >= round(p * 2**32)
-    wide = input if input.dtype == torch.float64 else input.float()
-    return torch.where(kept, wide * (1 / (1 - p) if p < 1 else 0.0), 0.0).to(input.dtype)
+    x = input if input.dtype == torch.float64 else input.float()
+    return torch.where(kept, x * (1 / (1 - p) if p < 1 else 0.0), 0.0).to(input.dtype)
 
 
 def rotary(input, cos, sin, interleaved, inverse):
@@ -108,8 +108,8 @@ def rotary(input, cos, sin, interleaved, inverse):
     )
 
 
-def wide(t):
-    """In float64, which is exact enough to be the truth."""
+def in_float64(t):
+    """Return the tensor in float64, which is exact enough to be the truth."""
     return (
         t.detach().double().requires_grad_(t.requires_grad)
         if torch.is_tensor(t) and t.is_floating_point()
@@ -117,9 +117,12 @@ def wide(t):
     )
 
 
-def check(outs, twin, args):
-    """The numerics rule: outs against twin(*args), computed in float64 and in the arguments' own dtype, the slack for values near 1."""
-    truths, plains = twin(*map(wide, args)), twin(*args)
+def check(outs, function, args):
+    """Compare outs with function(*args) in float64 and in the arguments' own dtype.
+
+    The slack is for values near 1.
+    """
+    truths, plains = function(*map(in_float64, args)), function(*args)
     assert len(outs) == len(truths) == len(plains)
     for out, truth, plain in zip(outs, truths, plains, strict=True):
         assert out.shape == truth.shape and out.dtype in (plain.dtype, torch.float32)
@@ -133,7 +136,10 @@ def check(outs, twin, args):
 
 
 def with_grads(function):
-    """function's twin that returns its gradients for the tensors that require them; the last argument is its output's gradient."""
+    """Return a function that returns the gradients of the tensors that require them.
+
+    Its last argument is the gradient of the output.
+    """
 
     def backward(*args):
         *args, grad = args

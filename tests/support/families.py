@@ -1,4 +1,7 @@
-"""Tiny random Hugging Face models with 9 heads and 3 KV heads: sizes that 2 and 4 ranks do not divide."""
+"""Tiny random Hugging Face models.
+
+2 and 4 ranks do not divide their 9 heads and 3 KV heads.
+"""
 
 import torch
 

@@ -48,7 +48,7 @@ def forced(gemm):
 
 
 def can(gemm, dtype):
-    """oneDNN takes half types as they are on some machines only."""
+    """Return True unless oneDNN takes this half type as it is on other machines only."""
     supported = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",

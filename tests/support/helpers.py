@@ -1,4 +1,4 @@
-"""What several test files compare."""
+"""Comparisons that several test files make."""
 
 import torch
 import torch.distributed as dist
@@ -6,18 +6,19 @@ import torch.distributed as dist
 import tpkernels as tpk
 
 
-def assert_same_grads(stock, split, tolerance=2e-5):
-    """Every gradient of `split`, gathered, against the unsplit model's, relative to the parameter's largest.
+def assert_same_grads(stock, sharded, tolerance=2e-5):
+    """Compare every gradient of `sharded`, gathered, with the stock model's.
 
-    A parameter whose gradient is zero but for rounding (the bias of keys without rotary embedding, which softmax does not see) is
-    held against the model's largest.
+    The tolerance is relative to the parameter's largest gradient. It is relative to the model's
+    where the parameter's is zero but for rounding: softmax does not see the bias of keys without
+    rotary embedding.
     """
-    grads = tpk.unsharded_gradients(split)
+    grads = tpk.unsharded_gradients(sharded)
     largest = max(p.grad.abs().max() for p in stock.parameters() if p.grad is not None)
     for name, parameter in stock.named_parameters():
         if parameter.grad is None:
             assert name not in grads or not grads[name].any(), (
-                f"{name} has a gradient that the unsplit model's has not"
+                f"{name} has a gradient that the stock model's has not"
             )
             continue
         error = (grads[name] - parameter.grad).abs().max() / parameter.grad.abs().max().clamp_min(
@@ -27,7 +28,7 @@ def assert_same_grads(stock, split, tolerance=2e-5):
 
 
 def count_all_reduces(run):
-    """Counted from outside, by torch's profiler, and what `run` returned."""
+    """Return the number of all-reduces that torch's profiler counts, and run()."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         result = run()
     return sum(
@@ -35,29 +36,25 @@ def count_all_reduces(run):
     ), result
 
 
-def wide(dtype):
-    """What the results of `dtype` are judged by."""
+def truth_dtype(dtype):
+    """Return the dtype of the truth that results of `dtype` are compared with."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
-def assert_as_accurate(name, ours, twin, truth):
-    """max|ours - truth| < 2 max|the twin in the same dtype - truth| + 1e-6"""
+def assert_as_accurate(name, ours, same_dtype, truth):
+    """Require max|ours - truth| < 2 max|torch in the same dtype - truth| + 1e-6."""
     assert ours.shape == truth.shape, name
     if truth.numel():
-        error, bound = (
-            (ours - truth).abs().max(),
-            2 * (twin - truth).abs().max() + 1e-6 * truth.abs().max().clamp_min(1),
-        )
-        assert error < bound, (
-            f"{name} {ours.dtype} on {dist.get_world_size() if dist.is_initialized() else 1}: {error:.2e} >= {bound:.2e}"
-        )
+        error = (ours - truth).abs().max()
+        bound = 2 * (same_dtype - truth).abs().max() + 1e-6 * truth.abs().max().clamp_min(1)
+        assert error < bound, f"{name} {ours.dtype}: {error:.2e} >= {bound:.2e}"
 
 
 EXACT = dict(atol=0, rtol=0)
 
 
 def grads_of(function, inputs, dy=None):
-    """function's outputs and the gradients of those inputs that are floating-point tensors."""
+    """Return function(*inputs) and the inputs' gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*leaves)
     (out if dy is None else (out * dy)).sum().backward()
@@ -65,7 +62,7 @@ def grads_of(function, inputs, dy=None):
 
 
 def turned(x, cos, sin, interleaved):
-    """Pair by pair, as complex numbers times e^(i angle)."""
+    """Rotate pair by pair, as complex numbers times e^(i angle)."""
     half = cos.shape[-1]
     tables = torch.complex(*(t.to(torch.float64) for t in (cos, sin)))
     tables = tables if tables.dim() == 2 else tables[:, None]

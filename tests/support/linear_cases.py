@@ -11,7 +11,7 @@ from tpkernels.sharding.spec import ShardSpec
 
 
 def integers(*shape, dtype=torch.float32, generator=None, device="cpu"):
-    """0, 1 and -1: every sum below is exact in float32, and small ones in bfloat16, in any order."""
+    """Return 0, 1 and -1, whose sums are exact in float32, small ones in bfloat16, in any order."""
     return torch.randint(-1, 2, shape, generator=generator).to(device, dtype)
 
 

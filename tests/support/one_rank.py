@@ -51,8 +51,8 @@ def seeded(make, **options):
     return make(**options)
 
 
-def twins(name, alone):
-    """The module over all ranks and the one over one rank, from one seed; the weights are the same bits."""
+def sharded_and_whole(name, alone):
+    """Return the module over all ranks and over one rank, of the same weights to the bit."""
     split, whole = (seeded(WHOLE[name], group=group) for group in (dist.group.WORLD, alone))
     assert_close(dict(tpk.unsharded_state_dict(split)), dict(whole.state_dict()), **EXACT)
     return split, whole
@@ -65,8 +65,11 @@ def assert_near(ours, want, tolerance=2e-5):
 
 
 def assert_same_grads(want, split):
-    """`want`: the unsplit gradients by name. Relative to a parameter's largest, or the module's where the true gradient is zero: a
-    softmax does not see a bias of the keys."""
+    """Compare the gradients of a sharded module with the unsharded ones, by name.
+
+    The tolerance is relative to the parameter's largest gradient, or the module's where the true
+    gradient is zero: a softmax does not see a bias of the keys.
+    """
     grads = tpk.unsharded_gradients(split)
     assert grads.keys() == want.keys()
     largest = max(grad.abs().max() for grad in want.values())

@@ -1,7 +1,7 @@
-"""Plain-torch twins of the ops, in one process: the tests' oracle.
+"""The reference of every op, in plain torch and one process.
 
-A twin takes every rank's shard in a list and does, in that dtype, what the ranks do together: sums over ranks add n partials of
-that dtype in rank order.
+A reference takes every rank's shard in a list and does, in that dtype, what the ranks do together.
+A sum over ranks adds n partial sums of that dtype in rank order.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ def sum_in_rank_order(partials: Sequence[Tensor]) -> Tensor:
 def column_linear(
     input: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """The output shard [..., N_r] of each rank."""
+    """Return the output shard [..., N_r] of each rank."""
     return [F.linear(input, w, b) for w, b in zip(weights, biases, strict=True)]
 
 
 def column_linear_input_grad(grad_outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The input's gradient [..., K]."""
+    """Return the input's gradient [..., K]."""
     return sum_in_rank_order([dy @ w for dy, w in zip(grad_outputs, weights, strict=True)])
 
 
@@ -38,14 +38,14 @@ def row_linear(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """[..., N] from each rank's features [..., K_r] and columns [N, K_r]."""
+    """Return [..., N] from each rank's features [..., K_r] and columns [N, K_r]."""
     y = sum_in_rank_order([x @ w.t() for x, w in zip(inputs, weights, strict=True)])
     y = y if bias is None else y + bias
     return y if residual is None else y + residual
 
 
 def vocab_embedding(ids: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """[*ids.shape, H] from each rank's rows of the table."""
+    """Return [*ids.shape, H] from each rank's rows of the table."""
     return F.embedding(ids, torch.cat(list(weights)))
 
 
@@ -56,7 +56,7 @@ def vocab_cross_entropy(
     label_smoothing=0.0,
     reduction="mean",
 ) -> Tensor:
-    """Of each rank's logits [..., V_r]."""
+    """Return the loss from each rank's logits [..., V_r]."""
     whole = torch.cat(list(logits), -1).float().reshape(-1, sum(z.shape[-1] for z in logits))
     loss = F.cross_entropy(
         whole,
@@ -102,23 +102,30 @@ def norm(
     eps: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y and the sum (empty without a residual) in input's shape; mean (empty for RMSNorm) and rstd [M] in float32 or wider."""
+    """Return the normalised tensor, the sum, and the mean and rstd of each row.
+
+    The sum with the residual has the input's shape, or is empty without a residual. The mean [M]
+    is empty for RMSNorm; it and rstd [M] are at least float32.
+    """
     h = input if residual is None else input + residual
     if rms:
         y = F.rms_norm(h, h.shape[-1:], weight, eps)
         y = y if bias is None else y + bias
     else:
         y = F.layer_norm(h, h.shape[-1:], weight, bias, eps)
-    x = _wide(h).flatten(0, -2) if h.dim() > 1 else _wide(h)[None]
+    x = _opmath(h).flatten(0, -2) if h.dim() > 1 else _opmath(h)[None]
     mean = x.new_empty(0) if rms else x.mean(-1)
     variance = x.square().mean(-1) if rms else x.var(-1, correction=0)
     return y, input.new_empty(0) if residual is None else h, mean, torch.rsqrt(variance + eps)
 
 
 def vocab_ce_stats(logits: Tensor, target: Tensor, first: int) -> Tensor:
-    """[4, M] of a rank's logits [M, V], whose columns are the vocabulary's from `first` on: their maximum, the sum of
-    exp(z - maximum), the target's logit (0 if another rank has it) and the sum of z."""
-    z = _wide(logits)
+    """Return statistics [4, M] of a rank's logits [M, V/n].
+
+    They are the maximum, the sum of exp(z - maximum), the target's logit (0 if another rank has
+    it) and the sum of z. The columns are the vocabulary's from `first` on.
+    """
+    z = _opmath(logits)
     most = F.pad(z, (0, 1), value=-torch.inf).amax(-1)
     sum_exp = torch.where(most == -torch.inf, 0, torch.exp(z - most[:, None]).sum(-1))
     column = target.long() - first
@@ -139,14 +146,17 @@ def vocab_ce_grad(
 ) -> Tensor:
     """(softmax - (1 - s) onehot(target) - s / V) * scale, 0 in rows whose scale is 0: [M, V/n]."""
     hit = torch.arange(logits.shape[1], device=logits.device) == (target.long() - first)[:, None]
-    softmax = torch.exp(_wide(logits) - log_norm[:, None])
+    softmax = torch.exp(_opmath(logits) - log_norm[:, None])
     at_target = (1 - smoothing) * hit.to(softmax.dtype)
     grad = (softmax - smoothing / num_classes - at_target) * scale[:, None]
     return torch.where(scale[:, None] == 0, 0, grad).to(logits.dtype)
 
 
 def philox4x32(counter: Sequence[Tensor], key: tuple[int, int], rounds: int) -> list[Tensor]:
-    """Four 32-bit numbers, as int64, of each counter of four (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011)."""
+    """Return four 32-bit numbers, as int64, of each counter of four.
+
+    Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", 2011.
+    """
     low, (c0, c1, c2, c3), (k0, k1) = 0xFFFFFFFF, counter, key
     for _ in range(rounds):
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # modulo 2^64, which the bits of int64 are
@@ -156,11 +166,14 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int], rounds: int) -> 
 
 
 def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Tensor:
-    """Element (r, c) of the whole tensor's rows, of which `input` [..., N] begins at (row, column), is a function of the seed alone."""
+    """Drop elements [..., N] of a tensor whose first is at (row, column) of the whole one.
+
+    An element's fate is a function of the seed and its place in the whole tensor alone.
+    """
     x = (
-        _wide(input).reshape(-1, input.shape[-1])
+        _opmath(input).reshape(-1, input.shape[-1])
         if input.numel()
-        else _wide(input).new_empty(0, input.shape[-1])
+        else _opmath(input).new_empty(0, input.shape[-1])
     )
     r = torch.arange(row, row + x.shape[0], device=x.device)[:, None]
     c = torch.arange(column, column + x.shape[1], device=x.device)[None, :]
@@ -178,7 +191,10 @@ def dropout(input: Tensor, seed: Tensor, p: float, row: int, column: int) -> Ten
 
 
 def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: bool) -> Tensor:
-    """input [B, H, T, D] with its first 2 * cos.shape[-1] features turned by the angles; cos, sin [T, R / 2] or [B, T, R / 2]."""
+    """Rotate the first 2 * cos.shape[-1] features of input [B, H, T, D].
+
+    cos and sin are [T, R / 2] or [B, T, R / 2].
+    """
     half = cos.shape[-1]
     cos, sin = (t if t.dim() == 2 else t[:, None] for t in (cos, -sin if inverse else sin))
     turned, rest = input.split([2 * half, input.shape[-1] - 2 * half], -1)
@@ -191,5 +207,5 @@ def rotary(input: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, inverse: 
     return torch.cat([pair.flatten(-2), rest], -1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _opmath(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -8,77 +8,72 @@ ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<
 GEMM = "nvjet_tst_192x192_64x4_1x2_h_bz_TNT"
 
 
-ADD = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(int, at::native::CUDAFunctor_add<float>)"
+ADD = (
+    "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>"
+    "(int, at::native::CUDAFunctor_add<float>)"
+)
 
 
 PROCESS = 0x1000000  # of a globalPid, and of a globalTid above its thread
 
 
-def nsys(
-    path, kernels=(), events=(), tables=("StringIds", "NVTX_EVENTS", "CUPTI_ACTIVITY_KIND_KERNEL")
-):
-    """`kernels`: (process, device, stream, start, end, name); `events`: (start, end, type, process, domain, text, registered)."""
-    schemas = {
-        "StringIds": "id INTEGER PRIMARY KEY, value TEXT NOT NULL",
-        "NVTX_EVENTS": "start INT NOT NULL, end INT, eventType INT NOT NULL, rangeId INT, category INT, color INT, text TEXT, "
-        "globalTid INT, endGlobalTid INT, textId INT, domainId INT, uint64Value INT",
-        "CUPTI_ACTIVITY_KIND_KERNEL": "start INT NOT NULL, end INT NOT NULL, deviceId INT NOT NULL, contextId INT NOT NULL, "
-        "streamId INT NOT NULL, correlationId INT, globalPid INT, demangledName INT NOT NULL, shortName INT NOT NULL",
-    }
+SCHEMAS = {
+    "StringIds": "id INTEGER PRIMARY KEY, value TEXT NOT NULL",
+    "NVTX_EVENTS": "start INT NOT NULL, end INT, eventType INT NOT NULL, rangeId INT, "
+    "category INT, color INT, text TEXT, globalTid INT, endGlobalTid INT, textId INT, "
+    "domainId INT, uint64Value INT",
+    "CUPTI_ACTIVITY_KIND_KERNEL": "start INT NOT NULL, end INT NOT NULL, deviceId INT NOT NULL, "
+    "contextId INT NOT NULL, streamId INT NOT NULL, correlationId INT, globalPid INT, "
+    "demangledName INT NOT NULL, shortName INT NOT NULL",
+}
+
+
+def nsys(path, kernels=(), events=(), tables=tuple(SCHEMAS)):
+    """Write a trace as Nsight Systems exports it; return its path.
+
+    Args:
+        path: the file.
+        kernels: (process, device, stream, start, end, name) of each.
+        events: (start, end, type, process, domain, text, registered) of each NVTX event.
+        tables: the tables that the file has.
+    """
     db = sqlite3.connect(path)
     for table in tables:
-        db.execute(f"CREATE TABLE {table} ({schemas[table]})")
+        db.execute(f"CREATE TABLE {table} ({SCHEMAS[table]})")
+
+    def insert(table, *row):
+        places = ",".join("?" * len(row))
+        return db.execute(f"INSERT INTO {table} VALUES ({places})", row).lastrowid
 
     def string(value):
         found = db.execute("SELECT id FROM StringIds WHERE value = ?", (value,)).fetchone()
-        return (
-            found[0]
-            if found
-            else db.execute("INSERT INTO StringIds (value) VALUES (?)", (value,)).lastrowid
-        )
+        return found[0] if found else insert("StringIds", None, value)
 
     for process, device, stream, start, end, name in kernels:
-        row = (
-            start,
-            end,
-            device,
-            1,
-            stream,
-            0,
-            process * PROCESS,
-            string(name),
-            string(name.partition("<")[0]),
-        )
-        db.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES ({','.join('?' * 9)})", row)
+        names = string(name), string(name.partition("<")[0])
+        where = device, 1, stream, 0, process * PROCESS
+        insert("CUPTI_ACTIVITY_KIND_KERNEL", start, end, *where, *names)
     for start, end, kind, process, domain, text, registered in events:
         inline, text_id = (None, string(text)) if registered else (text, None)
-        row = (
-            start,
-            end,
-            kind,
-            None,
-            None,
-            None,
-            inline,
-            process * PROCESS + 5,
-            None,
-            text_id,
-            domain,
-            None,
+        thread = process * PROCESS + 5
+        nothing = None, None, None
+        insert(
+            "NVTX_EVENTS", start, end, kind, *nothing, inline, thread, None, text_id, domain, None
         )
-        db.execute(f"INSERT INTO NVTX_EVENTS VALUES ({','.join('?' * 12)})", row)
     db.commit()
     db.close()
     return path
 
 
 KERNELS = [
-    # Device 0: two all-reduces; the first is under a GEMM in 100 of 200 ns and under an add in 20 more, the second exposed.
+    # Device 0 has two all-reduces. The first is under a GEMM in 100 of 200 ns and under an add in
+    # 20 more, the second is exposed.
     (7, 0, 1, 0, 300, GEMM),
     (7, 0, 2, 200, 400, ALL_REDUCE),
     (7, 0, 1, 350, 370, ADD),
     (7, 0, 2, 1000, 1100, ALL_REDUCE),
-    # Device 1: nested (within one GEMM, within one all-reduce), touching (500, 600), and both collectives at once (700 to 720).
+    # Device 1 has kernels within a GEMM and within an all-reduce, touching ones (500, 600), and both
+    # collectives at once (700 to 720).
     (7, 1, 1, 0, 500, GEMM),
     (7, 1, 2, 100, 150, ALL_REDUCE),
     (7, 1, 2, 500, 600, ALL_REDUCE),

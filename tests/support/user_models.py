@@ -33,7 +33,10 @@ class Lora(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention as a user writes it: names of its own, keys and values from another input if there is one."""
+    """Attention as a user writes it, with names of its own.
+
+    Keys and values come from another input if there is one.
+    """
 
     def __init__(self, skip=False):
         super().__init__()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import reference
 import torch
-from helpers import assert_as_accurate, grads_of, wide
+from helpers import assert_as_accurate, grads_of, truth_dtype
 from torch.testing import assert_close
 
 import tpkernels.functional as tpf
@@ -23,16 +23,16 @@ def test_gated_act(activation, biases, shape):
         inputs = [torch.randn(*s).to(dtype) for s in (shape, shape, *[shape[-1:]] * 2 * biases)]
         dy = torch.randn(*shape).to(dtype)
         ours = grads_of(lambda g, u, *b: tpf.gated_act(g, u, activation, *b), inputs, dy)
-        twins = [
+        references = [
             grads_of(
                 lambda *a: reference.gated_act(*a, *none, activation),
                 [t.to(d) for t in inputs],
                 dy.to(d),
             )
-            for d in (dtype, wide(dtype))
+            for d in (dtype, truth_dtype(dtype))
         ]
         for name, *values in zip(
-            ("y", "dgate", "dup", "dgate_bias", "dup_bias"), ours, *twins, strict=False
+            ("y", "dgate", "dup", "dgate_bias", "dup_bias"), ours, *references, strict=False
         ):
             assert_as_accurate(name, *values)
 
@@ -77,13 +77,13 @@ def test_bias_act_and_its_biases_gradient(activation):
             *shape[:-1], shape[-1] // (2 if activation in ("swiglu", "geglu") else 1)
         ).to(dtype)
         ours = grads_of(lambda x, b: tpf.bias_act(x, b, activation), inputs, dy)
-        twins = [
+        references = [
             grads_of(
                 lambda x, b: reference.bias_act(x, b, activation),
                 [t.to(d) for t in inputs],
                 dy.to(d),
             )
-            for d in (dtype, wide(dtype))
+            for d in (dtype, truth_dtype(dtype))
         ]
-        for name, *values in zip(("y", "dx", "db"), ours, *twins, strict=True):
+        for name, *values in zip(("y", "dx", "db"), ours, *references, strict=True):
             assert_as_accurate(f"{name} {shape}", *values)

@@ -1,4 +1,4 @@
-"""Where the schedule fuses the activation into the column-parallel GEMM."""
+"""The sizes where the schedule fuses the activation into the column-parallel GEMM."""
 
 from unittest import mock
 

@@ -75,7 +75,8 @@ def test_activations_of_large_input():
     )
     for activation in ("relu", "relu2", "gelu", "gelu_tanh", "silu"):
         out = OPS.bias_act(x, None, activation)
-        # Where torch's own kernels are taken, an infinity gives what they give: NaN for gelu on some instruction sets.
+        # torch's own kernels, where they are taken, give NaN for gelu of an infinity on some
+        # instruction sets.
         kept = (
             slice(1, None) if torch.backends.cpu.get_cpu_capability() == "AVX512" else x.isfinite()
         )

@@ -1,10 +1,10 @@
-"""Every GEMM of the CPU, forced: exact on integers, as accurate as torch, and which one is chosen."""
+"""Every GEMM of the CPU, forced: exact on integers and as accurate as torch. The choice."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from gemms import GEMMS, IDS, OPS, Library, can, forced, integers
-from helpers import EXACT, assert_as_accurate, wide
+from helpers import EXACT, assert_as_accurate, truth_dtype
 from torch.testing import assert_close
 
 from tpkernels import _C
@@ -73,7 +73,7 @@ def test_every_gemm_is_as_accurate_as_torch(gemm, dtype):
     x, w, b, dy = (
         torch.randn(*shape, dtype=dtype) for shape in ((rows, k), (n, k), (n,), (rows, n))
     )
-    big = wide(dtype)
+    big = truth_dtype(dtype)
     with forced(gemm):
         for _ in range(2):
             ours = OPS.linear(x, w, b, False)
@@ -125,7 +125,7 @@ def test_what_is_not_finite_comes_through(gemm):
 
 
 def test_the_choice():
-    """Whatever the machine: nothing is packed with a gradient, nothing is changed for small, empty or double weights."""
+    """No machine packs with a gradient, or changes the GEMM of small, empty or double weights."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = torch.zeros(512, 1024, dtype=dtype)
         for rows in (1, 16, 128, 4096):

@@ -13,7 +13,7 @@ from tpkernels.overlap import calibration_cache
 
 
 def test_init_mesh_on_gpus(monkeypatch):
-    """What it asks torch for: LOCAL_RANK's device, both backends, a second group of high priority and few CTAs."""
+    """It asks for LOCAL_RANK's device, both backends, and a group of high priority and few CTAs."""
     seen = []
 
     class Options:

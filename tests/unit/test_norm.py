@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_as_accurate, wide
+from helpers import assert_as_accurate, truth_dtype
 from torch import nn
 from torch.testing import assert_close
 
@@ -50,7 +50,7 @@ def test_norm(rms, with_residual, used):
 
         results = (
             run(ours, dtype),
-            *(run(lambda *a: stock_norm(*a, rms), d) for d in (dtype, wide(dtype))),
+            *(run(lambda *a: stock_norm(*a, rms), d) for d in (dtype, truth_dtype(dtype))),
         )
         for i, values in enumerate(zip(*results, strict=True)):
             none = [v is None or not v.any() for v in values]

@@ -27,12 +27,12 @@ def test_rotary(interleaved, batched):
         )  # as projections give it
         ours = grads_of(lambda x: tpf.rotary(x, *tables, interleaved=interleaved), [x], dy)
         truth = grads_of(lambda x: turned(x, *tables, interleaved), [x.double()], dy.double())
-        twin = grads_of(
+        same_dtype = grads_of(
             lambda x: reference.rotary(x, *(t.to(x.dtype) for t in tables), interleaved, False),
             [x],
             dy,
         )
-        for name, *values in zip(("y", "dx"), ours, twin, truth, strict=True):
+        for name, *values in zip(("y", "dx"), ours, same_dtype, truth, strict=True):
             assert values[0].dtype == dtype
             assert_as_accurate(name, *values)
     x = torch.randn(2, 3, 7, 6, requires_grad=True)

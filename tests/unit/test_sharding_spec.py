@@ -51,7 +51,10 @@ def test_is_chunk_says_whether_dtensors_shard_fits(step, n, blocks):
 
 @st.composite
 def owned_blocks(draw):
-    """Lists of units, each with an owner, as ShardSpec.units takes them; every rank owns something, as assign_heads sees to it."""
+    """Draw lists of units with one owner each, as ShardSpec.units takes them.
+
+    Every rank owns something, as assign_heads sees to it.
+    """
     n = draw(ranks)
     blocks = draw(
         st.lists(st.lists(st.integers(0, n - 1), min_size=1, max_size=8), min_size=1, max_size=3)
@@ -77,7 +80,7 @@ overlapping = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_
 @quiet
 @given(overlapping, st.integers(1, 3))
 def test_units_are_read_in_the_order_given_and_owned_once(per_rank, width):
-    """Also units that several ranks read, or one reads twice: who counts them, and how their gradients add up."""
+    """Units that several ranks read, or one reads twice, have one owner; gradients add up."""
     split = ShardSpec.units([(6, per_rank)], width)
     full = torch.arange(6 * width)
     shards = [split.shard(full, r) for r in range(len(per_rank))]

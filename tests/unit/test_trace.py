@@ -161,19 +161,22 @@ def test_bad_input(tmp_path):
             "collective",
         ),
         (
-            "void tpkernels::two_shot<__nv_bfloat16, 4, false>(tpkernels::Arguments<__nv_bfloat16>)",
+            "void tpkernels::two_shot<__nv_bfloat16, 4, false>"
+            "(tpkernels::Arguments<__nv_bfloat16>)",
             "collective",
         ),
         ("column_linear_act_kernel", "gemm"),
         ("void one_shot_all_reduce_kernel<float, 2>(float**, gemm*)", "collective"),
         ("ampere_bf16_s16816gemm_bf16_128x128_ldg8_f2f_stages_32x5_tn", "gemm"),
         (
-            "void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128_16x5_tn_align4>(cutlass_80_tensorop::Params)",
+            "void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_128x128_16x5_tn_align4>"
+            "(cutlass_80_tensorop::Params)",
             "gemm",
         ),
         ("void gemv2T_kernel_val<int, int, float>(cublasGemvParamsEx<int>)", "gemm"),
         (
-            "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::gemm::GemmShape<128>>>(Params)",
+            "void pytorch_flash::flash_fwd_kernel<"
+            "Flash_fwd_kernel_traits<64, cutlass::gemm::GemmShape<128>>>(Params)",
             "other",
         ),
         ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float>>(float)", "other"),

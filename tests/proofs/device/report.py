@@ -1,4 +1,4 @@
-"""`python tests/proofs/device/report.py --out docs/kernels.md`: what each kernel takes of each chip,
+"""`python tests/proofs/device/report.py --out docs/kernels.md`: each kernel's use of each chip,
 between markers of a Markdown file.
 
 `--check` writes nothing and exits 1 if the tables in the file are not what it would write. Nothing

@@ -17,7 +17,7 @@ every_dtype = pytest.mark.parametrize(
 )
 
 
-def twin(launch: Launch, dtype: torch.dtype):
+def reference_of(launch: Launch, dtype: torch.dtype):
     """Plain torch in that dtype: the partials added in rank order, then what follows."""
     inputs, bias, residual, weight = (
         t if t is None else t.to(dtype)
@@ -48,8 +48,8 @@ def assert_close(out, ref, same_dtype, what):
 def check(launch: Launch, result, exact: bool):
     out, normed = result
     assert same_bits_on_all_ranks(out)
-    ref, ref_normed = twin(launch, torch.float64)
-    same, same_normed = twin(launch, launch.inputs.dtype)
+    ref, ref_normed = reference_of(launch, torch.float64)
+    same, same_normed = reference_of(launch, launch.inputs.dtype)
     if exact:
         assert torch.equal(out[0].double(), ref)
     else:
