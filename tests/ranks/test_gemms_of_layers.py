@@ -1,6 +1,7 @@
 """Layers, losses and models that take each GEMM and packed weights."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -79,71 +80,56 @@ def test_layers_and_losses_take_every_gemm(gemm, dtype):
     assert_close(ours[1], whole.grad.chunk(world)[rank])
 
 
+def local_weight(layer):
+    return layer.weight.to_local() if hasattr(layer.weight, "to_local") else layer.weight
+
+
+def assert_same_outputs(x, stock, sharded):
+    """Compare outputs until both weights are packed, and after."""
+    with torch.no_grad():
+        for _ in range(3):
+            assert_close(sharded(x), stock(x), atol=1e-5, rtol=1e-5)
+    for layer in (sharded[0], sharded[2]):
+        assert _C.packed_bytes(local_weight(layer)), layer
+    with torch.inference_mode():
+        assert_close(sharded(x), stock(x), atol=1e-5, rtol=1e-5)
+
+
 @needs_packing
 @pytest.mark.parametrize("dtensor", [False, True])
 @run_on_ranks(2)
-def test_models(dtensor):
+def test_models_with_packed_weights(dtensor):
     """A model with packed weights follows every change of them, as the stock model does."""
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
     x = torch.randn(8, 32)
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up_proj, self.down_proj = copy.deepcopy(stock[0]), copy.deepcopy(stock[2])
-
-        def forward(self, x):
-            return self.down_proj(F.gelu(self.up_proj(x)))
-
-    split = tpk.parallelize(
-        Model(),
-        dist.group.WORLD,
-        plan={"up_proj": "colwise", "down_proj": "rowwise"},
-        dtensor=dtensor,
-    )
-
-    def local(model, name):
-        weight = getattr(model, name).weight
-        return weight.to_local() if hasattr(weight, "to_local") else weight
-
-    def same(model=split, reference=stock):
-        with torch.no_grad():
-            for _ in range(3):
-                assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
-        for name in ("up_proj", "down_proj"):
-            assert _C.packed_bytes(local(model, name)), name
-        with torch.inference_mode():
-            assert_close(model(x), reference(x), atol=1e-5, rtol=1e-5)
-
+    plan = {"0": "colwise", "2": "rowwise"}
+    sharded = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, plan, dtensor=dtensor)
+    same = partial(assert_same_outputs, x, stock, sharded)
     with forced(PACKED):
         same()
-        assert "packed weights" in split.up_proj.explain(
-            8
-        ) and "bytes are held now" in split.down_proj.explain(8)
+        assert "packed weights" in sharded[0].explain(8)
+        assert "bytes are held now" in sharded[2].explain(8)
         optimizers = [
             torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
-            for model in (split, stock)
+            for model in (sharded, stock)
         ]
         for _ in range(2):
-            for model, optimizer in zip((split, stock), optimizers, strict=True):
+            for model, optimizer in zip((sharded, stock), optimizers, strict=True):
                 optimizer.zero_grad()
                 model(x).square().mean().backward()
-                assert model is stock or not _C.packed_bytes(local(split, "down_proj"))
+                assert model is stock or not _C.packed_bytes(local_weight(sharded[2]))
                 optimizer.step()
             same()
-        copied = copy.deepcopy(split)
-        same(copied)
+        assert_same_outputs(x, stock, copy.deepcopy(sharded))
         with torch.no_grad():
             for p in stock.parameters():
                 p.mul_(1.5)
-        names = {"0": "up_proj", "2": "down_proj"}
-        state = {f"{names[key[0]]}{key[1:]}": t for key, t in stock.state_dict().items()}
-        tpk.load_unsharded_state_dict(split, state)
+        tpk.load_unsharded_state_dict(sharded, stock.state_dict())
         same()
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             for _ in range(3):
-                assert_close(split(x).float(), stock(x).float(), atol=0.1, rtol=0.1)
+                assert_close(sharded(x).float(), stock(x).float(), atol=0.1, rtol=0.1)
 
 
 @run_on_ranks(1)

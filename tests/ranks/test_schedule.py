@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from pool import run_on_ranks
 from schedules import timings
+from torch import nn
 from torch.testing import assert_close
 
 import tpkernels as tpk
@@ -15,6 +16,29 @@ from tpkernels.overlap.calibration_cache import Calibration, calibration_of, ins
 from tpkernels.overlap.cost_model import CHUNK_COUNTS
 from tpkernels.overlap.schedule import choose
 from tpkernels.sharding.spec import ShardSpec
+
+
+def run_uneven_layers(group):
+    """Return the (tag, chunks) of each collective and the layers' explanations.
+
+    The ranks' shards differ, 3 and 2 features or 2, 2 and 1, and the choice is still one.
+    """
+    x, stock, back = torch.randint(-3, 4, (4096, 5)).float(), nn.Linear(5, 6), nn.Linear(6, 5)
+    with torch.no_grad():
+        for p in (*stock.parameters(), *back.parameters()):
+            p.copy_(torch.randint(-3, 4, p.shape))
+    row = tpk.nn.RowParallelLinear.from_linear(stock, group=group)
+    column = tpk.nn.ColumnParallelLinear.from_linear(back, group=group)
+    mine = ShardSpec.chunks(5, group.size, -1).shard(x, group.rank)
+    y = torch.zeros(4096, 6, requires_grad=True)
+    with tpk.log_collectives() as log:
+        assert_close(row(mine), stock(x), atol=0, rtol=0)
+        column(y).sum().backward()
+        # A functional call does not know the shard sizes.
+        tpf.row_parallel_linear(mine, row.weight_and_bias()[0], group=group)
+    assert_close(y.grad, back.weight.sum(0).expand(4096, 6), atol=0, rtol=0)
+    chunks = [(c.tag, c.chunks) for c in log if c.chunk == 0]
+    return chunks, (row.explain(4096), column.explain(4096))
 
 
 def shared(rank_table):
@@ -47,30 +71,7 @@ def shared(rank_table):
         and choose(7, 4096, 32, group, 9, torch.float32).chunks == 7
     )
 
-    # Uneven shares: 3 and 2, 2 and 1 ... features; the choice is still one.
-    x, stock, back = (
-        torch.randint(-3, 4, (4096, 5)).float(),
-        torch.nn.Linear(5, 6),
-        torch.nn.Linear(6, 5),
-    )
-    with torch.no_grad():
-        for p in (*stock.parameters(), *back.parameters()):
-            p.copy_(torch.randint(-3, 4, p.shape))
-    row = tpk.nn.RowParallelLinear.from_linear(stock, group=group)
-    column = tpk.nn.ColumnParallelLinear.from_linear(back, group=group)
-    mine, y = (
-        ShardSpec.chunks(5, group.size, -1).shard(x, rank),
-        torch.zeros(4096, 6, requires_grad=True),
-    )
-    with tpk.log_collectives() as log:
-        assert_close(row(mine), stock(x), atol=0, rtol=0)
-        column(y).sum().backward()
-        tpf.row_parallel_linear(
-            mine, row.weight_and_bias()[0], group=group
-        )  # a functional call without a split
-    chunks = [(c.tag, c.chunks) for c in log if c.chunk == 0]
-    assert_close(y.grad, back.weight.sum(0).expand(4096, 6), atol=0, rtol=0)
-    explained = row.explain(4096), column.explain(4096)
+    chunks, explained = run_uneven_layers(group)
     install(None, group)
     assert calibration_of(group) is None
     return table.timings, picks, chunks, explained

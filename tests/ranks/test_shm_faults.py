@@ -39,7 +39,7 @@ def rank_main(rank, size, store, job, pipe, timeout):
 
 @contextlib.contextmanager
 def ranks_of_their_own(size, job, store, timeout=60):
-    """Yield (processes, pipes) of ranks that a test may kill, in a group, about to run job(rank)."""
+    """Yield (processes, pipes) of ranks that a test may kill, about to run job(rank)."""
     context = mp.get_context("spawn")
     pipes, processes = [], []
     for rank in range(size):

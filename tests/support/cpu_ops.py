@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tpkernels  # noqa: F401  (registers the ops)
+
 OPS = torch.ops.tpkernels
 
 

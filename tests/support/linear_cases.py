@@ -17,60 +17,50 @@ def integers(*shape, dtype=torch.float32, generator=None, device="cpu"):
 
 def check_linears_exactly(chunks, rows, k, n, dtype, device="cpu"):
     """Compare both linears, their gradients and options with nn.Linear, on integers."""
-    group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
     rng = torch.Generator().manual_seed(rows + k)
-    x, w, b = (
-        integers(rows, k, generator=rng, dtype=dtype, device=device),
-        integers(n, k, generator=rng, dtype=dtype, device=device),
-        integers(n, generator=rng, dtype=dtype, device=device),
-    )
-    dy, residual = (
-        integers(rows, n, generator=rng, dtype=dtype, device=device),
-        integers(rows, n, generator=rng, dtype=dtype, device=device),
+    shapes = (rows, k), (n, k), (n,), (rows, n), (rows, n)
+    x, w, b, dy, residual = (
+        integers(*shape, generator=rng, dtype=dtype, device=device) for shape in shapes
     )
     leaves = [t.clone().requires_grad_() for t in (x, w, b, residual)]
     out = F.linear(*leaves[:3]) + leaves[3]
     out.backward(dy)
-    gx, gw, gb, gr = (t.grad for t in leaves)
+    grads = [t.grad for t in leaves]
+    check_row_linear(chunks, (x, w, b, residual), out, dy, grads)
+    check_column_linear(chunks, (x, w, b), dy, grads)
 
-    features = ShardSpec.chunks(k, world, 1)
-    mine = [features.shard(t, rank).clone().requires_grad_() for t in (x, w)] + [
-        t.clone().requires_grad_() for t in (b, residual)
-    ]
-    y = tpf.row_parallel_linear(
-        mine[0], mine[1], mine[2], group=group, residual=mine[3], overlap=chunks
-    )
+
+def check_row_linear(chunks, inputs, out, dy, grads):
+    x, w, b, residual = inputs
+    rank = dist.get_rank()
+    options = dict(group=dist.group.WORLD, overlap=chunks)
+    features = ShardSpec.chunks(x.shape[-1], dist.get_world_size(), 1)
+    mine = [t.clone().requires_grad_() for t in (*(features.shard(t, rank) for t in (x, w)), b)]
+    rest = residual.clone().requires_grad_()
+    y = tpf.row_parallel_linear(*mine, residual=rest, **options)
     y.backward(dy)
     assert_close(y, out, **EXACT)
-    for ours, want in zip(
-        mine, (features.shard(gx, rank), features.shard(gw, rank), gb, gr), strict=True
-    ):
+    wanted = features.shard(grads[0], rank), features.shard(grads[1], rank), *grads[2:]
+    for ours, want in zip((*mine, rest), wanted, strict=True):
         assert_close(ours.grad, want, **EXACT)
-    assert_close(
-        tpf.row_parallel_linear(mine[0], mine[1], mine[2], group=group, overlap=chunks),
-        F.linear(x, w, b),
-        **EXACT,
-    )
-    assert_close(
-        tpf.row_parallel_linear(mine[0], mine[1], group=group, residual=residual, overlap=chunks),
-        F.linear(x, w) + residual,
-        **EXACT,
-    )
+    y = tpf.row_parallel_linear(*mine, **options)
+    assert_close(y, F.linear(x, w, b), **EXACT)
+    y = tpf.row_parallel_linear(*mine[:2], residual=residual, **options)
+    assert_close(y, F.linear(x, w) + residual, **EXACT)
 
-    outputs = ShardSpec.chunks(n, world)
-    mine = [x.clone().requires_grad_()] + [
-        outputs.shard(t, rank).clone().requires_grad_() for t in (w, b)
-    ]
-    y = tpf.column_parallel_linear(*mine, group=group, overlap=chunks)
-    columns = ShardSpec.chunks(n, world, -1)
+
+def check_column_linear(chunks, inputs, dy, grads):
+    x, w, b = inputs
+    rank = dist.get_rank()
+    options = dict(group=dist.group.WORLD, overlap=chunks)
+    outputs = ShardSpec.chunks(len(w), dist.get_world_size())
+    columns = ShardSpec.chunks(len(w), dist.get_world_size(), -1)
+    mine = [t.clone().requires_grad_() for t in (x, *(outputs.shard(t, rank) for t in (w, b)))]
+    y = tpf.column_parallel_linear(*mine, **options)
     assert_close(y, columns.shard(F.linear(x, w, b), rank), **EXACT)
     y.backward(columns.shard(dy, rank))
-    for ours, want in zip(
-        mine, (gx, outputs.shard(gw, rank), outputs.shard(gb, rank)), strict=True
-    ):
+    wanted = grads[0], outputs.shard(grads[1], rank), outputs.shard(grads[2], rank)
+    for ours, want in zip(mine, wanted, strict=True):
         assert_close(ours.grad, want, **EXACT)
-
-    whole = tpf.column_parallel_linear(
-        *mine, group=group, gather_output=True, out_spec=columns, overlap=chunks
-    )
-    assert_close(whole, F.linear(x, w, b), **EXACT)
+    y = tpf.column_parallel_linear(*mine, gather_output=True, out_spec=columns, **options)
+    assert_close(y, F.linear(x, w, b), **EXACT)

@@ -1,4 +1,8 @@
-"""The pages of the documentation and their code blocks."""
+"""The pages of the documentation and their code blocks.
+
+A code block that cannot run here has a reason in the line above it:
+`<!-- not run: needs a GPU -->`.
+"""
 
 import re
 from pathlib import Path
@@ -10,6 +14,10 @@ from tools.line_links import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^(?:<!-- not run: ([^>]*?) -->\n)?```(\w*)\n(.*?)^```$", re.M | re.S)
+NAMED_FILE = re.compile(
+    r"(?:tpkernels|tpkernels_planner|csrc|tests|tools|examples|benchmarks|docs)/[\w./*-]*"
+    r"|[\w./*-]+\.(?:py|cpp|h|cu|cuh)"
+)
 
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

@@ -72,8 +72,8 @@ KERNELS = [
     (7, 0, 2, 200, 400, ALL_REDUCE),
     (7, 0, 1, 350, 370, ADD),
     (7, 0, 2, 1000, 1100, ALL_REDUCE),
-    # Device 1 has kernels within a GEMM and within an all-reduce, touching ones (500, 600), and both
-    # collectives at once (700 to 720).
+    # Device 1 has kernels within a GEMM and within an all-reduce, touching ones (500, 600), and
+    # both collectives at once (700 to 720).
     (7, 1, 1, 0, 500, GEMM),
     (7, 1, 2, 100, 150, ALL_REDUCE),
     (7, 1, 2, 500, 600, ALL_REDUCE),

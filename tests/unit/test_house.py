@@ -74,7 +74,7 @@ def lines_that_break_rules(name):
         if len(line) > 100:
             yield f"{name}:{number}: {len(line)} columns, more than 100"
         if "fmt: " + "skip" in line:
-            yield f"{name}:{number}: fmt: skip"
+            yield f"{name}:{number}: a formatter's skip"
         comment = COMMENT.match(line)
         if comment and not before and OPENER.match(comment[1]):
             yield f"{name}:{number}: the comment opens without a verb: {comment[1][:60]}"

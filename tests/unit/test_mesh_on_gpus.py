@@ -18,18 +18,15 @@ def test_init_mesh_on_gpus(monkeypatch):
 
     class Options:
         def __init__(self, is_high_priority_stream):
-            self.is_high_priority_stream, self.config = (
-                is_high_priority_stream,
-                SimpleNamespace(max_ctas=None),
-            )
+            self.is_high_priority_stream = is_high_priority_stream
+            self.config = SimpleNamespace(max_ctas=None)
 
     def new_groups(ranks, timeout, backend, options):
         seen.append((ranks, backend, options))
         return SimpleNamespace(group_name=f"group{len(seen)}"), None
 
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("RANK", "3")
+    for name, value in (("LOCAL_RANK", "3"), ("WORLD_SIZE", "4"), ("RANK", "3")):
+        monkeypatch.setenv(name, value)
     devices, started, mesh = [], [], SimpleNamespace()
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
@@ -53,16 +50,10 @@ def test_init_mesh_on_gpus(monkeypatch):
     assert tpk.init_mesh(tp=2, dp=2, device="cuda") is mesh
     assert devices == [3] and started == ["cpu:gloo,cuda:nccl"]
     (tp, plain, no_options), (dp, _, _), (again, backend, options) = seen
-    assert (
-        tp == again == [[0, 1], [2, 3]]
-        and dp == [[0, 2], [1, 3]]
-        and plain == backend == "cpu:gloo,cuda:nccl"
-    )
-    assert (
-        no_options is None and options.is_high_priority_stream and 0 < options.config.max_ctas <= 32
-    )
+    assert tp == again == [[0, 1], [2, 3]] and dp == [[0, 2], [1, 3]]
+    assert plain == backend == "cpu:gloo,cuda:nccl"
+    assert no_options is None and options.is_high_priority_stream
+    assert 0 < options.config.max_ctas <= 32
     assert groups._chunked_groups["group1"].group_name == "group3"
-    assert opened == [("group1", torch.device("cuda", 3))] and loaded == [
-        "group1",
-        ("group1", "cuda"),
-    ]
+    assert opened == [("group1", torch.device("cuda", 3))]
+    assert loaded == ["group1", ("group1", "cuda")]

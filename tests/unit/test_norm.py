@@ -41,7 +41,8 @@ def test_norm(rms, with_residual, used):
             out = function(*leaves)
             out = out if with_residual else (out,)
             kept = {"both": (0, 1), "norm": (0,), "sum": (1,)}[used][: len(out)]
-            torch.autograd.backward([out[i] for i in kept], [dys[i].to(d) for i in kept])  # noqa: B023
+            grads = [dys[i].to(d) for i in kept]  # noqa: B023
+            torch.autograd.backward([out[i] for i in kept], grads)
             return [*out, *(t.grad for t in leaves if t is not None)]
 
         def ours(x, weight, bias, residual):
