@@ -10,6 +10,7 @@ import importlib
 import inspect
 import multiprocessing as mp
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -55,6 +56,13 @@ def _function(module: str, name: str) -> Callable:
     return inspect.unwrap(getattr(importlib.import_module(module), name))
 
 
+def _forget_dtensor_plans() -> None:
+    """Clear DTensor's cache, whose entries name process groups of the world that has ended."""
+    if "torch.distributed.tensor" in sys.modules:
+        debug = importlib.import_module("torch.distributed.tensor.debug")
+        debug._clear_sharding_prop_cache()
+
+
 def _serve(rank: int, pipe, threads: int, backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -98,6 +106,7 @@ def _serve(rank: int, pipe, threads: int, backend: str) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            _forget_dtensor_plans()
 
 
 class Pool:
