@@ -15,7 +15,7 @@ HIDDEN, HEADS = 1024, 16
 
 
 class MLP(nn.Module):
-    """fc2(gelu(fc1(x)))"""
+    """Computes fc2(gelu(fc1(x)))."""
 
     def __init__(self, fc1: nn.Module, fc2: nn.Module):
         super().__init__()

@@ -27,7 +27,7 @@ from .ops.collectives import all_reduce_
 from .optim import GradScaler, clip_grad_norm_
 from .overlap.calibrate import tune
 from .parallelization.api import parallelize
-from .parallelization.plans import auto_plan
+from .parallelization.huggingface_plans import auto_plan
 
 if (_torch.version.cuda or _torch.version.hip) and _registration.available():
     _registration.register()  # without Triton the ops run as a few ATen calls each

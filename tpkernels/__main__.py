@@ -1,3 +1,5 @@
+"""python -m tpkernels: the `tpkernels` command."""
+
 from .cli import app
 
 app()

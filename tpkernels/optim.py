@@ -130,6 +130,8 @@ class GradScaler(torch.amp.GradScaler):
     Each rank sees the gradients of its own shards only. Stepping on some ranks would leave the
     replicated parameters different.
 
+    Collective: every rank of the group must call it.
+
     Args:
         device: as torch.amp.GradScaler takes it.
         group: the tensor-parallel group; None for the "tp" group of `tpk.init_mesh`.

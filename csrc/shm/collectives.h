@@ -43,7 +43,7 @@ class Collectives {
 
  private:
   static constexpr int64_t PIECE_BYTES = 256 << 10;
-  // From this size on three ranks and more each reduce a share.
+  // With three ranks and more, each reduces its part of tensors of this size and larger.
   static constexpr int64_t TWO_SHOT_BYTES = 32 << 10;
 
   void post_and_wait(int kind, c10::ScalarType dtype, int detail, int64_t bytes) {

@@ -81,7 +81,8 @@ def test_a_fused_column_group_shares_one_all_reduce(case):
     for module in model.modules():
         if getattr(module, "region", None) is not None:
             # Nothing is kept alive.
-            assert module.region.input is None and not module.region.outputs
+            fused = module.region.fused_columns
+            assert fused.input is None and not fused.outputs
 
 
 @pytest.mark.parametrize(

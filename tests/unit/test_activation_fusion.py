@@ -4,7 +4,7 @@ from unittest import mock
 
 import torch
 
-from tpkernels.kernels.heuristics import fuses_activation
+from tpkernels.kernels.activation_fusion import fuses_activation
 
 
 def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, device="cuda"):

@@ -20,7 +20,7 @@ from .launch_config import Tunable, cdiv
 
 @triton.jit
 def act(x, ACT: tl.constexpr):
-    """Return act(x) for float32 or float64 x."""
+    """Return the activation of a float32 or float64 x."""
     if ACT == "relu":
         return tl.where(x <= 0, 0, x)  # NaN stays NaN, as torch's
     elif ACT == "relu2":

@@ -26,7 +26,7 @@ def dropout_kernel(
     M,
     N,
     input_stride,
-    first_row: tl.int64,  # pyright: ignore[reportInvalidTypeForm]  Triton reads the type here
+    first_row: tl.int64,  # pyright: ignore[reportInvalidTypeForm]  # Triton reads it
     first_group,
     SHIFT: tl.constexpr,
     THRESHOLD: tl.constexpr,

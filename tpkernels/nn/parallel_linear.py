@@ -105,8 +105,8 @@ class ParallelLinear(ShardedModule):
 
     def _explain(self, rows: int, n: int, when: str, weight_grad: bool = False) -> str:
         columns = [self]
-        if self.region is not None and self in self.region.columns:
-            columns = self.region.columns
+        if self.region is not None and self in self.region.fused_columns.layers:
+            columns = self.region.fused_columns.layers
         k = sum(layer.max_shard_size for layer in columns)
         shape = GemmShape(rows, k, n, weight_grad)
         text = explain(self.overlap, shape, self.group, self.weight.dtype)
@@ -138,6 +138,7 @@ class ParallelLinear(ShardedModule):
         return text
 
     def extra_repr(self) -> str:
+        """Return sizes, rank and overlap for repr."""
         return (
             f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, "
             f"rank {self.group.rank} of {self.group.size}, overlap={self.overlap!r}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..autocast import autocast
 from ..group import GroupLike, resolve_group
-from ..kernels.heuristics import fuses_activation
+from ..kernels.activation_fusion import fuses_activation
 from ..overlap.schedule import Overlap, check_overlap
 from ..sharding.spec import ShardSpec
 from .activation import GATED, bias_act, check_activation

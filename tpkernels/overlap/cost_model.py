@@ -56,6 +56,7 @@ class Curve:
         return Curve(tuple(smoothed))
 
     def __call__(self, size: float) -> float:
+        """Return the seconds at `size`."""
         i = bisect_left(self.points, (size, 0.0))
         if i == 0:
             return self.points[0][1]

@@ -20,8 +20,8 @@ from ..sharding.module import ShardedModule, localize, shard_dtensor
 from . import huggingface
 from .attention import set_local_head_counts
 from .blocks import BlockSpecs, PlannedBlock, block_specs, planned_blocks
-from .plans import auto_plan, match_plan
-from .styles import COLUMN, ROW
+from .huggingface_plans import auto_plan
+from .styles import COLUMN, ROW, match_plan
 
 
 def parallelize(

@@ -1,7 +1,15 @@
-"""Styles: how one module is sharded.
+"""Styles: how one module is sharded, and which style a plan gives to each module.
 
 The names are torch's and Hugging Face's where they have one.
 """
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+
+from torch import nn
 
 STYLES = {
     "colwise": "nn.Linear or Conv1D by output features; in an attention module by whole heads",
@@ -36,3 +44,33 @@ def check_style(pattern: str, style: str) -> str:
             f"use one of {', '.join(STYLES)}"
         )
     return style
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return True if a module's name matches: `*` stands for one part of the dotted name.
+
+    Example:
+        >>> matches("layers.*.mlp", "layers.0.mlp"), matches("layers.*", "layers.0.mlp")
+        (True, False)
+    """
+    return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), name) is not None
+
+
+def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
+    """Return module name -> style. A later entry of the plan overrides an earlier one.
+
+    Raises:
+        ValueError: a pattern that matches nothing, an unknown style.
+    """
+    styles: dict[str, str] = {}
+    names = [name for name, _ in model.named_modules()]
+    for pattern, style in plan.items():
+        style = check_style(pattern, style)
+        found = [name for name in names if matches(pattern, name)]
+        if not found:
+            candidates = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
+            near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.5)
+            hint = f": near names are {', '.join(dict.fromkeys(near))}" if near else ""
+            raise ValueError(f"plan[{pattern!r}] matches no module of {type(model).__name__}{hint}")
+        styles.update(dict.fromkeys(found, style))
+    return styles

@@ -47,8 +47,8 @@ Vector<T> multimem_sum(const Vector<T>* address) {
   float sum[Vector<T>::kSize] = {};
   const simt::Multicast parts = simt::multicast(address);
   for (int i = 0; i < parts.ranks; ++i) {
-    const Vector<T> part = load(static_cast<const Vector<T>*>(parts.memory[i]));
-    for (int j = 0; j < Vector<T>::kSize; ++j) sum[j] += to_float(part.lanes[j]);
+    const Vector<T> term = load(static_cast<const Vector<T>*>(parts.memory[i]));
+    for (int j = 0; j < Vector<T>::kSize; ++j) sum[j] += to_float(term.lanes[j]);
   }
   Vector<T> result;
   for (int j = 0; j < Vector<T>::kSize; ++j) result.lanes[j] = from_float<T>(sum[j]);

@@ -1,15 +1,12 @@
-"""Plans: module-name patterns -> styles, a model's own or one of ours for its family."""
+"""auto_plan: the plan that a Hugging Face model carries, or one of ours for its family."""
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from .styles import check_style
+from .styles import match_plan, matches
 
 # Families whose own plan is empty or gathers activations. Names are within the base model.
 _GPT2 = {
@@ -121,33 +118,3 @@ def _family_plan(model: nn.Module, family: str) -> dict[str, str]:
     base_name = getattr(model, "base_model_prefix", "")
     prefix = f"{base_name}." if base_name and hasattr(model, base_name) else ""
     return {prefix + pattern: style for pattern, style in _FAMILY_PLANS[family].items()}
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Return True if a module's name matches: `*` stands for one part of the dotted name.
-
-    Example:
-        >>> matches("layers.*.mlp", "layers.0.mlp"), matches("layers.*", "layers.0.mlp")
-        (True, False)
-    """
-    return re.fullmatch(re.escape(pattern).replace(r"\*", "[^.]+"), name) is not None
-
-
-def match_plan(model: nn.Module, plan: Mapping[str, str]) -> dict[str, str]:
-    """Return module name -> style. A later entry of the plan overrides an earlier one.
-
-    Raises:
-        ValueError: a pattern that matches nothing, an unknown style.
-    """
-    styles: dict[str, str] = {}
-    names = [name for name, _ in model.named_modules()]
-    for pattern, style in plan.items():
-        style = check_style(pattern, style)
-        found = [name for name in names if matches(pattern, name)]
-        if not found:
-            candidates = [re.sub(r"\.\d+\.", ".*.", name) for name in names]
-            near = difflib.get_close_matches(pattern, candidates, n=3, cutoff=0.5)
-            hint = f": near names are {', '.join(dict.fromkeys(near))}" if near else ""
-            raise ValueError(f"plan[{pattern!r}] matches no module of {type(model).__name__}{hint}")
-        styles.update(dict.fromkeys(found, style))
-    return styles
