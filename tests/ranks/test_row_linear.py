@@ -1,6 +1,8 @@
 """RowParallelLinear: its options, and the norm that is fused with it."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +106,28 @@ def test_the_norm_of_a_residual_of_a_wider_dtype():
         F.linear(theirs, w.double(), b.double()) + residual, (23,), scale.double(), 1e-3
     ).sum().backward()
     assert_close(leaf.grad.double(), spec.shard(theirs.grad, rank), atol=1e-4, rtol=1e-4)
+
+
+@run_on_ranks(2)
+def test_a_call_visits_four_python_files_before_its_op():
+    layer = RowParallelLinear(18, 23, group=dist.group.WORLD)
+    x = torch.randn(5, 9)
+    package = Path(tpk.__file__).parent
+    visited = set()
+
+    def record(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(package):
+            visited.add(str(path.relative_to(package)))
+
+    with torch.no_grad():
+        layer(x)  # chooses the schedule, which the next call looks up
+        sys.setprofile(record)
+        layer(x)
+        sys.setprofile(None)
+    assert visited == {
+        "nn/row_linear.py",
+        "sharding/module.py",
+        "ops/row_linear.py",
+        "ops/linear.py",
+    }
