@@ -10,7 +10,6 @@ CLANG_FORMATTED := $(shell find csrc tests/proofs/device -name '*.h' -o -name '*
 BENCH_VENV := .venv-bench
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= /usr/local/cuda
-export TORCH_CUDA_ARCH_LIST ?= 8.0;9.0;10.0
 
 MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
 
