@@ -113,7 +113,9 @@ class NinjaFile:
         self.folder = folder
         self.objects: list[str] = []
         defines = ["-D" + "=".join(filter(None, macro)) for macro in macros]
-        flags = [*defines, f"-I{ROOT}/csrc/include", *(f"-isystem{path}" for path in include_dirs)]
+        flags = [*defines, f"-I{ROOT}/csrc/include"]
+        for path in include_dirs:
+            flags += ["-isystem", path]  # two words: nvcc takes no other form
         compiler = os.environ.get("CXX", "g++")
         if shutil.which("ccache"):
             compiler = f"CCACHE_SLOPPINESS=pch_defines,time_macros ccache {compiler}"
