@@ -14,13 +14,13 @@ from .transport import forced_transport, transport_of
 
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # init_mesh's, with its tp group: group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> its group for chunked schedules
-# Schedules chosen so far; all `Group`s of a process group share them.
-_schedules: dict[tuple[ProcessGroup, PeerMemory], dict] = {}
+# Schedules chosen so far. `Group`s share them where nothing that a schedule depends on differs.
+_schedules: dict[tuple[ProcessGroup, str, tuple[str, str], PeerMemory], dict] = {}
 
 
 def forget_schedules(pg: ProcessGroup) -> None:
     """Forget the schedules chosen for `pg`, as what they rest on has changed."""
-    for (other, _), schedules in _schedules.items():
+    for (other, *_), schedules in _schedules.items():
         if other == pg:
             schedules.clear()
 
@@ -45,9 +45,6 @@ class Group:
         self.size, self.rank, self.name = pg.size(), pg.rank(), pg.group_name
         self.transport = transport_of(pg, device_type)
         self.peer_memory = peer_memory_of(pg)
-        for old in [key for key in _schedules if not is_alive(key[0])]:
-            del _schedules[old]
-        self.schedules = _schedules.setdefault((pg, self.peer_memory), {})
         # NCCL's chunked schedules have a second communicator (high stream priority, few CTAs).
         # The two are never in flight at once: an op waits for its collectives on the stream that
         # the next op's are launched from.
@@ -56,6 +53,10 @@ class Group:
         self.channels = (self.name, self.name)
         if chunked is not None and self.has_chunked_group:
             self.channels = (self.name, chunked.group_name)
+        for old in [key for key in _schedules if not is_alive(key[0])]:
+            del _schedules[old]
+        key = pg, device_type, self.channels, self.peer_memory
+        self.schedules = _schedules.setdefault(key, {})
 
     @property
     def mesh(self) -> DeviceMesh:

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 import tpkernels as tpk
 import tpkernels.functional as tpf
-from tpkernels.group import resolve_group
+from tpkernels import group as groups
+from tpkernels.group import Group, resolve_group
 from tpkernels.ops.linear import ReduceOptions, chunks_and_channel
 from tpkernels.overlap.calibration_cache import Calibration, calibration_of, install
 from tpkernels.overlap.cost_model import CHUNK_COUNTS
@@ -117,3 +118,16 @@ def test_torch_compile_takes_a_tuned_layer_whole():
         assert_close(y, row(x))
         assert log[0].chunks == choose("auto", rows, 32, group, 8, torch.float32).chunks
     install(None, group)
+
+
+@run_on_ranks(2)
+def test_groups_of_other_devices_or_channels_choose_for_themselves():
+    pg, chunked = dist.group.WORLD, dist.new_group()
+    plain = Group(pg, "cpu")
+    assert plain.schedules is Group(pg, "cpu").schedules
+    assert plain.schedules is not Group(pg, "cuda").schedules
+    groups.register_chunked_group(pg, chunked)
+    try:
+        assert plain.schedules is not Group(pg, "cpu").schedules
+    finally:
+        groups._chunked_groups.clear()

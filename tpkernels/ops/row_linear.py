@@ -174,9 +174,9 @@ def row_parallel_linear(
     check_overlap(overlap)
     group = resolve_group(group)
     x = input
-    if not input_is_parallel:
+    if not input_is_parallel and weight.dim() == 2:
         if in_spec is None:
-            in_spec = ShardSpec.chunks(weight.shape[-1] * group.size, group.size, dim=-1)
+            in_spec = ShardSpec.chunks(weight.shape[1] * group.size, group.size, dim=-1)
         x = scatter_input(x, in_spec, group)
     max_shard_size = None if in_spec is None else in_spec.max_shard_size
     options = ReduceOptions(group, max_shard_size, overlap, tag)
