@@ -30,7 +30,7 @@ Gemm choose_gemm(const at::Tensor& weight, int64_t m, bool constant);
 Gemm choose_cpu_gemm(at::ScalarType dtype, int64_t elements, int64_t m, bool constant);
 
 // Makes every later choice this one, as far as it can compute the product, or (nullopt) lifts that.
-// For tests and measurements.
+// Only tests and measurements call it.
 void force_gemm(std::optional<Gemm> gemm);
 
 }  // namespace tpkernels

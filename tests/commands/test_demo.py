@@ -46,9 +46,8 @@ def test_demo(tmp_path, tp, most_bytes):
         len(result["param_bytes"]) == tp
         and max(result["param_bytes"]) <= most_bytes * result["param_bytes_unsharded"]
     )
-    assert (result["dtensor_seconds_per_step"] is None) == (
-        tp == 2
-    )  # DTensor cannot split 9 heads over 2 ranks
+    # DTensor cannot split 9 heads over 2 ranks.
+    assert (result["dtensor_seconds_per_step"] is None) == (tp == 2)
     if tp == 3:
         assert all(
             abs(a - b) <= 1e-4 * b
@@ -79,7 +78,7 @@ def test_own_model_example():
         if line.startswith("step")
     ]
     assert len(losses) == 20 and all(
-        abs(split - unsplit) <= 1e-4 * unsplit for split, unsplit in losses
+        abs(sharded - unsharded) <= 1e-4 * unsharded for sharded, unsharded in losses
     )
     assert losses[-1][0] < 0.8 * losses[0][0]
 

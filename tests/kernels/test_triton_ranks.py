@@ -37,9 +37,9 @@ def run_layers():
         out.square().sum().backward()
         found |= {f"{name} {key}": value for key, value in tpk.unsharded_gradients(layer).items()}
         found[f"{name} out"], found[f"{name} x"], x.grad = out.detach(), x.grad, None
-    split, target = ShardSpec.chunks(37, world), torch.randint(37, (2, 5))
+    spec, target = ShardSpec.chunks(37, world), torch.randint(37, (2, 5))
     weight = torch.randn(37, 24)
-    mine = split.shard(weight, rank).clone().requires_grad_()
+    mine = spec.shard(weight, rank).clone().requires_grad_()
     options = dict(group=group, num_classes=37, label_smoothing=0.1)
     for name, loss in {
         "loss": lambda: tpf.vocab_parallel_cross_entropy(F.linear(x, mine), target, **options),
@@ -146,9 +146,8 @@ def test_rank_0_tunes_for_all(pool, tmp_path):
     results = pool.run(2, tuned, str(tmp_path))
     (now, again, first), (other_now, other_again, _) = results
     assert now == again == other_now == other_again
-    assert any(
-        now[name] != first[name] for name in now
-    )  # the last of several candidates had the best time
+    # The last of several candidates had the best time.
+    assert any(now[name] != first[name] for name in now)
     (file,) = (tmp_path / "tpkernels").iterdir()
     assert json.loads(file.read_text()).keys() == now.keys()
 

@@ -76,9 +76,8 @@ class _Work(Work):
     def deliver(self) -> None:
         if self.delivered.is_set():
             return
-        result = (
-            self.collective()
-        )  # whatever became of this rank's buffer: the other ranks take part in it
+        # The other ranks take part in it, so its result does not depend on this rank's buffer.
+        result = self.collective()
         dtype, *layout = self.layout
         storage = torch.UntypedStorage._new_with_weak_ptr(self.storages[0].cdata)
         if storage is None:
@@ -185,9 +184,8 @@ class Deferred(ProcessGroup):
         self.events.append(("wait", work.index))
         if work.waits > 1:
             raise self.violation(f"collective {work.index}: waited for {work.waits} times")
-        freed = any(
-            storage.expired() for storage in work.storages
-        )  # in "delayed" mode it may have been delivered before
+        # In "delayed" mode it may have been delivered before.
+        freed = any(storage.expired() for storage in work.storages)
         if self.lazy:
             for earlier in self.works[: work.index + 1]:
                 earlier.deliver()
@@ -236,9 +234,8 @@ class Trace(TorchDispatchMode):
                 func is torch.ops.c10d._allgather_base_.default
                 and ProcessGroup.unbox(args[2]) is group
             ), func
-            async_op = (
-                args[3] if len(args) > 3 else func._schema.arguments[3].default_value
-            )  # a default is left out
+            # A default is left out.
+            async_op = args[3] if len(args) > 3 else func._schema.arguments[3].default_value
             return args[0], group.gather_base(args[0], args[1], async_op).boxed()
         if (
             func.namespace.startswith("tpk") and self.depth == 0

@@ -99,11 +99,12 @@ def test_onednn_sums_float32_in_blocks_where_a_gradient_is_wanted():
             dx, dw = OPS.row_linear_backward(dy, x, w, False)
             assert_close(dx, dy @ w, **EXACT)
             assert_close(dw, dy.t() @ x, **EXACT)
+        # With one sign only, errors grow with the sum.
         x, w, dy = (
             torch.rand(256, 4096),
             torch.rand(256, 4096),
             torch.rand(4096, 256),
-        )  # one sign: errors grow with the sum
+        )
         y, dw = (
             OPS.linear(x, w, None, True),
             OPS.row_linear_backward(dy, w.t().contiguous(), None, False)[0],

@@ -18,15 +18,15 @@ from tpkernels.nn import ParallelSelfAttention
 @run_on_ranks(4)
 def test_attention_masks(name):
     alone = group_of_one()
-    split, whole = sharded_and_whole(name, alone)
+    sharded, whole = sharded_and_whole(name, alone)
     x = torch.randn(2, 5, 18)
     keep = torch.rand(2, 1, 5, 5) < 0.7
     keep |= torch.eye(5, dtype=torch.bool)
     for mask in (keep, torch.randn(5, 5)):
-        assert_same_run(split, whole, x, mask)
+        assert_same_run(sharded, whole, x, mask)
     with torch.no_grad():  # a mask takes the place of the causal one
-        everything = split(x, torch.ones(5, 5, dtype=torch.bool))
-        assert (everything - split(x)).abs().max() > 1e-3
+        everything = sharded(x, torch.ones(5, 5, dtype=torch.bool))
+        assert (everything - sharded(x)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kv_heads", [9, 3, 1])
@@ -41,7 +41,7 @@ def test_attention_with_rotary_embedding(kv_heads):
     for g in (group, alone):
         torch.manual_seed(1)
         layers.append(ParallelSelfAttention(18, 9, kv_heads, head_dim=4, group=g))
-    split, whole = layers
+    sharded, whole = layers
     x, dy = torch.randn(2, 7, 18), torch.randn(2, 7, 18)
     leaves = [x.clone().requires_grad_() for _ in layers]
     outs = [layer(leaf, rotary=(cos, sin)) for layer, leaf in zip(layers, leaves, strict=True)]
@@ -51,7 +51,7 @@ def test_attention_with_rotary_embedding(kv_heads):
     assert_close(*outs, **near)
     assert_close(*(leaf.grad for leaf in leaves), **near)
     assert_close(
-        dict(tpk.unsharded_gradients(split)),
+        dict(tpk.unsharded_gradients(sharded)),
         {name: p.grad for name, p in whole.named_parameters()},
         atol=1e-4,
         rtol=1e-4,

@@ -43,9 +43,8 @@ def test_autocast_casts_once_and_checks_after():
     x = torch.randn(4, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = row(layer(x))
-        assert (
-            y.dtype == torch.bfloat16 and row(layer(x), residual=x).dtype == torch.float32
-        )  # as y + x promotes
+        # The result has the type that y + x promotes to.
+        assert y.dtype == torch.bfloat16 and row(layer(x), residual=x).dtype == torch.float32
         first, second = layer.weight_and_bias()[0], layer.weight_and_bias()[0]
         assert first is second or first.data_ptr() == second.data_ptr()  # cast once
         with log_collectives() as log:

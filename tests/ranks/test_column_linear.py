@@ -45,9 +45,8 @@ def test_the_same_layers():
             weight_only = ColumnParallelLinear(12, 22, False, activation="silu", group=group)
             weight_only(x.detach()).sum().backward()
             results += [weight_only.weight.grad]
-        assert calls == (
-            [True, False] * 3 + [True, True] if fused else []
-        )  # the pre-activation is stored for a gradient only
+        # The pre-activation is stored for a gradient only.
+        assert calls == ([True, False] * 3 + [True, True] if fused else [])
         found.append((results, [(c.tag, c.bytes) for c in log]))
     (plain, sent), (fused, sent_too) = found
     assert sent == sent_too

@@ -35,8 +35,8 @@ def split_run(logits, target, dloss=None, **options):
     Backward must start no collective, and forward few and small ones.
     """
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    split = ShardSpec.chunks(logits.shape[-1], world, dim=-1)
-    mine = split.shard(logits, rank).clone().requires_grad_()
+    spec = ShardSpec.chunks(logits.shape[-1], world, dim=-1)
+    mine = spec.shard(logits, rank).clone().requires_grad_()
     with tpk.log_collectives() as forward:
         loss = tpf.vocab_parallel_cross_entropy(
             mine, target, group=group, num_classes=logits.shape[-1], **options
@@ -46,15 +46,14 @@ def split_run(logits, target, dloss=None, **options):
     assert not backward
     assert {c.op for c in forward} <= {"all_reduce"} and len(forward) <= 3
     size = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    assert (
-        sum(c.bytes for c in forward) <= (4 * target.numel() + 2) * size.itemsize
-    )  # a few numbers a token, not its logits
+    # A few numbers a token, not its logits.
+    assert sum(c.bytes for c in forward) <= (4 * target.numel() + 2) * size.itemsize
     assert loss.dtype == size and mine.grad.dtype == logits.dtype
-    padded = torch.zeros(*mine.shape[:-1], split.padded_shard_size, dtype=mine.dtype)
+    padded = torch.zeros(*mine.shape[:-1], spec.padded_shard_size, dtype=mine.dtype)
     padded[..., : mine.shape[-1]] = mine.grad
     shards = [torch.empty_like(padded) for _ in range(world)]
     dist.all_gather(shards, padded)
-    return loss.detach(), split.unshard(shards)
+    return loss.detach(), spec.unshard(shards)
 
 
 def stock_run(logits, target, dloss=None, reduction="mean", **options):
@@ -72,19 +71,21 @@ def assert_as_accurate_as_torch(logits, target, dloss=None, **options):
 
     The truth is torch's result in float32 for half precision, in float64 for float32.
     """
-    wide = stock_run(
+    exact = stock_run(
         logits.to(torch.float64 if logits.dtype == torch.float32 else torch.float32),
         target,
         dloss,
         **options,
     )
     if logits.dtype != torch.float32:
-        assert_close(reference.vocab_cross_entropy(logits.chunk(3, -1), target, **options), wide[0])
+        assert_close(
+            reference.vocab_cross_entropy(logits.chunk(3, -1), target, **options), exact[0]
+        )
     ours, torchs = (
         split_run(logits, target, dloss, **options),
         stock_run(logits, target, dloss, **options),
     )
-    for name, a, b, want in zip(("loss", "gradient"), ours, torchs, wide, strict=True):
+    for name, a, b, want in zip(("loss", "gradient"), ours, torchs, exact, strict=True):
         error, bound = (
             (a - want).abs().max(),
             2 * (b - want).abs().max() + 1e-6 * want.abs().max().clamp_min(1),
@@ -156,9 +157,8 @@ def test_layouts_and_bit_equal_ranks():
     view = logits.transpose(0, 1)  # not contiguous, as is its shard
     assert_close(split_run(view, target.t())[0], want)
     shard = ShardSpec.chunks(332, world, dim=-1).shard(logits, rank)
-    assert_close(
-        tpf.vocab_parallel_cross_entropy(shard, target, group=group), want
-    )  # an even split needs no num_classes
+    # An even split needs no num_classes.
+    assert_close(tpf.vocab_parallel_cross_entropy(shard, target, group=group), want)
     loss = tpf.vocab_parallel_cross_entropy(shard, target, group=group, num_classes=332)
     losses = [torch.empty_like(loss) for _ in range(world)]
     dist.all_gather(losses, loss)
@@ -188,16 +188,10 @@ def test_refused_on_every_rank_before_communication():
     assert_refused(loss(num_classes=500), ValueError, "logits_shard", "500")
 
 
-def uneven(classes, target):
-    shard = torch.zeros(2, chunk_sizes(classes, dist.get_world_size())[dist.get_rank()])
-    try:
-        tpf.vocab_parallel_cross_entropy(shard, torch.tensor([0, target]), group=dist.group.WORLD)
-    except ValueError as error:
-        return str(error)
-
-
 @pytest.mark.parametrize("classes,target", [(331, 0), (331, 330), (5, 0), (5, 4)])
-def test_uneven_shards_without_num_classes(pool, classes, target):
+@run_on_ranks(4)
+def test_uneven_shards_without_num_classes(classes, target):
     """Also for a target that only the wider shards' ranks would take for one in range."""
-    for message in pool.run(4, uneven, classes, target):
-        assert message is not None and "num_classes" in message
+    shard = torch.zeros(2, chunk_sizes(classes, dist.get_world_size())[dist.get_rank()])
+    with pytest.raises(ValueError, match="num_classes"):
+        tpf.vocab_parallel_cross_entropy(shard, torch.tensor([0, target]), group=dist.group.WORLD)

@@ -36,11 +36,11 @@ def masks_of_ranks():
 
 def test_dropout_is_the_same_at_any_tp_size(pool):
     """The mask of the default generator, of a sharded tensor and in a block is the same."""
-    whole, split, *block = pool.run(1, masks_of_ranks)[0]
+    whole, sharded, *block = pool.run(1, masks_of_ranks)[0]
     assert 0 < (whole == 0).sum() < 66 and torch.equal(
-        split, tpf.dropout(torch.ones(6, 11), seed=torch.tensor([9]))
+        sharded, tpf.dropout(torch.ones(6, 11), seed=torch.tensor([9]))
     )
     for ranks in (2, 3):
         for masks in pool.run(ranks, masks_of_ranks):
-            assert torch.equal(masks[0], whole) and torch.equal(masks[1], split)
+            assert torch.equal(masks[0], whole) and torch.equal(masks[1], sharded)
             assert_close(masks[2:], block, atol=1e-4, rtol=1e-4)

@@ -39,10 +39,10 @@ def integers(*shape, dtype=torch.float32):
 
 def check_function(vocabulary, padding_idx, dtype):
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    split, table = ShardSpec.chunks(vocabulary, world), integers(vocabulary, 6, dtype=dtype)
+    spec, table = ShardSpec.chunks(vocabulary, world), integers(vocabulary, 6, dtype=dtype)
     for ids in some_ids(vocabulary):
         stock = table.clone().requires_grad_()
-        mine = split.shard(table, rank).clone().requires_grad_()
+        mine = spec.shard(table, rank).clone().requires_grad_()
         want = F.embedding(ids, stock, padding_idx)
         with tpk.log_collectives() as log:
             out = tpf.vocab_parallel_embedding(
@@ -62,7 +62,7 @@ def check_function(vocabulary, padding_idx, dtype):
                 out.backward(grad, retain_graph=True)
             assert not log
             want.backward(grad, retain_graph=True)
-            assert_close(mine.grad, split.shard(stock.grad, rank), **EXACT)
+            assert_close(mine.grad, spec.shard(stock.grad, rank), **EXACT)
 
 
 @pytest.mark.parametrize("vocabulary", [331, 5])
@@ -76,22 +76,22 @@ def test_equals_nn_embedding_exactly(padding_idx, dtype, vocabulary):
 
 def check_module(make, stock):
     """A split table against the stock one: weights, output, gradients, state dict."""
-    split = make()
+    sharded = make()
     assert (
-        split.weight.shape[0]
+        sharded.weight.shape[0]
         == chunk_sizes(stock.num_embeddings, dist.get_world_size())[dist.get_rank()]
     )
-    assert_close(dict(tpk.unsharded_state_dict(split)), dict(stock.state_dict()), **EXACT)
+    assert_close(dict(tpk.unsharded_state_dict(sharded)), dict(stock.state_dict()), **EXACT)
     with torch.no_grad():
         stock.weight.copy_(integers(*stock.weight.shape))
-    tpk.load_unsharded_state_dict(split, stock.state_dict())
+    tpk.load_unsharded_state_dict(sharded, stock.state_dict())
     ids = torch.arange(stock.num_embeddings).repeat(2).view(2, -1)
-    want, out = stock(ids), split(ids)
+    want, out = stock(ids), sharded(ids)
     assert_close(out, want, **EXACT)
     dy = integers(*out.shape)
     out.backward(dy)
     want.backward(dy)
-    assert_close(tpk.unsharded_gradients(split)["weight"], stock.weight.grad, **EXACT)
+    assert_close(tpk.unsharded_gradients(sharded)["weight"], stock.weight.grad, **EXACT)
 
 
 @pytest.mark.parametrize("vocabulary", [331, 5])
@@ -118,14 +118,13 @@ def test_from_embedding_leaves_its_source():
     stock.weight.requires_grad_(False)
     stock.eval()
     before = stock.weight.clone()
-    split = VocabParallelEmbedding.from_embedding(stock, group=dist.group.WORLD)
-    assert not split.weight.requires_grad and not split.training
+    sharded = VocabParallelEmbedding.from_embedding(stock, group=dist.group.WORLD)
+    assert not sharded.weight.requires_grad and not sharded.training
     with torch.no_grad():
-        split.weight.zero_()
+        sharded.weight.zero_()
     assert torch.equal(stock.weight, before)
-    assert (
-        split.weight.untyped_storage().nbytes() == split.weight.nbytes
-    )  # does not keep the whole table alive
+    # The shard does not keep the whole table alive.
+    assert sharded.weight.untyped_storage().nbytes() == sharded.weight.nbytes
 
 
 @run_on_ranks(1, 3)

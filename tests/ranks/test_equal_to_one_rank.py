@@ -13,20 +13,20 @@ import tpkernels as tpk
 @run_on_ranks(1, 2, 3, 4)
 def test_equal_to_one_rank(name):
     alone = group_of_one()
-    split, whole = sharded_and_whole(name, alone)
-    assert_same_run(split, whole, torch.randn(2, 35, 18))
+    sharded, whole = sharded_and_whole(name, alone)
+    assert_same_run(sharded, whole, torch.randn(2, 35, 18))
     whole.zero_grad()
-    split.zero_grad()
+    sharded.zero_grad()
     whole.eval()
-    split.eval()
-    assert_same_run(split, whole, torch.randn(1, 3, 18))
+    sharded.eval()
+    assert_same_run(sharded, whole, torch.randn(1, 3, 18))
 
 
 @pytest.mark.parametrize("name", ["column", "row in 3 chunks", "mlp gelu"])
 @run_on_ranks(1, 3)
 def test_inputs_of_any_shape(name):
     alone = group_of_one()
-    split, whole = sharded_and_whole(name, alone)
+    sharded, whole = sharded_and_whole(name, alone)
     rows = torch.randn(18, 35)
     strided = torch.randn(35, 40)[:, 3:39:2]
     for x in (
@@ -38,16 +38,16 @@ def test_inputs_of_any_shape(name):
         rows.t(),
         strided,
     ):
-        split.zero_grad()
+        sharded.zero_grad()
         whole.zero_grad()
         mine, theirs = x.detach().requires_grad_(), x.detach().clone().requires_grad_()
-        out, want = split(mine), whole(theirs)
+        out, want = sharded(mine), whole(theirs)
         assert_near(out, want)
         out.sum().backward()  # a gradient that is not contiguous either
         want.sum().backward()
         assert_near(mine.grad, theirs.grad)
         for ours, grad in zip(
-            tpk.unsharded_gradients(split).values(),
+            tpk.unsharded_gradients(sharded).values(),
             (p.grad for p in whole.parameters()),
             strict=True,
         ):

@@ -90,15 +90,15 @@ def test_a_fused_column_group_shares_one_all_reduce(case):
     [
         ("one input", 1),
         ("cross-attention", 3),
-        ("skipped sibling", 1),
-        ("wrapped sibling", 2),
-        ("hooked sibling", 4),
+        ("skipped layer", 1),
+        ("wrapped layer", 2),
+        ("hooked layer", 4),
     ],
 )
 @run_on_ranks(2)
-def test_siblings_that_do_not_share_stay_right(case, wanted):
+def test_layers_that_leave_the_group_stay_right(case, wanted):
     torch.manual_seed(0)
-    stock = Attention(skip=case == "skipped sibling")
+    stock = Attention(skip=case == "skipped layer")
     model = tpk.parallelize(copy.deepcopy(stock), dist.group.WORLD, PLAN, dtensor=False)
     generator = torch.Generator().manual_seed(1)
     x, memory = (
@@ -106,7 +106,7 @@ def test_siblings_that_do_not_share_stay_right(case, wanted):
         torch.randn(2, 7, 72, generator=generator),
     )
     inputs = [x, memory] if case == "cross-attention" else [x]
-    if case == "wrapped sibling":
+    if case == "wrapped layer":
         first = sum(model.wk.out_spec.shard_sizes[: dist.get_rank()])
         stock.wk = Lora(stock.wk, 72, 3)
         wrapped = Lora(model.wk, 72, 3)
@@ -115,7 +115,7 @@ def test_siblings_that_do_not_share_stay_right(case, wanted):
             requires_grad=False,
         )
         model.wk = wrapped
-    if case == "hooked sibling":
+    if case == "hooked layer":
         model.wv.register_forward_pre_hook(lambda module, args: (args[0] * 1.0,))
     mine, theirs = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
     with tpk.log_collectives() as log:
@@ -127,5 +127,5 @@ def test_siblings_that_do_not_share_stay_right(case, wanted):
     for a, b in zip(mine, theirs, strict=True):
         assert (a.grad - b.grad).abs().max() < 1e-4 * b.grad.abs().max()
     assert sum(c.tag == "column_backward" for c in log) == wanted
-    if case != "wrapped sibling":
+    if case != "wrapped layer":
         assert_same_grads(stock, model, 1e-4)

@@ -57,13 +57,14 @@ def test_as_accurate_as_partial_sums_in_rank_order(dtype):
             ]
             assert_as_accurate("row", out, *references)
 
+        # The weight is [k, n], with k output features.
         a, dy = (
             torch.randn(n, k).to(dtype).t(),
             torch.randn(rows, k).to(dtype),
-        )  # [k, n]: k output features
+        )
         outputs, columns = ShardSpec.chunks(k, world), ShardSpec.chunks(k, world, -1)
         weights, dys = (
-            [split.shard(t, r) for r in range(world)] for split, t in ((outputs, a), (columns, dy))
+            [spec.shard(t, r) for r in range(world)] for spec, t in ((outputs, a), (columns, dy))
         )
         leaf = residual.clone().requires_grad_()
         y = tpf.column_parallel_linear(leaf, weights[rank], group=group, overlap=chunks)

@@ -28,9 +28,9 @@ def some_targets(rows, classes, ignored=0.2):
 def sharded_loss(x, w, b, target, classes, dloss=1.0, **options):
     """Return the loss, and the gradients of the input and of the whole weight and bias."""
     group, world, rank = dist.group.WORLD, dist.get_world_size(), dist.get_rank()
-    split = ShardSpec.chunks(classes, world)
+    spec = ShardSpec.chunks(classes, world)
     leaf = x.detach().clone().requires_grad_()
-    mine = [None if t is None else split.shard(t, rank).clone().requires_grad_() for t in (w, b)]
+    mine = [None if t is None else spec.shard(t, rank).clone().requires_grad_() for t in (w, b)]
     loss = tpf.vocab_parallel_linear_cross_entropy(
         leaf,
         mine[0],

@@ -42,9 +42,8 @@ def test_from_linear(kind):
     before = stock.weight.clone()
     layer = kind.from_linear(stock, group=group)
     assert not layer.training and not layer.weight.requires_grad and layer.bias.requires_grad
-    assert (
-        layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
-    )  # does not keep the whole weight alive
+    # The shard does not keep the whole weight alive.
+    assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
     with torch.no_grad():
         layer.weight.zero_()
     assert torch.equal(stock.weight, before)

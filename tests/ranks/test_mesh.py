@@ -37,9 +37,8 @@ def test_a_mesh_of_four():
         pickle.dumps(group)
     before = dist.group.WORLD
     other = tpk.init_mesh(tp=4, device="cpu")
-    assert (
-        dist.group.WORLD is before and other["tp"].get_group() is not before
-    )  # left as it is; the mesh has groups of its own
+    # The default group is left as it is; the mesh has groups of its own.
+    assert dist.group.WORLD is before and other["tp"].get_group() is not before
     with pytest.raises(ValueError, match="ambiguous"):
         resolve_group(None)
 
@@ -72,9 +71,8 @@ def test_chunked_schedules_use_the_second_communicator():
     assert [c.group for c in log] == [plain.group_name] * 2
     assert "high stream priority" not in row.explain(4096)
     passed = tpk.nn.RowParallelLinear(8, 4, group=Group(plain, "cuda"))
-    assert "high stream priority" in passed.explain(
-        4096
-    )  # a group that the user made: used as it is, and said
+    # A group that the user made is used as it is, and explain() says so.
+    assert "high stream priority" in passed.explain(4096)
     assert "2 chunks of 2048, 2048 rows" in passed.explain(
         4096
     ) and "1 chunk of 100 rows" in passed.explain(100)

@@ -88,9 +88,8 @@ def check_collectives(family, dtensor):
         == 2 * blocks + tags.count("head_backward") + tags.count("replicated_gradients")
     )
     assert tags.count("head_backward") == 1
-    replicated = (
-        family == "qwen3" or dist.get_world_size() > 3
-    )  # q_norm and k_norm; KV heads on more ranks than there are
+    # q_norm and k_norm are replicated, and so are KV heads on more ranks than there are.
+    replicated = family == "qwen3" or dist.get_world_size() > 3
     assert tags.count("replicated_gradients") == (blocks if replicated else 0)
 
 

@@ -21,9 +21,8 @@ def test_loss_parallel_logits():
     ids, labels = families.batch()
     want = stock(ids, labels=labels)
     output = model(ids, labels=labels)
-    assert isinstance(output.logits, DTensor) and output.logits.placements == (
-        Shard(2),
-    )  # the last dimension
+    # Logits are sharded over their last dimension.
+    assert isinstance(output.logits, DTensor) and output.logits.placements == (Shard(2),)
     assert (output.logits.full_tensor() - want.logits).abs().max() < 1e-3
     loss, logits, *_ = model(ids, labels=labels, return_dict=False)
     assert torch.equal(loss, output.loss) and isinstance(logits, DTensor)

@@ -111,12 +111,13 @@ def test_opened_and_chosen_by_size():
     memory, told, launched = attempt(gpu="one", TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES="1")
     assert not told and peer_memory.peer_memory_of(pg) == memory
     name, buffer, peers, multicast, *rest = launched.args
+    # The switch is used only where it was asked for.
     assert (name, buffer, peers, multicast) == (
         pg.group_name,
         "buffer",
         8,
         0,
-    )  # the switch only where it was asked for
+    )
     assert rest == [dist.get_rank(), dist.get_world_size(), memory.max_bytes, memory.one_shot_bytes]
     group = Group(pg, "cuda")
     small, large = memory.max_bytes // 100, memory.max_bytes // 100 + 1

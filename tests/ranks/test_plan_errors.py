@@ -20,9 +20,8 @@ def test_plan_errors():
         with tpk.log_collectives() as log, pytest.raises(ValueError) as error:
             tpk.parallelize(model, dist.group.WORLD, plan, **options)
         assert all(word in str(error.value) for word in words), error.value
-        assert (
-            before == {n: p.shape for n, p in model.named_parameters()} and not log
-        )  # nothing has changed
+        # Nothing has changed.
+        assert before == {n: p.shape for n, p in model.named_parameters()} and not log
 
     refuses(
         {"model.layers.*.self_attn.q": "colwise"},
@@ -54,8 +53,8 @@ def test_plan_errors():
     model.sink = nn.Parameter(torch.zeros(9))
     refuses(PLAN, "sink", model=model)
     refuses({**PLAN, "wk": "packed_qkv_colwise"}, "wk", "whole heads", model=Attention())
-    split = tpk.parallelize(families.make("llama"), dist.group.WORLD)
-    refuses("auto", "already", model=split)
+    sharded = tpk.parallelize(families.make("llama"), dist.group.WORLD)
+    refuses("auto", "already", model=sharded)
     if dist.get_world_size() > 2:
         small = families.make("llama", num_attention_heads=2, num_key_value_heads=1)
         refuses("auto", "2 attention heads", f"{dist.get_world_size()} ranks", model=small)

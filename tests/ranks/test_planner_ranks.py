@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
+from pool import run_on_ranks
 
 import tpkernels as tpk
 from tpkernels_planner import Job, Layout, Model
@@ -94,23 +95,21 @@ def traced(gated, kv_heads, dtype):
 
 
 @pytest.mark.parametrize("gated, kv_heads", [(False, None), (True, 4)])
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_memory_is_what_a_run_holds(pool, ranks, gated, kv_heads):
-    for predicted, real in pool.run(ranks, traced, gated, kv_heads, torch.float32):
-        for part in ("parameters", "gradients", "optimizer"):
-            assert predicted[part] == real[part], part
-        assert predicted["activations"] == pytest.approx(real["activations"], rel=0.03)
-        assert sum(predicted.values()) == pytest.approx(sum(real.values()), rel=0.1)
-    predicted, real = pool.run(ranks, traced, gated, kv_heads, torch.bfloat16)[0]
+@run_on_ranks(1, 2, 4)
+def test_memory_is_what_a_run_holds(gated, kv_heads):
+    predicted, real = traced(gated, kv_heads, torch.float32)
+    for part in ("parameters", "gradients", "optimizer"):
+        assert predicted[part] == real[part], part
+    assert predicted["activations"] == pytest.approx(real["activations"], rel=0.03)
+    assert sum(predicted.values()) == pytest.approx(sum(real.values()), rel=0.1)
+    predicted, real = traced(gated, kv_heads, torch.bfloat16)
     assert predicted["parameters"] == real["parameters"]
     assert predicted["activations"] == pytest.approx(real["activations"], rel=0.03)
 
 
-def recomputed():
-    """Return the predicted and the real bytes of activations where blocks are recomputed.
-
-    They are the blocks' inputs, and one block's own while it is recomputed.
-    """
+@run_on_ranks(1, 2)
+def test_memory_of_recomputation():
+    """Recomputed blocks keep their inputs, and one block's own activations."""
     model = replace(gpt_model(64, 3, 8, 500, ffn=256), tied=True, positions=0)
     job = Job(model, load_hardware("cpu"), 32, "float32", "tpkernels")
     layout = Layout(tp=dist.get_world_size(), micro_batch=4, global_batch=4)
@@ -123,25 +122,16 @@ def recomputed():
         )
     ids = torch.randint(0, 500, (4, 32), generator=torch.Generator().manual_seed(0))
     kept, _ = saved_bytes(lambda: module(ids), module.parameters())
-    return memory(job, replace(layout, recompute="full")).activations, kept + inside
+    predicted = memory(job, replace(layout, recompute="full")).activations
+    assert predicted == pytest.approx(kept + inside, rel=0.05)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_memory_of_recomputation(pool, ranks):
-    for predicted, real in pool.run(ranks, recomputed):
-        assert predicted == pytest.approx(real, rel=0.05)
-
-
-def test_plan_is_a_layout_for_init_mesh(pool):
-    for shape in pool.run(2, mesh_of_plan):
-        assert shape == {"dp": 2, "tp": 1}
-
-
-def mesh_of_plan():
+@run_on_ranks(2)
+def test_plan_is_a_layout_for_init_mesh():
     made = tpk.plan("smollm2-135m", gpus=2, gpu="cpu", global_batch=8, seq=256)
     assert (made.tp, made.pp, made.dp) == (1, 1, 2)
     mesh = tpk.init_mesh(made, device="cpu")
     deep = replace(made, rows=(replace(made.best, layout=Layout(pp=2, global_batch=8)),))
     with pytest.raises(ValueError, match="pp=2"):
         tpk.init_mesh(deep, device="cpu")
-    return dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True))
+    assert dict(zip(mesh.mesh_dim_names, mesh.shape, strict=True)) == {"dp": 2, "tp": 1}

@@ -60,13 +60,13 @@ def shared(rank_table):
     chosen = chunks_and_channel(*layer_call)
     assert chosen is chunks_and_channel(*layer_call)  # looked up
     assert chosen[0] == choose("auto", 4096, 32, group, 9, torch.float32).chunks
-    assert (
-        choose("auto", 4096, 32, group, None, torch.float32).chunks == 1
-    )  # shares that may differ: nothing to agree on
+    # Ranks whose shards may differ have nothing to agree on.
+    assert choose("auto", 4096, 32, group, None, torch.float32).chunks == 1
+    # This dtype was not measured.
     assert (
         choose("auto", 4096, 32, group, 9, torch.float16).reason
         == choose("auto", 4096, 32, group).reason
-    )  # not measured
+    )
     assert (
         choose(False, 4096, 32, group, 9, torch.float32).chunks == 1
         and choose(7, 4096, 32, group, 9, torch.float32).chunks == 7

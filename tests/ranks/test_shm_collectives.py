@@ -284,6 +284,5 @@ def two_jobs():
 
 def test_groups_share_nothing(shm_pool):
     first, second = shm_pool.run(2, two_jobs)
-    assert len(set(first)) >= 4 and set(first) == set(
-        second
-    )  # two segments a group, the same files in both ranks
+    # Each group has two segments, the same files in both ranks.
+    assert len(set(first)) >= 4 and set(first) == set(second)

@@ -53,9 +53,9 @@ def seeded(make, **options):
 
 def sharded_and_whole(name, alone):
     """Return the module over all ranks and over one rank, of the same weights to the bit."""
-    split, whole = (seeded(WHOLE[name], group=group) for group in (dist.group.WORLD, alone))
-    assert_close(dict(tpk.unsharded_state_dict(split)), dict(whole.state_dict()), **EXACT)
-    return split, whole
+    sharded, whole = (seeded(WHOLE[name], group=group) for group in (dist.group.WORLD, alone))
+    assert_close(dict(tpk.unsharded_state_dict(sharded)), dict(whole.state_dict()), **EXACT)
+    return sharded, whole
 
 
 def assert_near(ours, want, tolerance=2e-5):
@@ -64,13 +64,13 @@ def assert_near(ours, want, tolerance=2e-5):
     assert error < tolerance, f"{error:.1e}"
 
 
-def assert_same_grads(want, split):
+def assert_same_grads(want, sharded):
     """Compare the gradients of a sharded module with the unsharded ones, by name.
 
     The tolerance is relative to the parameter's largest gradient, or the module's where the true
     gradient is zero: a softmax does not see a bias of the keys.
     """
-    grads = tpk.unsharded_gradients(split)
+    grads = tpk.unsharded_gradients(sharded)
     assert grads.keys() == want.keys()
     largest = max(grad.abs().max() for grad in want.values())
     for name, grad in want.items():
@@ -80,13 +80,13 @@ def assert_same_grads(want, split):
         assert error < 2e-5, f"{name}: {error:.1e}"
 
 
-def assert_same_run(split, whole, x, *inputs):
+def assert_same_run(sharded, whole, x, *inputs):
     """Outputs, the input's gradient and the parameters' gradients."""
     mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    out, want = split(mine, *inputs), whole(theirs, *inputs)
+    out, want = sharded(mine, *inputs), whole(theirs, *inputs)
     assert_near(out, want)
     dy = torch.randn_like(want)
     out.backward(dy)
     want.backward(dy)
     assert_near(mine.grad, theirs.grad)
-    assert_same_grads({name: p.grad for name, p in whole.named_parameters()}, split)
+    assert_same_grads({name: p.grad for name, p in whole.named_parameters()}, sharded)

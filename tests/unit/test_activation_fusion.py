@@ -15,12 +15,10 @@ def fuses(capability, rows, features, in_features, keep, dtype=torch.bfloat16, d
 def test_where_the_schedule_takes_it():
     assert not fuses((9, 0), 16, 4096, 512, False, device="cpu")
     assert not fuses((9, 0), 16, 4096, 512, False, dtype=torch.float32)
-    assert fuses(
-        (9, 0), 4, 4096, 8192, True
-    )  # so few rows that the weights' bytes decide: Triton's GEMM is no slower
-    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses(
-        (9, 0), 8192, 8192, 8192, True
-    )  # long sums: cuBLAS
+    # With so few rows the weights' bytes decide, and Triton's GEMM is no slower.
+    assert fuses((9, 0), 4, 4096, 8192, True)
+    # Long sums go to cuBLAS.
+    assert fuses((9, 0), 8192, 8192, 512, True) and not fuses((9, 0), 8192, 8192, 8192, True)
     between = [
         k
         for k in range(256, 8192, 256)

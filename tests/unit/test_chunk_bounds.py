@@ -26,9 +26,8 @@ def test_chunk_bounds(rows, chunks, row_bytes):
         assert len(bounds) - 1 == chunks and all(bound % 128 == 0 for bound in bounds[:-1])
     tiles = [-(-(b - a) // tile) for a, b in zip(bounds, bounds[1:], strict=False)]
     if len(bounds) - 1 < chunks:
-        assert (
-            max(tiles) == 1
-        )  # fewer chunks than asked for only where each is as small as alignment lets it be
+        # Fewer chunks than asked for only where each is as small as alignment lets it be.
+        assert max(tiles) == 1
     assert max(tiles[0], tiles[-1]) <= max(
         tiles[len(tiles) // 2 - (len(tiles) > 1) : len(tiles) // 2 + 1]
     )

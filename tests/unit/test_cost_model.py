@@ -24,19 +24,18 @@ def test_pipelines_by_hand():
         "contention": lambda rows: 0,
     }
     assert pipeline_seconds([10], **cost) == 30 + 20
-    assert (
-        pipeline_seconds([5, 5], **cost) == 30 + 10
-    )  # the GEMM is the longer one: the last all-reduce is left over
+    # The GEMM is the longer one: the last all-reduce is left over.
+    assert pipeline_seconds([5, 5], **cost) == 30 + 10
     assert pipeline_seconds([6, 4], **cost) == 30 + 8  # less of it, with a smaller last chunk
     slow = {**cost, "all_reduce": lambda rows: 5 * rows}
-    assert (
-        pipeline_seconds([5, 5], **slow) == 15 + 50
-    )  # the link is the longer one: the first GEMM is left over
+    # The link is the longer one: the first GEMM is left over.
+    assert pipeline_seconds([5, 5], **slow) == 15 + 50
     assert pipeline_seconds([2, 8], **slow) == 6 + max(10, 24) + 40
+    # The longer of the two follows.
     assert (
         pipeline_seconds([10], **cost, trailing=15) == 50
         and pipeline_seconds([10], **cost, trailing=25) == 55
-    )  # the longer of the two follows
+    )
     busy = {**cost, "contention": lambda rows: rows}
     assert pipeline_seconds([10], **busy) == 50  # nothing runs beside the only all-reduce
     assert pipeline_seconds([5, 5], **busy) == 30 + 5 + 10
@@ -81,9 +80,10 @@ def test_curves(points, size):
     smooth = Curve.never_less_efficient(points)
     each = [value / at for at, value in smooth.points]
     assert all(a >= b * (1 - 1e-12) for a, b in zip(each, each[1:], strict=False))
-    assert all(
-        smooth(at) <= value * (1 + 1e-9) for at, value in points
-    )  # noise is taken away, never added
+    # Noise is taken away, never added.
+    assert all(smooth(at) <= value * (1 + 1e-9) for at, value in points)
+    # A long and a short time side by side do not cost the short one its digits.
+    assert Curve(((1, 17.0), (2, 1e-6)))(2) == 1e-6
     assert (
         Curve(((1, 2.0), (3, 4.0)))(2) == 3
         and Curve(((1, 2.0), (3, 4.0)))(6) == 8
@@ -120,9 +120,8 @@ def test_margins():
     assert timings(byte=0.2e-3).decide(shape)[0] > 1
     chunks, why = timings(byte=0.01e-3).decide(shape)  # at most 4% to gain
     assert chunks == 1 and "predicted, less than the 5%" in why
-    assert (
-        timings(byte=0.2e-3, contention=0.2e-3).decide(shape)[0] == 1
-    )  # all of it on the cores that the GEMM needs
+    # All of the traffic uses the cores that the GEMM needs.
+    assert timings(byte=0.2e-3, contention=0.2e-3).decide(shape)[0] == 1
     assert timings(byte=0.2e-3).decide(GemmShape(255, 1, 1, False)) == (
         1,
         "255 rows are fewer than two chunks of 128",

@@ -8,41 +8,46 @@ from tpkernels.sharding.heads import assign_heads
 
 
 def check_heads(heads, kv, n):
-    split, group = assign_heads(heads, kv, n), heads // kv
-    assert [h for q in split.q_heads for h in q] == list(range(heads))
-    for q, mine, size in zip(split.q_heads, split.kv_heads, split.queries_per_kv, strict=True):
+    assignment, group = assign_heads(heads, kv, n), heads // kv
+    assert [h for q in assignment.q_heads for h in q] == list(range(heads))
+    for q, mine, size in zip(
+        assignment.q_heads, assignment.kv_heads, assignment.queries_per_kv, strict=True
+    ):
         assert q and len(q) == size * len(mine)
         assert [mine[i // size] for i in range(len(q))] == [h // group for h in q]
-    counts = [len(q) for q in split.q_heads]
+    counts = [len(q) for q in assignment.q_heads]
     if n <= kv:
-        assert [k for mine in split.kv_heads for k in mine] == list(
-            range(kv)
-        )  # whole KV groups, each on one rank
+        # KV groups stay whole, each on one rank.
+        assert [k for mine in assignment.kv_heads for k in mine] == list(range(kv))
         assert max(counts) - min(counts) in (0, group)
-        assert_partition(split.kv_spec(2))
-        assert_partition(split.qkv_spec(2))
+        assert_partition(assignment.kv_spec(2))
+        assert_partition(assignment.qkv_spec(2))
     else:
         assert max(counts) - min(counts) <= 1
-        assert set().union(*split.kv_heads) == set(range(kv))
-    for split_of in (split.kv_spec, split.qkv_spec):
+        assert set().union(*assignment.kv_heads) == set(range(kv))
+    for spec_of in (assignment.kv_spec, assignment.qkv_spec):
         assert (
-            split.kv_replicated
-            is split_of(2, store_full=True).replicated
-            is split_of(2).has_shared_rows
+            assignment.kv_replicated
+            is spec_of(2, store_full=True).replicated
+            is spec_of(2).has_shared_rows
             is (n > kv)
         )
         assert (
-            split_of(2, store_full=True).intervals == split_of(2).intervals
-            and not split_of(2).replicated
+            spec_of(2, store_full=True).intervals == spec_of(2).intervals
+            and not spec_of(2).replicated
         )
-    assert_partition(split.q_spec(2))
+    assert_partition(assignment.q_spec(2))
     full = torch.arange((heads + 2 * kv) * 2).view(-1, 2)
     q, k, v = full.split([heads, kv, kv])
     for r in range(n):
         want = torch.cat(
-            [q[list(split.q_heads[r])], k[list(split.kv_heads[r])], v[list(split.kv_heads[r])]]
+            [
+                q[list(assignment.q_heads[r])],
+                k[list(assignment.kv_heads[r])],
+                v[list(assignment.kv_heads[r])],
+            ]
         )
-        assert torch.equal(split.qkv_spec(2).shard(full.flatten(), r), want.flatten())
+        assert torch.equal(assignment.qkv_spec(2).shard(full.flatten(), r), want.flatten())
 
 
 @pytest.mark.parametrize("heads", range(1, 13))

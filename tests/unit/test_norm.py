@@ -55,10 +55,11 @@ def test_norm(rms, with_residual, used):
         )
         for i, values in enumerate(zip(*results, strict=True)):
             none = [v is None or not v.any() for v in values]
+            # An unused result gives its weight no gradient.
             assert none[0] == none[2] or values[2].numel() < 2, (
                 i,
                 shape,
-            )  # an unused result gives its weight no gradient
+            )
             if not none[2]:
                 assert values[0].dtype == dtype
                 assert_as_accurate(f"result {i} {shape}", *(v.detach() for v in values))

@@ -22,9 +22,8 @@ def test_rotary(interleaved, batched):
         else [cos, sin]
     )
     for head_dim, dtype in itertools.product((6, 8), (torch.float32, torch.bfloat16)):
-        x, dy = (
-            torch.randn(2, 7, 3, head_dim).to(dtype).transpose(1, 2) for _ in range(2)
-        )  # as projections give it
+        # Projections give it in this layout.
+        x, dy = (torch.randn(2, 7, 3, head_dim).to(dtype).transpose(1, 2) for _ in range(2))
         ours = grads_of(lambda x: tpf.rotary(x, *tables, interleaved=interleaved), [x], dy)
         truth = grads_of(lambda x: turned(x, *tables, interleaved), [x.double()], dy.double())
         same_dtype = grads_of(

@@ -26,8 +26,8 @@ def test_even_sizes(size, n):
 @quiet
 @given(st.integers(0, 20), ranks, st.integers(1, 3), st.sampled_from([0, 1, -1]))
 def test_chunks_divide_every_block_as_torch_chunk_does(step, n, blocks, dim):
-    split = ShardSpec.chunks(step * blocks, n, dim, blocks)
-    assert_partition(split, dim)
+    spec = ShardSpec.chunks(step * blocks, n, dim, blocks)
+    assert_partition(spec, dim)
     full = torch.arange(step * blocks)
     pieces = [block.split(chunk_sizes(step, n)) for block in full.view(blocks, step)]
     for r in range(n):
@@ -40,13 +40,13 @@ def test_chunks_divide_every_block_as_torch_chunk_does(step, n, blocks, dim):
 @quiet
 @given(st.integers(1, 40), ranks, st.integers(1, 2))
 def test_is_chunk_says_whether_dtensors_shard_fits(step, n, blocks):
-    split = ShardSpec.chunks(step * blocks, n, blocks=blocks)
+    spec = ShardSpec.chunks(step * blocks, n, blocks=blocks)
     full = torch.arange(step * blocks)
     stock = full.split(chunk_sizes(len(full), n))
-    fits = all(torch.equal(split.shard(full, r), stock[r]) for r in range(n))
-    assert fits or not split.is_chunk
+    fits = all(torch.equal(spec.shard(full, r), stock[r]) for r in range(n))
+    assert fits or not spec.is_chunk
     if blocks == 1:
-        assert split.is_chunk
+        assert spec.is_chunk
 
 
 @st.composite
@@ -69,9 +69,9 @@ def owned_blocks(draw):
 @quiet
 @given(owned_blocks(), st.integers(1, 3), st.sampled_from([0, 1, -1]))
 def test_units_with_one_owner_each(blocks, width, dim):
-    split = ShardSpec.units(blocks, width, dim)
-    assert split.size == width * sum(count for count, _ in blocks)
-    assert_partition(split, dim)
+    spec = ShardSpec.units(blocks, width, dim)
+    assert spec.size == width * sum(count for count, _ in blocks)
+    assert_partition(spec, dim)
 
 
 overlapping = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=5)
@@ -81,32 +81,32 @@ overlapping = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_
 @given(overlapping, st.integers(1, 3))
 def test_units_are_read_in_the_order_given_and_owned_once(per_rank, width):
     """Units that several ranks read, or one reads twice, have one owner; gradients add up."""
-    split = ShardSpec.units([(6, per_rank)], width)
+    spec = ShardSpec.units([(6, per_rank)], width)
     full = torch.arange(6 * width)
-    shards = [split.shard(full, r) for r in range(len(per_rank))]
+    shards = [spec.shard(full, r) for r in range(len(per_rank))]
     assert [s.tolist() for s in shards] == [
         [unit * width + i for unit in units for i in range(width)] for units in per_rank
     ]
     counted = [
         row
         for r, shard in enumerate(shards)
-        for start, stop in split.owned_rows[r]
+        for start, stop in spec.owned_rows[r]
         for row in shard[start:stop].tolist()
     ]
-    assert sorted(counted) == sorted(rows_held(split))
-    if set(rows_held(split)) == set(range(split.size)):
-        assert split.has_shared_rows is (max(rows_held(split).values()) > 1)
-        assert torch.equal(split.unshard(shards), full)
-    ones = [torch.ones(1, size) for size in split.shard_sizes]
+    assert sorted(counted) == sorted(rows_held(spec))
+    if set(rows_held(spec)) == set(range(spec.size)):
+        assert spec.has_shared_rows is (max(rows_held(spec).values()) > 1)
+        assert torch.equal(spec.unshard(shards), full)
+    ones = [torch.ones(1, size) for size in spec.shard_sizes]
     total = sum(
-        ShardSpec(1, split.size, split.intervals).scatter_add(one, r) for r, one in enumerate(ones)
+        ShardSpec(1, spec.size, spec.intervals).scatter_add(one, r) for r, one in enumerate(ones)
     )
-    assert total.tolist() == [[rows_held(split)[row] for row in range(split.size)]]
+    assert total.tolist() == [[rows_held(spec)[row] for row in range(spec.size)]]
 
 
 @quiet
 @given(overlapping, st.integers(1, 3))
 def test_replicated_is_stored_whole(per_rank, width):
-    split = ShardSpec.units([(6, per_rank)], width, replicated=True)
-    assert split.padded_shard_size == 6 * width and not split.is_chunk
-    assert split.intervals == ShardSpec.units([(6, per_rank)], width).intervals
+    spec = ShardSpec.units([(6, per_rank)], width, replicated=True)
+    assert spec.padded_shard_size == 6 * width and not spec.is_chunk
+    assert spec.intervals == ShardSpec.units([(6, per_rank)], width).intervals

@@ -78,13 +78,16 @@ def grad_kernel(
     logits_stride,
     out_stride,
     vocab_start_index,
-    ON_TARGET: tl.constexpr,
-    EVERYWHERE: tl.constexpr,
+    TARGET_PROBABILITY: tl.constexpr,
+    UNIFORM_PROBABILITY: tl.constexpr,
     OPMATH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Compute out = (softmax - EVERYWHERE - ON_TARGET * onehot(target)) * scale."""
+    """Compute out = (softmax - q) * scale, with the smoothed target distribution q.
+
+    q is UNIFORM_PROBABILITY everywhere, and TARGET_PROBABILITY more at the target.
+    """
     tiles_n = tl.cdiv(N, BLOCK_N)
     row = (tl.program_id(0) // tiles_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     col = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
@@ -94,8 +97,8 @@ def grad_kernel(
     label = tl.load(target_ptr + row, inside, other=0).to(tl.int64) - vocab_start_index
     # Rows that do not count are not read.
     z = tl.load(logits_ptr + row * logits_stride + col, mask & (scale != 0), other=0.0).to(OPMATH)
-    p = tl.exp(z - tl.load(log_norm_ptr + row, inside, other=0.0)) - EVERYWHERE
-    p = tl.where(scale == 0, 0, tl.where(col == label, p - ON_TARGET, p) * scale)
+    p = tl.exp(z - tl.load(log_norm_ptr + row, inside, other=0.0)) - UNIFORM_PROBABILITY
+    p = tl.where(scale == 0, 0, tl.where(col == label, p - TARGET_PROBABILITY, p) * scale)
     tl.store(out_ptr + row * out_stride + col, p.to(out_ptr.dtype.element_ty), mask)
 
 
@@ -150,8 +153,8 @@ def _launch_grad(
             out.stride(0),
             vocab_start_index,
             **config.options(
-                ON_TARGET=1 - smoothing,
-                EVERYWHERE=smoothing / num_classes,
+                TARGET_PROBABILITY=1 - smoothing,
+                UNIFORM_PROBABILITY=smoothing / num_classes,
                 OPMATH=tl_opmath_dtype(logits.dtype),
             ),
         )

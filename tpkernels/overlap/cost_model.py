@@ -64,8 +64,9 @@ class Curve:
         if i == len(self.points):
             return seconds_before * size / size_before
         size_after, seconds_after = self.points[i]
-        rise = (seconds_after - seconds_before) * (size - size_before)
-        return seconds_before + rise / (size_after - size_before)
+        # Weights of both ends, rather than a rise from the first, give a measured point exactly.
+        weight = (size - size_before) / (size_after - size_before)
+        return (1 - weight) * seconds_before + weight * seconds_after
 
 
 def pipeline_seconds(

@@ -60,9 +60,8 @@ class Resources:
     local: int = 0  # bytes of a thread's stack: spills and arrays that are not in registers
     shared: int = 0  # bytes of a block, static and dynamic
     tensor_memory: int = 0  # columns of a block (sm_100)
-    opcodes: dict[str, int] = field(
-        default_factory=dict
-    )  # instructions by opcode, modifiers included
+    # It counts instructions by opcode, modifiers included.
+    opcodes: dict[str, int] = field(default_factory=dict)
     float_atomics: bool = False
     error: str = ""  # of the compiler, if it made nothing
 

@@ -223,9 +223,8 @@ class Builder(InterpreterBuilder):
 def _tensors(argument) -> list:
     if isinstance(argument, tuple):
         return [tensor for item in argument for tensor in _tensors(item)]
-    argument = getattr(
-        argument, "base", argument
-    )  # of a tensor descriptor or a reinterpreted tensor
+    # A tensor descriptor or a reinterpreted tensor keeps its argument inside.
+    argument = getattr(argument, "base", argument)
     return [argument] if hasattr(argument, "data_ptr") else []
 
 
