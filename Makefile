@@ -13,7 +13,7 @@ CUDA_HOME ?= /usr/local/cuda
 
 MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
 
-.PHONY: setup demo test check unit lint types imports spelling format docs mutants wheel bench bench-docs check-gpu \
+.PHONY: setup demo test test-c10d check unit lint types imports spelling format docs mutants wheel bench bench-docs check-gpu \
 	build-cuda gpu-day clean
 .DELETE_ON_ERROR:
 
@@ -39,6 +39,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+# PyTorch's own distributed tests over the shm transport, on 2 and 3 ranks.
+test-c10d: setup
+	for ranks in 2 3; do GLOO_SOCKET_IFNAME=lo WORLD_SIZE=$$ranks $(BIN)/python -m pytest -q --timeout 120 tests/c10d || exit 1; done
 
 # Everything that one process finds, in under a minute: two at a time, as the type checker takes a core for a while.
 check: setup

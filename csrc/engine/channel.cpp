@@ -67,7 +67,6 @@ void Channel::check_agreement(const char* op, const at::Tensor& buffer, int64_t 
 
 void Channel::all_reduce_fast_path(StagedTerm staged, const at::Tensor& out,
                                    const Epilogue& epilogue) const {
-  check_agreement("all_reduce", out, 0);
   log("all_reduce", out, 0);  // mutant:channel.log
   const auto launch = range("all_reduce");
   peers->all_reduce(std::move(staged), out, epilogue);  // mutant:channel.peers
@@ -75,12 +74,12 @@ void Channel::all_reduce_fast_path(StagedTerm staged, const at::Tensor& out,
 
 Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
   if (size() == 1) return {};
+  check_agreement("all_reduce", buffer, chunk);
   if (op == c10d::ReduceOp::SUM && has_fast_path(buffer.view({1, -1}))) {  // mutant:channel.flat
     const auto flat = buffer.view({1, -1});
     all_reduce_fast_path({flat, nullptr}, flat, {});
     return {};  // mutant:channel.flat_end
   }
-  check_agreement("all_reduce", buffer, chunk);
   if (buffer.numel() == 0) return {};
   log("all_reduce", buffer, chunk);
   c10d::AllreduceOptions options;

@@ -65,9 +65,13 @@ struct Channel {
   // Reduces a contiguous `buffer` over the group, in place. On a group of one nothing is in flight.
   Pending all_reduce(const at::Tensor& buffer, int64_t chunk = 0,
                      c10d::ReduceOp op = c10d::ReduceOp::SUM) const;
+  // With TPKERNELS_DEBUG=1 the ranks tell each other which collective comes next, and all raise
+  // where they differ. It communicates, so nothing may be staged yet.
+  void check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const;
   // True if all_reduce_fast_path takes `buffer` [M, N].
   bool has_fast_path(const at::Tensor& buffer) const;
   // The sum through `peers`, with the epilogue in the same pass. Nothing is in flight afterwards.
+  // The caller has checked the agreement.
   void all_reduce_fast_path(StagedTerm staged, const at::Tensor& out,
                             const Epilogue& epilogue) const;
   // Concatenates every rank's `shard` into `out` [size, *shard.shape].
@@ -84,9 +88,6 @@ struct Channel {
   }
   std::string wait_name(int64_t chunk) const;
   void log(const char* op, const at::Tensor& buffer, int64_t chunk) const;
-  // With TPKERNELS_DEBUG=1 the ranks tell each other which collective comes next, and all raise
-  // where they differ.
-  void check_agreement(const char* op, const at::Tensor& buffer, int64_t chunk) const;
 };
 
 // out [M, N] = the sum over ranks of the terms that gemm(term, first row) writes, and the epilogue
@@ -102,6 +103,7 @@ void all_reduce_fast_path(const Channel& channel, const at::Tensor& out, const E
     auto here = epilogue;
     if (here.residual.defined()) here.residual = here.residual.narrow(0, begin, n);
     if (here.normed.defined()) here.normed = here.normed.narrow(0, begin, n);
+    channel.check_agreement("all_reduce", slice, 0);
     auto staged = channel.peers->stage(slice);
     {
       const auto range = channel.range("gemm");

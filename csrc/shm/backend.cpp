@@ -1,64 +1,19 @@
 #include "backend.h"
 
-#include <c10/util/Exception.h>
-
-#include <optional>
+#include <atomic>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
 #include <torch/csrc/distributed/c10d/Utils.hpp>
 
+#include "gloo_work.h"
 #include "group.h"
+#include "tensors.h"
 
 namespace tpkernels {
 
 namespace {
 
+using c10d::OpType;
 using std::chrono::milliseconds;
-
-std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor& tensor) {
-  const auto dtype = tensor.scalar_type();
-  const bool integer = dtype == at::kLong || dtype == at::kInt || dtype == at::kShort ||
-                       dtype == at::kChar || dtype == at::kByte;
-  if (!integer && dtype != at::kFloat && dtype != at::kBFloat16 && dtype != at::kHalf &&
-      dtype != at::kDouble)
-    return std::nullopt;
-  switch (static_cast<c10d::ReduceOp::RedOpType>(op)) {
-    case c10d::ReduceOp::SUM:
-      return Reduction::sum;
-    case c10d::ReduceOp::MIN:
-      return Reduction::min;
-    case c10d::ReduceOp::MAX:
-      return Reduction::max;
-    case c10d::ReduceOp::AVG:
-      TORCH_CHECK_VALUE(!integer, "ReduceOp.AVG of ", dtype,
-                        ": the average of integers is none; take SUM, or a floating point dtype");
-      return Reduction::mean;
-    default:
-      return std::nullopt;
-  }
-}
-
-// A tensor as contiguous memory. write_back() matters where that is a copy.
-class ContiguousMemory {
- public:
-  explicit ContiguousMemory(const at::Tensor& tensor)
-      : tensor_(tensor), memory_(tensor.contiguous()) {}
-  char* data() const { return static_cast<char*>(memory_.data_ptr()); }
-  int64_t bytes() const { return memory_.nbytes(); }
-  void write_back() const {
-    if (!memory_.is_same(tensor_)) tensor_.copy_(memory_);
-  }
-
- private:
-  at::Tensor tensor_, memory_;
-};
-
-const at::Tensor& only_tensor(const Tensors& tensors, const char* op) {
-  TORCH_CHECK_VALUE(tensors.size() == 1, op, " takes one tensor a rank, got ", tensors.size());
-  TORCH_CHECK_VALUE(tensors[0].is_cpu() && tensors[0].layout() == at::kStrided, op,
-                    " on the shm transport takes dense CPU tensors, got ", tensors[0].device(),
-                    ", ", tensors[0].layout());
-  return tensors[0];
-}
 
 class ShmBackend : public c10d::Backend {
  public:
@@ -81,130 +36,182 @@ class ShmBackend : public c10d::Backend {
     shared_->timeout = timeout;
     fallback_->setTimeout(timeout);
   }
-  void setSequenceNumberForGroup() override { fallback_->setSequenceNumberForGroup(); }
-  uint64_t getSequenceNumberForGroup() override { return fallback_->getSequenceNumberForGroup(); }
+  void setSequenceNumberForGroup() override {}
+  uint64_t getSequenceNumberForGroup() override { return sequence_number_; }
 
   WorkPointer allreduce(Tensors& tensors, const c10d::AllreduceOptions& options) override {
-    const auto& tensor = only_tensor(tensors, "all_reduce");
-    const auto reduction = reduction_of(options.reduceOp, tensor);
-    if (!reduction) return fallback_->allreduce(tensors, options);
-    return shared_->run("shm:all_reduce", options.asyncOp, options.timeout, tensors,
-                        [tensor, reduction](Collectives& c) {
-                          const ContiguousMemory memory(tensor);
-                          c.all_reduce(memory.data(), tensor.numel(), tensor.scalar_type(),
-                                       *reduction);
-                          memory.write_back();
-                        });
+    const auto& tensor = only_one(tensors, "all_reduce");
+    if (tensor.defined() && tensor.is_sparse()) return fallback_->allreduce(tensors, options);
+    return reduce_all(OpType::ALLREDUCE, "all_reduce", tensors, options);
   }
 
   WorkPointer allreduce_coalesced(Tensors& tensors,
                                   const c10d::AllreduceCoalescedOptions& options) override {
-    return run_each(tensors.size(), [&](size_t i) {
-      Tensors one{tensors[i]};
-      return allreduce(one, options);
-    });
+    return reduce_all(OpType::ALLREDUCE_COALESCED, "all_reduce", tensors, options);
+  }
+
+  WorkPointer reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
+    const auto& tensor = only_one(tensors, "reduce");
+    check_writable(tensor, "reduce");
+    check_root(options.rootRank, options.rootTensor, getSize(), "reduce");
+    const auto reduction = reduction_of(options.reduceOp, tensor);
+    if (!reduction)
+      return on_gloo(OpType::REDUCE, "shm:reduce", tensors, {}, [&](Tensors& written, Tensors&) {
+        return fallback_->reduce(written, options);
+      });
+    return start(OpType::REDUCE, "shm:reduce", options, tensors, tensors,
+                 [tensor, reduction, root = static_cast<int>(options.rootRank),
+                  rank = getRank()](Collectives& c) {
+                   const ContiguousMemory memory(tensor);
+                   c.reduce(memory.data(), tensor.numel(), tensor.scalar_type(), *reduction, root);
+                   if (root == rank) memory.write_back();
+                 });
   }
 
   WorkPointer broadcast(Tensors& tensors, const c10d::BroadcastOptions& options) override {
-    const auto& tensor = only_tensor(tensors, "broadcast");
-    return shared_->run("shm:broadcast", options.asyncOp, options.timeout, tensors,
-                        [tensor, root = options.rootRank](Collectives& c) {
-                          const ContiguousMemory memory(tensor);
-                          c.broadcast(memory.data(), memory.bytes(), root);
-                          memory.write_back();
-                        });
+    const auto& tensor = only_one(tensors, "broadcast");
+    check_writable(tensor, "broadcast");
+    check_root(options.rootRank, options.rootTensor, getSize(), "broadcast");
+    return start(OpType::BROADCAST, "shm:broadcast", options, tensors, tensors,
+                 [tensor, root = static_cast<int>(options.rootRank)](Collectives& c) {
+                   const ContiguousMemory memory(tensor);
+                   c.broadcast(memory.data(), memory.bytes(), root);
+                   memory.write_back();
+                 });
   }
 
   WorkPointer allgather(std::vector<Tensors>& outputs, Tensors& inputs,
                         const c10d::AllgatherOptions& options) override {
-    const auto& input = only_tensor(inputs, "all_gather");
-    TORCH_CHECK_VALUE(outputs.size() == 1 && outputs[0].size() == static_cast<size_t>(getSize()),
-                      "all_gather into ", getSize(), " ranks takes as many outputs");
-    for (const auto& out : outputs[0])
-      if (out.nbytes() != input.nbytes())
-        return fallback_->allgather(outputs, inputs, options);  // which takes them, or says why not
-    return shared_->run("shm:all_gather", options.asyncOp, options.timeout, outputs[0],
-                        [input, outs = outputs[0]](Collectives& c) { gather(c, outs, input); });
+    const auto& input = only_one(inputs, "all_gather");
+    check_readable(input, "all_gather");
+    check_lists(outputs, getSize(), "all_gather", "outputs");
+    for (const auto& out : outputs[0]) check_writable(out, "all_gather");
+    if (!all_like(outputs[0], input))  // which gloo takes, or says why not
+      return on_gloo(OpType::ALLGATHER, "shm:all_gather", outputs[0], inputs,
+                     [&](Tensors& written, Tensors& read) {
+                       std::vector<Tensors> lists{written};
+                       return fallback_->allgather(lists, read, options);
+                     });
+    return start(OpType::ALLGATHER, "shm:all_gather", options, inputs, outputs[0],
+                 [input, outs = outputs[0]](Collectives& c) {
+                   const Memories out(outs.begin(), outs.end());
+                   const ContiguousMemory shard(input);
+                   c.all_gather(addresses<char*>(out), shard.data(), shard.bytes());
+                   write_back(out);
+                 });
   }
 
   WorkPointer _allgather_base(at::Tensor& output, at::Tensor& input,
                               const c10d::AllgatherOptions& options) override {
-    only_tensor({input}, "all_gather");
-    TORCH_CHECK_VALUE(
-        output.numel() == input.numel() * getSize() && output.scalar_type() == input.scalar_type(),
-        "all_gather's output must have ", getSize(),
-        " times the input's elements, and its dtype; got ", output.sizes(), " of ",
-        output.scalar_type(), " for ", input.sizes(), " of ", input.scalar_type());
-    return shared_->run("shm:all_gather", options.asyncOp, options.timeout, {output},
-                        [input, output, size = getSize()](Collectives& c) {
-                          const ContiguousMemory memory(output);
-                          const ContiguousMemory shard(input);
-                          std::vector<char*> outs(size);
-                          for (int r = 0; r < size; r++)
-                            outs[r] = memory.data() + r * shard.bytes();
-                          c.all_gather(outs, shard.data(), shard.bytes());
-                          memory.write_back();
-                        });
+    Tensors outputs{output}, inputs{input};
+    return gather_all(OpType::_ALLGATHER_BASE, "shm:_all_gather_base", outputs, inputs, options);
   }
 
   WorkPointer allgather_into_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                               const c10d::AllgatherOptions& options) override {
-    return run_each(inputs.size(),
-                    [&](size_t i) { return _allgather_base(outputs[i], inputs[i], options); });
+    return gather_all(OpType::COALESCED, "shm:all_gather", outputs, inputs, options);
+  }
+
+  WorkPointer allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
+                                  const c10d::AllgatherOptions& options) override {
+    return on_gloo(OpType::ALLGATHER_COALESCED, "shm:all_gather", {}, {}, [&](Tensors&, Tensors&) {
+      return fallback_->allgather_coalesced(outputs, inputs, options);
+    });
+  }
+
+  WorkPointer gather(std::vector<Tensors>& outputs, Tensors& inputs,
+                     const c10d::GatherOptions& options) override {
+    const auto& input = only_one(inputs, "gather");
+    check_readable(input, "gather");
+    check_root(options.rootRank, 0, getSize(), "gather");
+    const bool is_root = options.rootRank == getRank();
+    if (is_root) {
+      check_lists(outputs, getSize(), "gather", "outputs");
+      for (const auto& out : outputs[0]) check_writable(out, "gather");
+      TORCH_CHECK_VALUE(all_like(outputs[0], input), "gather's outputs must have the input's ",
+                        input.numel(), " elements of ", input.scalar_type(), " each");
+    } else {
+      TORCH_CHECK_VALUE(outputs.empty(), "gather: rank ", getRank(),
+                        " is not the root, and takes no outputs");
+    }
+    const Tensors outs = is_root ? outputs[0] : Tensors();
+    return start(OpType::GATHER, "shm:gather", options, inputs, outs,
+                 [input, outs, root = static_cast<int>(options.rootRank)](Collectives& c) {
+                   const Memories out(outs.begin(), outs.end());
+                   const ContiguousMemory shard(input);
+                   c.gather(addresses<char*>(out), shard.data(), shard.bytes(), root);
+                   write_back(out);
+                 });
+  }
+
+  WorkPointer scatter(Tensors& outputs, std::vector<Tensors>& inputs,
+                      const c10d::ScatterOptions& options) override {
+    const auto& output = only_one(outputs, "scatter");
+    check_writable(output, "scatter");
+    check_root(options.rootRank, 0, getSize(), "scatter");
+    const bool is_root = options.rootRank == getRank();
+    if (is_root) {
+      check_lists(inputs, getSize(), "scatter", "inputs");
+      for (const auto& input : inputs[0]) check_readable(input, "scatter");
+      TORCH_CHECK_VALUE(all_like(inputs[0], output), "scatter's inputs must have the output's ",
+                        output.numel(), " elements of ", output.scalar_type(), " each");
+    } else {
+      TORCH_CHECK_VALUE(inputs.empty(), "scatter: rank ", getRank(),
+                        " is not the root, and takes no inputs");
+    }
+    const Tensors ins = is_root ? inputs[0] : Tensors();
+    return start(OpType::SCATTER, "shm:scatter", options, ins, outputs,
+                 [output, ins, root = static_cast<int>(options.rootRank)](Collectives& c) {
+                   const ContiguousMemory memory(output);
+                   const Memories in(ins.begin(), ins.end());
+                   c.scatter(memory.data(), addresses<const char*>(in), memory.bytes(), root);
+                   memory.write_back();
+                 });
   }
 
   WorkPointer reduce_scatter(Tensors& outputs, std::vector<Tensors>& inputs,
                              const c10d::ReduceScatterOptions& options) override {
-    const auto& output = only_tensor(outputs, "reduce_scatter");
-    TORCH_CHECK_VALUE(inputs.size() == 1 && inputs[0].size() == static_cast<size_t>(getSize()),
-                      "reduce_scatter over ", getSize(), " ranks takes as many inputs");
+    const auto& output = only_one(outputs, "reduce_scatter");
+    check_writable(output, "reduce_scatter");
+    check_lists(inputs, getSize(), "reduce_scatter", "inputs");
+    for (const auto& input : inputs[0]) check_readable(input, "reduce_scatter");
     const auto reduction = reduction_of(options.reduceOp, output);
-    bool even = true;
-    for (const auto& input : inputs[0])
-      even = even && input.numel() == output.numel() && input.scalar_type() == output.scalar_type();
-    if (!reduction || !even) return fallback_->reduce_scatter(outputs, inputs, options);
-    return shared_->run("shm:reduce_scatter", options.asyncOp, options.timeout, outputs,
-                        [output, ins = inputs[0], reduction](Collectives& c) {
-                          const ContiguousMemory memory(output);
-                          std::vector<ContiguousMemory> held(ins.begin(), ins.end());
-                          std::vector<const char*> terms;
-                          for (const auto& input : held) terms.push_back(input.data());
-                          c.reduce_scatter(memory.data(), terms, output.numel(),
-                                           output.scalar_type(), *reduction);
-                          memory.write_back();
-                        });
+    if (!reduction || !all_like(inputs[0], output))
+      return on_gloo(OpType::REDUCE_SCATTER, "shm:reduce_scatter", outputs, inputs[0],
+                     [&](Tensors& written, Tensors& read) {
+                       std::vector<Tensors> lists{read};
+                       return fallback_->reduce_scatter(written, lists, options);
+                     });
+    return start(OpType::REDUCE_SCATTER, "shm:reduce_scatter", options, inputs[0], outputs,
+                 [output, ins = inputs[0], reduction](Collectives& c) {
+                   const Memories in(ins.begin(), ins.end());
+                   scatter_sum(c, output, addresses<const char*>(in), *reduction);
+                 });
   }
 
   WorkPointer _reduce_scatter_base(at::Tensor& output, at::Tensor& input,
                                    const c10d::ReduceScatterOptions& options) override {
-    only_tensor({input}, "reduce_scatter");
-    TORCH_CHECK_VALUE(
-        input.numel() == output.numel() * getSize() && output.scalar_type() == input.scalar_type(),
-        "reduce_scatter's input must have ", getSize(),
-        " times the output's elements, and its dtype; got ", input.sizes(), " of ",
-        input.scalar_type(), " for ", output.sizes(), " of ", output.scalar_type());
-    Tensors outputs{output};
-    std::vector<Tensors> inputs{input.contiguous().view({getSize(), -1}).unbind()};
-    return reduce_scatter(outputs, inputs, options);
+    Tensors outputs{output}, inputs{input};
+    return scatter_sums(OpType::_REDUCE_SCATTER_BASE, outputs, inputs, options);
   }
 
   WorkPointer reduce_scatter_tensor_coalesced(Tensors& outputs, Tensors& inputs,
                                               const c10d::ReduceScatterOptions& options) override {
-    return run_each(inputs.size(),
-                    [&](size_t i) { return _reduce_scatter_base(outputs[i], inputs[i], options); });
+    return scatter_sums(OpType::REDUCE_SCATTER_TENSOR_COALESCED, outputs, inputs, options);
   }
 
   WorkPointer alltoall_base(at::Tensor& output, at::Tensor& input,
                             std::vector<int64_t>& output_splits, std::vector<int64_t>& input_splits,
                             const c10d::AllToAllOptions& options) override {
-    only_tensor({input}, "all_to_all");
+    check_writable(output, "all_to_all");
+    check_readable(input, "all_to_all");
     c10d::checkSplitSizes(input_splits, input, getSize());
     c10d::checkSplitSizes(output_splits, output, getSize());
     const auto split = [&](const at::Tensor& t, const std::vector<int64_t>& sizes) {
       return sizes.empty() ? t.tensor_split(getSize()) : t.split_with_sizes(sizes);
     };
     auto outputs = split(output, output_splits), inputs = split(input, input_splits);
-    return alltoall(outputs, inputs, options);
+    return exchange(OpType::ALLTOALL_BASE, {input}, {output}, outputs, inputs, options);
   }
 
   WorkPointer alltoall(Tensors& outputs, Tensors& inputs,
@@ -213,80 +220,169 @@ class ShmBackend : public c10d::Backend {
         outputs.size() == static_cast<size_t>(getSize()) && inputs.size() == outputs.size(),
         "all_to_all over ", getSize(), " ranks takes as many inputs and outputs, got ",
         inputs.size(), " and ", outputs.size());
-    for (const auto& t : inputs) only_tensor({t}, "all_to_all");
-    return shared_->run("shm:all_to_all", options.asyncOp, options.timeout, outputs,
-                        [outputs, inputs](Collectives& c) {
-                          const std::vector<ContiguousMemory> out(outputs.begin(), outputs.end()),
-                              in(inputs.begin(), inputs.end());
-                          std::vector<char*> outs;
-                          std::vector<const char*> ins;
-                          std::vector<int64_t> out_bytes, in_bytes;
-                          for (const auto& t : out)
-                            outs.push_back(t.data()), out_bytes.push_back(t.bytes());
-                          for (const auto& t : in)
-                            ins.push_back(t.data()), in_bytes.push_back(t.bytes());
-                          c.all_to_all(outs, out_bytes, ins, in_bytes);
-                          for (const auto& t : out) t.write_back();
-                        });
+    for (const auto& t : inputs) check_readable(t, "all_to_all");
+    for (const auto& t : outputs) check_writable(t, "all_to_all");
+    return exchange(OpType::ALLTOALL, inputs, outputs, outputs, inputs, options);
   }
 
   WorkPointer barrier(const c10d::BarrierOptions& options) override {
-    return shared_->run("shm:barrier", options.asyncOp, options.timeout, {},
-                        [](Collectives& c) { c.barrier(); });
+    return start(OpType::BARRIER, "shm:barrier", options, {}, {},
+                 [](Collectives& c) { c.barrier(); });
   }
 
   WorkPointer allreduce_sparse(Tensors& tensors, const c10d::AllreduceOptions& options) override {
     return fallback_->allreduce_sparse(tensors, options);
   }
-  WorkPointer allgather_coalesced(std::vector<Tensors>& outputs, Tensors& inputs,
-                                  const c10d::AllgatherOptions& options) override {
-    return fallback_->allgather_coalesced(outputs, inputs, options);
-  }
-  WorkPointer reduce(Tensors& tensors, const c10d::ReduceOptions& options) override {
-    return fallback_->reduce(tensors, options);
-  }
-  WorkPointer gather(std::vector<Tensors>& outputs, Tensors& inputs,
-                     const c10d::GatherOptions& options) override {
-    return fallback_->gather(outputs, inputs, options);
-  }
-  WorkPointer scatter(Tensors& outputs, std::vector<Tensors>& inputs,
-                      const c10d::ScatterOptions& options) override {
-    return fallback_->scatter(outputs, inputs, options);
-  }
   WorkPointer send(Tensors& tensors, int rank, int tag) override {
-    return fallback_->send(tensors, rank, tag);
+    check_readable(only_one(tensors, "send"), "send");
+    return on_gloo(OpType::SEND, "shm:send", {}, tensors,
+                   [&](Tensors&, Tensors& read) { return fallback_->send(read, rank, tag); });
   }
   WorkPointer recv(Tensors& tensors, int rank, int tag) override {
-    return fallback_->recv(tensors, rank, tag);
+    check_writable(only_one(tensors, "recv"), "recv");
+    return on_gloo(OpType::RECV, "shm:recv", tensors, {},
+                   [&](Tensors& written, Tensors&) { return fallback_->recv(written, rank, tag); });
   }
   WorkPointer recvAnysource(Tensors& tensors, int tag) override {
-    return fallback_->recvAnysource(tensors, tag);
+    check_writable(only_one(tensors, "recv"), "recv");
+    return on_gloo(
+        OpType::RECVANYSOURCE, "shm:recvAnySource", tensors, {},
+        [&](Tensors& written, Tensors&) { return fallback_->recvAnysource(written, tag); });
   }
   void monitoredBarrier(const c10d::BarrierOptions& options, bool all) override {
     fallback_->monitoredBarrier(options, all);
   }
 
  private:
-  static void gather(Collectives& c, const Tensors& outputs, const at::Tensor& input) {
-    const std::vector<ContiguousMemory> memory(outputs.begin(), outputs.end());
-    std::vector<char*> outs;
-    for (const auto& out : memory) outs.push_back(out.data());
-    const ContiguousMemory shard(input);
-    c.all_gather(outs, shard.data(), shard.bytes());
-    for (const auto& out : memory) out.write_back();
+  template <typename Options, typename F>
+  WorkPointer start(OpType op, const char* name, const Options& options, const Tensors& inputs,
+                    const Tensors& outputs, F body) {
+    sequence_number_++;
+    return shared_->run({op, name, options.asyncOp, options.timeout, inputs, outputs},
+                        std::move(body));
   }
 
-  // Returns the last one's work, which stands for all: they run in order.
+  // Calls gloo with contiguous copies of `written` and `read` where they are not contiguous, as
+  // gloo takes no others, and some of its collectives do not say so.
   template <typename F>
-  WorkPointer run_each(size_t count, const F& start) {
-    WorkPointer last = completed_work({});
-    for (size_t i = 0; i < count; i++) last = start(i);
-    return last;
+  WorkPointer on_gloo(OpType op, const char* name, const Tensors& written, const Tensors& read,
+                      const F& call) {
+    sequence_number_++;
+    const auto contiguous = [](const Tensors& tensors) {
+      Tensors copies;
+      for (const auto& t : tensors) copies.push_back(t.contiguous());
+      return copies;
+    };
+    Tensors memory = contiguous(written), sent = contiguous(read);
+    auto work = call(memory, sent);
+    return c10::make_intrusive<GlooWork>(op, name, written.empty() ? read : written,
+                                         std::move(work), written, std::move(memory),
+                                         std::move(sent));
+  }
+
+  template <typename Options>
+  WorkPointer reduce_all(OpType op, const char* name, Tensors& tensors, const Options& options) {
+    TORCH_CHECK_VALUE(!tensors.empty(), name, " takes at least one tensor");
+    std::vector<Reduction> reductions;
+    for (const auto& t : tensors) {
+      check_writable(t, name);
+      if (const auto reduction = reduction_of(options.reduceOp, t))
+        reductions.push_back(*reduction);
+    }
+    if (reductions.size() < tensors.size())
+      return on_gloo(op, "shm:all_reduce", tensors, {}, [&](Tensors& written, Tensors&) {
+        if constexpr (std::is_same_v<Options, c10d::AllreduceOptions>)
+          return fallback_->allreduce(written, options);
+        else
+          return fallback_->allreduce_coalesced(written, options);
+      });
+    return start(op, "shm:all_reduce", options, tensors, tensors,
+                 [tensors, reductions](Collectives& c) {
+                   for (size_t i = 0; i < tensors.size(); i++) {
+                     const ContiguousMemory memory(tensors[i]);
+                     c.all_reduce(memory.data(), tensors[i].numel(), tensors[i].scalar_type(),
+                                  reductions[i]);
+                     memory.write_back();
+                   }
+                 });
+  }
+
+  WorkPointer gather_all(OpType op, const char* name, const Tensors& outputs, const Tensors& inputs,
+                         const c10d::AllgatherOptions& options) {
+    check_pairs(outputs, inputs, "all_gather");
+    for (size_t i = 0; i < inputs.size(); i++)
+      TORCH_CHECK_VALUE(outputs[i].numel() == inputs[i].numel() * getSize() &&
+                            outputs[i].scalar_type() == inputs[i].scalar_type(),
+                        "all_gather's output must have ", getSize(),
+                        " times the input's elements, and its dtype; got ", outputs[i].sizes(),
+                        " of ", outputs[i].scalar_type(), " for ", inputs[i].sizes(), " of ",
+                        inputs[i].scalar_type());
+    return start(op, name, options, inputs, outputs,
+                 [inputs, outputs, size = getSize()](Collectives& c) {
+                   for (size_t i = 0; i < inputs.size(); i++) {
+                     const ContiguousMemory memory(outputs[i]), shard(inputs[i]);
+                     std::vector<char*> outs(size);
+                     for (int r = 0; r < size; r++) outs[r] = memory.data() + r * shard.bytes();
+                     c.all_gather(outs, shard.data(), shard.bytes());
+                     memory.write_back();
+                   }
+                 });
+  }
+
+  WorkPointer scatter_sums(OpType op, Tensors& outputs, Tensors& inputs,
+                           const c10d::ReduceScatterOptions& options) {
+    check_pairs(outputs, inputs, "reduce_scatter");
+    std::vector<Reduction> reductions;
+    for (size_t i = 0; i < inputs.size(); i++) {
+      TORCH_CHECK_VALUE(inputs[i].numel() == outputs[i].numel() * getSize() &&
+                            outputs[i].scalar_type() == inputs[i].scalar_type(),
+                        "reduce_scatter's input must have ", getSize(),
+                        " times the output's elements, and its dtype; got ", inputs[i].sizes(),
+                        " of ", inputs[i].scalar_type(), " for ", outputs[i].sizes(), " of ",
+                        outputs[i].scalar_type());
+      if (const auto reduction = reduction_of(options.reduceOp, outputs[i]))
+        reductions.push_back(*reduction);
+    }
+    if (reductions.size() < inputs.size())
+      return on_gloo(op, "shm:reduce_scatter", outputs, inputs,
+                     [&](Tensors& written, Tensors& read) {
+                       if (op == OpType::_REDUCE_SCATTER_BASE)
+                         return fallback_->_reduce_scatter_base(written[0], read[0], options);
+                       return fallback_->reduce_scatter_tensor_coalesced(written, read, options);
+                     });
+    return start(op, "shm:reduce_scatter", options, inputs, outputs,
+                 [inputs, outputs, reductions, size = getSize()](Collectives& c) {
+                   for (size_t i = 0; i < inputs.size(); i++) {
+                     const ContiguousMemory in(inputs[i]);
+                     std::vector<const char*> terms(size);
+                     for (int r = 0; r < size; r++) terms[r] = in.data() + r * (in.bytes() / size);
+                     scatter_sum(c, outputs[i], terms, reductions[i]);
+                   }
+                 });
+  }
+
+  template <typename Options>
+  WorkPointer exchange(OpType op, const Tensors& shown, const Tensors& result,
+                       const Tensors& outputs, const Tensors& inputs, const Options& options) {
+    return start(op, "shm:all_to_all", options, shown, result, [outputs, inputs](Collectives& c) {
+      const Memories out(outputs.begin(), outputs.end()), in(inputs.begin(), inputs.end());
+      c.all_to_all(addresses<char*>(out), sizes_in_bytes(out), addresses<const char*>(in),
+                   sizes_in_bytes(in));
+      write_back(out);
+    });
+  }
+
+  static void scatter_sum(Collectives& c, const at::Tensor& output,
+                          const std::vector<const char*>& terms, Reduction reduction) {
+    const ContiguousMemory memory(output);
+    c.reduce_scatter(memory.data(), terms, output.numel(), output.scalar_type(), reduction);
+    memory.write_back();
   }
 
   const std::shared_ptr<ShmGroup> shared_;
   const std::string group_;
   const c10::intrusive_ptr<c10d::Backend> fallback_;
+  std::atomic<uint64_t> sequence_number_ = 0;
 };
 
 }  // namespace

@@ -11,9 +11,21 @@ namespace tpkernels {
 
 namespace {
 
-enum Kind { kAllReduce, kReduceScatter, kAllGather, kBroadcast, kAllToAll, kBarrier, kRowLinear };
+enum Kind {
+  kAllReduce,
+  kReduceScatter,
+  kAllGather,
+  kBroadcast,
+  kAllToAll,
+  kBarrier,
+  kRowLinear,
+  kReduce,
+  kGather,
+  kScatter
+};
 constexpr const char* NAMES[] = {"all_reduce", "reduce_scatter", "all_gather", "broadcast",
-                                 "all_to_all", "barrier",        "row_linear"};
+                                 "all_to_all", "barrier",        "row_linear", "reduce",
+                                 "gather",     "scatter"};
 constexpr const char* REDUCTIONS[] = {"sum", "mean", "min", "max"};
 constexpr int64_t LINE = 64;
 
@@ -38,15 +50,16 @@ std::string Collectives::describe(uint64_t signature) {
   const auto kind = signature >> 60, detail = signature >> 44 & 1023;
   const auto dtype = static_cast<c10::ScalarType>(signature >> 54 & 63);
   const auto bytes = std::to_string(signature & ((uint64_t(1) << 44) - 1)) + " bytes";
-  if (kind > kRowLinear) return "something unknown";
+  if (kind > kScatter) return "something unknown";
   std::string text = NAMES[kind];
   if (kind == kBarrier) return text;
-  if (kind == kAllReduce || kind == kReduceScatter)
-    text += std::string(" (") + REDUCTIONS[detail & 3] + ")";
+  const bool reduces = kind == kAllReduce || kind == kReduceScatter || kind == kReduce;
+  if (reduces) text += std::string(" (") + REDUCTIONS[detail & 3] + ")";
   text += " of " + bytes;
-  if (kind == kBroadcast) text += " from rank " + std::to_string(detail);
-  if (kind == kAllReduce || kind == kReduceScatter || kind == kRowLinear)
-    text += std::string(" of ") + c10::toString(dtype);
+  if (kind == kBroadcast || kind == kScatter) text += " from rank " + std::to_string(detail);
+  if (kind == kGather) text += " to rank " + std::to_string(detail);
+  if (kind == kReduce) text += " to rank " + std::to_string(detail >> 2);
+  if (reduces || kind == kRowLinear) text += std::string(" of ") + c10::toString(dtype);
   return text;
 }
 
@@ -71,7 +84,7 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
     if (one_shot) {
       copy(ring_.local_slot(), here, n * size);
       post_and_wait(kAllReduce, dtype, detail, bytes);
-      reduce(dtype, reduction, terms(0, here), here, n);
+      tpkernels::reduce(dtype, reduction, terms(0, here), here, n);
       continue;
     }
     // Each rank reduces a share, of whole cache lines, and the others copy it.
@@ -81,12 +94,25 @@ void Collectives::all_reduce(char* data, int64_t count, c10::ScalarType dtype,
     copy(ring_.local_slot(), here, first(rank));
     copy(ring_.local_slot() + first(rank + 1), here + first(rank + 1), n * size - first(rank + 1));
     post_and_wait(kAllReduce, dtype, detail, bytes);
-    reduce(dtype, reduction, terms(first(rank), here + first(rank)), here + first(rank),
-           length(rank) / size);
+    tpkernels::reduce(dtype, reduction, terms(first(rank), here + first(rank)), here + first(rank),
+                      length(rank) / size);
     copy(ring_.local_slot() + first(rank), here + first(rank), length(rank));
     post_and_wait(kAllReduce, dtype, detail, bytes);
     for (int r = 0; r < ranks; r++)
       if (r != rank) copy(here + first(r), ring_.remote_slot(r) + first(r), length(r));
+  }
+}
+
+void Collectives::reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction,
+                         int root) {
+  const int64_t size = c10::elementSize(dtype), piece = piece_bytes_ / size;
+  const int detail = static_cast<int>(reduction) | root << 2;
+  for (int64_t begin = 0; begin < count; begin += piece) {
+    const int64_t n = std::min(piece, count - begin);
+    char* const here = data + begin * size;
+    if (ring_.rank() != root) copy(ring_.local_slot(), here, n * size);
+    post_and_wait(kReduce, dtype, detail, count * size);
+    if (ring_.rank() == root) tpkernels::reduce(dtype, reduction, terms(0, here), here, n);
   }
 }
 
@@ -100,8 +126,8 @@ void Collectives::reduce_scatter(char* out, const std::vector<const char*>& inpu
       if (r != rank)
         copy(ring_.local_slot() + r * piece * size, inputs[r] + begin * size, n * size);
     post_and_wait(kReduceScatter, dtype, static_cast<int>(reduction), count * size * ranks);
-    reduce(dtype, reduction, terms(rank * piece * size, inputs[rank] + begin * size),
-           out + begin * size, n);
+    tpkernels::reduce(dtype, reduction, terms(rank * piece * size, inputs[rank] + begin * size),
+                      out + begin * size, n);
   }
 }
 
@@ -124,6 +150,35 @@ void Collectives::broadcast(char* data, int64_t bytes, int root) {
     post_and_wait(kBroadcast, c10::ScalarType::Byte, root, bytes);
     if (ring_.rank() != root) copy(data + begin, ring_.remote_slot(root), n);
   }
+}
+
+void Collectives::gather(const std::vector<char*>& outs, const char* input, int64_t bytes,
+                         int root) {
+  const int rank = ring_.rank();
+  for (int64_t begin = 0; begin < bytes; begin += piece_bytes_) {
+    const int64_t n = std::min(piece_bytes_, bytes - begin);
+    if (rank != root) copy(ring_.local_slot(), input + begin, n);
+    post_and_wait(kGather, c10::ScalarType::Byte, root, bytes);
+    if (rank != root) continue;
+    for (int r = 0; r < ring_.size(); r++)
+      if (r != rank) copy(outs[r] + begin, ring_.remote_slot(r), n);
+  }
+  if (rank == root && outs[rank] != input) copy(outs[rank], input, bytes);
+}
+
+void Collectives::scatter(char* out, const std::vector<const char*>& inputs, int64_t bytes,
+                          int root) {
+  const int rank = ring_.rank();
+  const int64_t piece = std::max<int64_t>(1, piece_bytes_ / ring_.size() / LINE) * LINE;
+  for (int64_t begin = 0; begin < bytes; begin += piece) {
+    const int64_t n = std::min(piece, bytes - begin);
+    if (rank == root)
+      for (int r = 0; r < ring_.size(); r++)
+        if (r != rank) copy(ring_.local_slot() + r * piece, inputs[r] + begin, n);
+    post_and_wait(kScatter, c10::ScalarType::Byte, root, bytes);
+    if (rank != root) copy(out + begin, ring_.remote_slot(root) + rank * piece, n);
+  }
+  if (rank == root && inputs[rank] != out) copy(out, inputs[rank], bytes);
 }
 
 void Collectives::all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes,

@@ -21,14 +21,17 @@ class Collectives {
 
   // Sums in rank order, in opmath, and rounds once: the same bits on all ranks, whatever the size.
   void all_reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction);
+  // Only the root's `data` changes.
+  void reduce(char* data, int64_t count, c10::ScalarType dtype, Reduction reduction, int root);
   // out [count] = the reduction of every rank's inputs[this rank] [count].
-
   void reduce_scatter(char* out, const std::vector<const char*>& inputs, int64_t count,
                       c10::ScalarType dtype, Reduction reduction);
   void all_gather(const std::vector<char*>& outs, const char* input, int64_t bytes);
   void broadcast(char* data, int64_t bytes, int root);
+  // `outs` are the root's, one a rank, and empty elsewhere; likewise `inputs`.
+  void gather(const std::vector<char*>& outs, const char* input, int64_t bytes, int root);
+  void scatter(char* out, const std::vector<const char*>& inputs, int64_t bytes, int root);
   // inputs[r], of input_bytes[r], goes to rank r. outs[r], of out_bytes[r], comes from it.
-
   void all_to_all(const std::vector<char*>& outs, const std::vector<int64_t>& out_bytes,
                   const std::vector<const char*>& inputs, const std::vector<int64_t>& input_bytes);
   void barrier();

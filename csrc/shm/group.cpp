@@ -1,8 +1,11 @@
 #include "group.h"
 
 #include <ATen/ops/from_blob.h>
+#include <ATen/record_function.h>
 
 #include <algorithm>
+
+#include "python_threads.h"
 
 namespace tpkernels {
 
@@ -10,37 +13,33 @@ namespace {
 
 constexpr int64_t MAX_SLOT_BYTES = 8 << 20;
 
-class CompletedWork : public c10d::Work {
- public:
-  explicit CompletedWork(Tensors outputs) : outputs_(std::move(outputs)) { completed_ = true; }
-  bool wait(std::chrono::milliseconds) override { return true; }
-  Tensors result() override { return outputs_; }
-  c10::intrusive_ptr<c10::ivalue::Future> getFuture() override {
-    auto future =
-        c10::make_intrusive<c10::ivalue::Future>(c10::ListType::create(c10::TensorType::get()));
-    future->markCompleted(outputs_);
-    return future;
-  }
-
- private:
-  Tensors outputs_;
-};
-
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 }  // namespace
 
-WorkPointer completed_work(Tensors outputs) {
-  return c10::make_intrusive<CompletedWork>(std::move(outputs));
-}
-
 ShmGroup::ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
                    std::chrono::milliseconds timeout)
     : timeout(timeout),
+      process_(getpid()),
       segments_(store, rank, size, MAX_SLOT_BYTES),
       ring_(segments_.addresses(), segments_.processes(), rank, segments_.slot_bytes(),
-            segments_.oversubscribed(), &Collectives::describe),
-      collectives_(ring_, segments_.threads()) {}
+            segments_.oversubscribed(), &Collectives::describe, &check_signals),
+      collectives_(ring_, segments_.threads()),
+      queue_(std::make_shared<Queue>()) {}
+
+ShmGroup::~ShmGroup() {
+  if (getpid() != process_) return;  // the parent goes on, and the thread is the parent's
+  ring_.leave();
+  queue_->stop();
+}
+
+void ShmGroup::check_process() const {
+  const auto process = getpid();
+  TORCH_CHECK_WITH(DistBackendError, process == process_, "shm transport: process ", process,
+                   " was forked from process ", process_,
+                   ", whose group this is: it must not call "
+                   "its collectives; start a group in the child");
+}
 
 bool ShmGroup::belongs_to(c10d::ProcessGroup& group) const {
   const auto types = group.getDeviceTypes();
@@ -59,16 +58,18 @@ int64_t ShmGroup::max_rows(const at::Tensor& out) const {
 }
 
 StagedTerm ShmGroup::stage(const at::Tensor& out) {
-  auto lock = std::make_shared<Queue::Lock>(queue_);
+  check_process();
+  auto lock = std::make_shared<Queue::Guard>(*queue_);
   return {at::from_blob(ring_.local_slot(), out.sizes(), out.options()), std::move(lock)};
 }
 
 void ShmGroup::all_reduce(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) {
+  check_process();
   RECORD_FUNCTION("shm:all_reduce", std::vector<c10::IValue>());
   translate([&] {
     const auto dtype = out.scalar_type();
     if (!staged.lock) {  // `out` is not in the segment yet
-      const Queue::Lock lock(queue_);
+      const Queue::Guard guard(*queue_);
       collectives_.timeout = timeout;
       auto* const data = static_cast<char*>(out.data_ptr());
       return collectives_.all_reduce(data, out.numel(), dtype, Reduction::sum);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <ATen/ThreadLocalState.h>
-#include <ATen/record_function.h>
+#include <unistd.h>
 
 #include <chrono>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -19,23 +19,28 @@
 
 namespace tpkernels {
 
-using Tensors = std::vector<at::Tensor>;
 using WorkPointer = c10::intrusive_ptr<c10d::Work>;
 
-// The work of a collective that was done when its call returned.
-WorkPointer completed_work(Tensors outputs);
+// A call of a collective, as the backend gets it.
+struct Call {
+  c10d::OpType op;
+  const char* name;  // the profiler's
+  bool async;
+  std::chrono::milliseconds timeout;  // of each wait; 0: the group's
+  Tensors inputs;                     // the profiler shows their shapes
+  Tensors outputs;                    // the result of its work
+};
 
 class ShmGroup : public PeerAllReduce {
  public:
   ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
            std::chrono::milliseconds timeout);
-  ~ShmGroup() override { ring_.leave(); }
+  ~ShmGroup() override;
 
-  // Runs `body(collectives)` after everything that was called before it: now, or if `async` when
-  // somebody waits for it, or meanwhile. `limit` is the timeout of each wait, 0 the group's.
+  // Runs `body(collectives)` after everything that was called before it: now, or if the call is
+  // asynchronous when somebody waits for it, or meanwhile.
   template <typename F>
-  WorkPointer run(const char* name, bool async, std::chrono::milliseconds limit, Tensors outputs,
-                  F body);
+  WorkPointer run(Call call, F body);
 
   // PeerAllReduce
   bool belongs_to(c10d::ProcessGroup& group) const override;
@@ -52,11 +57,14 @@ class ShmGroup : public PeerAllReduce {
   // Raises the ring's errors as torch's.
   template <typename F>
   static void translate(const F& f);
+  // A forked child has the group's memory, but is none of its ranks.
+  void check_process() const;
 
+  const pid_t process_;
   const Segments segments_;
   Ring ring_;
   Collectives collectives_;
-  Queue queue_;
+  const std::shared_ptr<Queue> queue_;
 };
 
 template <typename F>
@@ -69,28 +77,31 @@ void ShmGroup::translate(const F& f) {
 }
 
 template <typename F>
-WorkPointer ShmGroup::run(const char* name, bool async, std::chrono::milliseconds limit,
-                          Tensors outputs, F body) {
-  const auto wait = limit > std::chrono::milliseconds(0) ? limit : timeout;
-  auto call = [this, name, wait, body = std::move(body)] {
+WorkPointer ShmGroup::run(Call call, F body) {
+  check_process();
+  const auto wait = call.timeout > std::chrono::milliseconds(0) ? call.timeout : timeout;
+  std::function<void()> run = [this, wait, body = std::move(body)] {
     const BelowAutograd below;
-    RECORD_FUNCTION(name, std::vector<c10::IValue>());
     translate([&] {
       collectives_.timeout = wait;
       body(collectives_);
     });
   };
-  if (!async) {
-    const Queue::Lock lock(queue_);
-    call();
-    return completed_work(std::move(outputs));
+  if (call.async) {
+    run = [run = std::move(run), state = at::ThreadLocalState()] {
+      const at::ThreadLocalStateGuard guard(state);
+      run();
+    };
   }
-  return queue_.push(
-      [call = std::move(call), state = at::ThreadLocalState()] {
-        const at::ThreadLocalStateGuard guard(state);
-        call();
-      },
-      std::move(outputs));
+  auto work = c10::make_intrusive<Queue::Work>(queue_, call.op, call.name, call.inputs,
+                                               std::move(call.outputs), std::move(run));
+  if (call.async) {
+    queue_->push(work);
+  } else {
+    queue_->run(*work);
+    if (const auto error = work->exception()) std::rethrow_exception(error);
+  }
+  return work;
 }
 
 }  // namespace tpkernels

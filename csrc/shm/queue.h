@@ -1,65 +1,89 @@
 // Runs the collectives of one group in the order of their calls. The caller runs them, or a thread
 // if the caller does something else.
+//
+// A work holds the group until the callbacks of its future have returned. What they call themselves
+// runs at once, before whatever was called after the work: so all ranks keep one order, whichever
+// thread ran the callbacks. It cannot be left for later, as a callback may wait for its future,
+// which runs nothing.
 #pragma once
 
 #include <condition_variable>
 #include <deque>
 #include <functional>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <torch/csrc/distributed/c10d/Work.hpp>
+#include <utility>
+#include <vector>
 
 namespace tpkernels {
 
-class Queue {
+using Tensors = std::vector<at::Tensor>;
+
+class Queue : public std::enable_shared_from_this<Queue> {
  public:
-  // An asynchronous collective. Whoever waits for it runs it, with what was called before it,
-  // unless the thread has begun.
+  // A collective. Whoever waits for it runs it, with what was called before it, unless another
+  // thread has begun.
   class Work : public c10d::Work {
    public:
-    Work(Queue& queue, std::function<void()> run, std::vector<at::Tensor> outputs);
+    // The profiler shows it as `name`, with the shapes of `inputs`.
+    Work(std::shared_ptr<Queue> queue, c10d::OpType op, const char* name, const Tensors& inputs,
+         Tensors outputs, std::function<void()> body);
     bool wait(std::chrono::milliseconds timeout) override;
-    std::vector<at::Tensor> result() override { return outputs_; }
-    c10::intrusive_ptr<c10::ivalue::Future> getFuture() override { return future_; }
+    Tensors result() override { return outputs_; }
+    c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
     void run();
 
    private:
-    Queue& queue_;
-    std::function<void()> run_;
-    std::vector<at::Tensor> outputs_;
-    c10::intrusive_ptr<c10::ivalue::Future> future_;
-  };
+    void settle(c10::ivalue::Future& future) const;
 
-  // A lock guard: nothing else of the group runs while one exists.
-  class Lock {
+    const std::shared_ptr<Queue> queue_;
+    const Tensors outputs_;
+    std::function<void()> body_;
+    // Made when somebody asks for it. Both are under the mutex of c10d's Work.
+    c10::intrusive_ptr<c10::ivalue::Future> future_;
+    bool settled_ = false;  // what asks from now on settles its future itself
+  };
+  using WorkPointer = c10::intrusive_ptr<Work>;
+
+  // Holds the group: what other threads call waits.
+  class Guard {
    public:
-    Lock() = default;
-    explicit Lock(Queue& queue) : queue_(&queue) { queue.begin(); }
-    Lock(Lock&& other) noexcept : queue_(std::exchange(other.queue_, nullptr)) {}
-    ~Lock() {
-      if (queue_) queue_->end();
-    }
+    explicit Guard(Queue& queue) : queue_(queue) { queue_.begin(); }
+    ~Guard() { queue_.end(); }
+    Guard(const Guard&) = delete;
 
    private:
-    Queue* queue_ = nullptr;
+    Queue& queue_;
   };
 
-  ~Queue();
-  c10::intrusive_ptr<c10d::Work> push(std::function<void()> run, std::vector<at::Tensor> outputs);
+  // Runs `work` now, after everything that was called before it. An error is left in it.
+  void run(Work& work);
+  // Runs `work` when somebody waits for it, or meanwhile; at once if this thread holds the group.
+  void push(WorkPointer work);
+  // Runs what is left, and ends the thread. Nothing may be called afterwards.
+  void stop();
 
  private:
+  using Lock = std::unique_lock<std::mutex>;
+
   void begin();
   void end();
-  // Runs what is queued until `done`.
+  void begin(Lock& lock);
+  void end(Lock& lock);
+  // Runs what is queued until `done`. It raises if `done` can never come.
   template <typename F>
-  void help(std::unique_lock<std::mutex>& lock, const F& done);
-  void run_front(std::unique_lock<std::mutex>& lock);
+  void help(Lock& lock, const F& done);
+  void run_front(Lock& lock);
   void serve();
 
   std::mutex mutex_;
   std::condition_variable changed_, pushed_;
-  std::deque<c10::intrusive_ptr<Work>> works_;
-  bool running_ = false, stopping_ = false;
+  std::deque<WorkPointer> works_;
+  std::thread::id owner_;  // holds the group
+  int depth_ = 0;          // guards within guards
+  bool stopping_ = false;
   std::thread thread_;  // from the first asynchronous collective on
 };
 

@@ -57,15 +57,14 @@ bool has_exited(int process) {
 }  // namespace
 
 Ring::Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t slot_bytes,
-           bool oversubscribed, std::string (*describe)(uint64_t))
+           bool oversubscribed, std::string (*describe)(uint64_t), void (*check_interrupt)())
     : segments_(std::move(segments)),
       processes_(std::move(processes)),
       rank_(rank),
       slot_bytes_(slot_bytes),
       spins_(oversubscribed ? 0 : SPINS),
-      describe_(describe) {}
-
-Ring::~Ring() { leave(); }
+      describe_(describe),
+      check_interrupt_(check_interrupt) {}
 
 void Ring::leave() {
   auto& own = header(rank_);
@@ -123,9 +122,16 @@ void Ring::wait_for(int rank, std::chrono::milliseconds timeout) {
     if (header(rank_).left.load(std::memory_order_acquire))
       fail(-1, "this rank has left the group");
     check_alive();
+    try {
+      check_interrupt_();
+    } catch (...) {
+      broken_ = "this rank was interrupted in " + current_step(rank_);
+      leave();
+      throw;
+    }
     if (Clock::now() - start > timeout) {
       fail(rank, "rank " + std::to_string(rank) + " did not come to " + current_step(rank_) +
-                     " within " + std::to_string(timeout.count()) +
+                     " within the timeout of " + std::to_string(timeout.count()) +
                      " ms; its process is alive, and may be doing something else, or be stuck");
     }
   }

@@ -55,10 +55,12 @@ class Ring {
 
   // `segments` are every rank's, zeroed but for the token. `processes` are their pidfds, -1 where
   // there is none to watch. `describe` puts a packed signature in words. `oversubscribed` says that
-  // there are more ranks than cores, so that spinning only keeps a peer from its work.
-  Ring(std::vector<char*> segments, std::vector<int> processes, int rank, int64_t slot_bytes,
-       bool oversubscribed, std::string (*describe)(uint64_t signature));
-  ~Ring();
+  // there are more ranks than cores, so that spinning only keeps a peer from its work. A rank that
+  // waits for long calls `check_interrupt`, which may raise.
+  Ring(
+      std::vector<char*> segments, std::vector<int> processes, int rank, int64_t slot_bytes,
+      bool oversubscribed, std::string (*describe)(uint64_t signature),
+      void (*check_interrupt)() = [] {});
   Ring(const Ring&) = delete;
 
   int rank() const { return rank_; }
@@ -94,6 +96,7 @@ class Ring {
   const int64_t slot_bytes_;
   const int spins_;
   std::string (*const describe_)(uint64_t);
+  void (*const check_interrupt_)();
   uint64_t step_ = 0;
   std::string broken_;
 };

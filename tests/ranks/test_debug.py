@@ -33,8 +33,9 @@ def disagreement(kind):
     "kind, differing",
     [("chunks", "chunk 0 of 2"), ("rows", "[255, 3]"), ("order", "all_gather for gather_output")],
 )
-def test_debug_names_the_ranks_that_disagree(pool, kind, differing):
-    messages = pool.run(2, disagreement, kind)
+@pytest.mark.parametrize("transport", ["pool", "shm_pool"])
+def test_debug_names_the_ranks_that_disagree(request, transport, kind, differing):
+    messages = request.getfixturevalue(transport).run(2, disagreement, kind)
     for message in messages:
         assert (
             "different collectives" in message

@@ -110,13 +110,32 @@ def stop(rank):
     dist.all_reduce(torch.ones(3))
 
 
+def interrupted(rank):
+    if rank == 1:
+        time.sleep(30)
+    try:
+        dist.all_reduce(torch.ones(3))
+    except KeyboardInterrupt:
+        raise RuntimeError("KeyboardInterrupt") from None
+
+
+def test_an_interrupt_ends_a_wait_within_a_second(tmp_path):
+    with ranks_of_their_own(2, interrupted, tmp_path / "store") as (processes, pipes):
+        pipes[0].send("go")
+        time.sleep(0.5)
+        os.kill(processes[0].pid, signal.SIGINT)
+        assert answer(pipes[0], 1) == "RuntimeError: KeyboardInterrupt"
+
+
 def test_a_silent_rank_is_named_after_the_timeout(tmp_path):
     with ranks_of_their_own(2, stop, tmp_path / "store", timeout=2) as (processes, pipes):
         for pipe in pipes:
             pipe.send("go")
         said = answer(pipes[0], 60)
         assert (
-            "rank 1 did not come to all_reduce (sum) of 12 bytes of Float within 2000 ms" in said
+            "rank 1 did not come to all_reduce (sum) of 12 bytes of Float "
+            "within the timeout of 2000 ms"
+            in said
             and "alive" in said
         )
         os.kill(processes[1].pid, signal.SIGCONT)
