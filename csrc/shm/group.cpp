@@ -2,8 +2,11 @@
 
 #include <ATen/ops/from_blob.h>
 #include <ATen/record_function.h>
+#include <pthread.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 
 #include "python_threads.h"
 
@@ -13,6 +16,15 @@ namespace {
 
 constexpr int64_t MAX_SLOT_BYTES = 8 << 20;
 
+// Counts the forks that led to this process. A call of getpid would cost each collective a system
+// call.
+int forks() {
+  static std::atomic<int> count = 0;
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { count++; });
+  TORCH_INTERNAL_ASSERT(registered == 0);
+  return count.load(std::memory_order_relaxed);
+}
+
 void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 }  // namespace
@@ -20,7 +32,7 @@ void* data_or_null(const at::Tensor& t) { return t.defined() ? t.data_ptr() : nu
 ShmGroup::ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int size,
                    std::chrono::milliseconds timeout)
     : timeout(timeout),
-      process_(getpid()),
+      forks_(forks()),
       segments_(store, rank, size, MAX_SLOT_BYTES),
       ring_(segments_.addresses(), segments_.processes(), rank, segments_.slot_bytes(),
             segments_.oversubscribed(), &Collectives::describe, &check_signals),
@@ -28,17 +40,15 @@ ShmGroup::ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int s
       queue_(std::make_shared<Queue>()) {}
 
 ShmGroup::~ShmGroup() {
-  if (getpid() != process_) return;  // the parent goes on, and the thread is the parent's
+  if (forks() != forks_) return;  // the parent goes on, and the thread is the parent's
   ring_.leave();
   queue_->stop();
 }
 
 void ShmGroup::check_process() const {
-  const auto process = getpid();
-  TORCH_CHECK_WITH(DistBackendError, process == process_, "shm transport: process ", process,
-                   " was forked from process ", process_,
-                   ", whose group this is: it must not call "
-                   "its collectives; start a group in the child");
+  TORCH_CHECK_WITH(DistBackendError, forks() == forks_, "shm transport: this process (", getpid(),
+                   ") was forked from the rank whose group this is: it must not call its "
+                   "collectives; start a group in the child");
 }
 
 bool ShmGroup::belongs_to(c10d::ProcessGroup& group) const {

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <ATen/ThreadLocalState.h>
-#include <unistd.h>
 
 #include <chrono>
 #include <torch/csrc/distributed/c10d/Backend.hpp>
@@ -27,8 +26,8 @@ struct Call {
   const char* name;  // the profiler's
   bool async;
   std::chrono::milliseconds timeout;  // of each wait; 0: the group's
-  Tensors inputs;                     // the profiler shows their shapes
-  Tensors outputs;                    // the result of its work
+  const Tensors& inputs;              // the profiler shows their shapes
+  const Tensors& outputs;             // the result of its work
 };
 
 class ShmGroup : public PeerAllReduce {
@@ -40,7 +39,7 @@ class ShmGroup : public PeerAllReduce {
   // Runs `body(collectives)` after everything that was called before it: now, or if the call is
   // asynchronous when somebody waits for it, or meanwhile.
   template <typename F>
-  WorkPointer run(Call call, F body);
+  WorkPointer run(const Call& call, F body);
 
   // PeerAllReduce
   bool belongs_to(c10d::ProcessGroup& group) const override;
@@ -60,7 +59,7 @@ class ShmGroup : public PeerAllReduce {
   // A forked child has the group's memory, but is none of its ranks.
   void check_process() const;
 
-  const pid_t process_;
+  const int forks_;  // of the process and its parents when the group was made
   const Segments segments_;
   Ring ring_;
   Collectives collectives_;
@@ -77,30 +76,33 @@ void ShmGroup::translate(const F& f) {
 }
 
 template <typename F>
-WorkPointer ShmGroup::run(Call call, F body) {
+WorkPointer ShmGroup::run(const Call& call, F body) {
   check_process();
   const auto wait = call.timeout > std::chrono::milliseconds(0) ? call.timeout : timeout;
-  std::function<void()> run = [this, wait, body = std::move(body)] {
+  auto run = [this, wait, body = std::move(body)] {
     const BelowAutograd below;
     translate([&] {
       collectives_.timeout = wait;
       body(collectives_);
     });
   };
-  if (call.async) {
-    run = [run = std::move(run), state = at::ThreadLocalState()] {
-      const at::ThreadLocalStateGuard guard(state);
-      run();
-    };
-  }
-  auto work = c10::make_intrusive<Queue::Work>(queue_, call.op, call.name, call.inputs,
-                                               std::move(call.outputs), std::move(run));
-  if (call.async) {
-    queue_->push(work);
-  } else {
-    queue_->run(*work);
+  if (!call.async) {
+    auto work =
+        c10::make_intrusive<Queue::Work>(queue_, call.op, call.name, call.inputs, call.outputs);
+    {
+      const Queue::Guard guard(*queue_);
+      work->run(run);
+    }
     if (const auto error = work->exception()) std::rethrow_exception(error);
+    return work;
   }
+  auto work =
+      c10::make_intrusive<Queue::Work>(queue_, call.op, call.name, call.inputs, call.outputs,
+                                       [run = std::move(run), state = at::ThreadLocalState()] {
+                                         const at::ThreadLocalStateGuard guard(state);
+                                         run();
+                                       });
+  queue_->push(work);
   return work;
 }
 

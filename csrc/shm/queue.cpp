@@ -19,14 +19,7 @@ Queue::Work::Work(std::shared_ptr<Queue> queue, c10d::OpType op, const char* nam
       outputs_(std::move(outputs)),
       body_(std::move(body)) {}
 
-void Queue::Work::run() {
-  std::exception_ptr error;
-  try {
-    body_();
-  } catch (...) {
-    error = std::current_exception();
-  }
-  body_ = nullptr;
+void Queue::Work::complete(const std::exception_ptr& error) {
   // Before the callbacks, which may wait for this work.
   finish(error);
   c10::intrusive_ptr<c10::ivalue::Future> future;
@@ -69,17 +62,12 @@ bool Queue::Work::wait(std::chrono::milliseconds /*timeout: that of the collecti
   return true;
 }
 
-void Queue::run(Work& work) {
-  const Guard guard(*this);
-  work.run();
-}
-
 void Queue::push(WorkPointer work) {
   {
     Lock lock(mutex_);
     if (owner_ == std::this_thread::get_id()) {
       lock.unlock();
-      return run(*work);
+      return work->run(std::exchange(work->body_, nullptr));
     }
     works_.push_back(std::move(work));
     if (!thread_.joinable()) thread_ = std::thread([self = shared_from_this()] { self->serve(); });
@@ -153,7 +141,7 @@ void Queue::run_front(Lock& lock) {
   owner_ = std::this_thread::get_id();
   depth_++;
   lock.unlock();
-  work->run();
+  work->run(std::exchange(work->body_, nullptr));
   // Its tensors may need the interpreter, whose lock another thread may hold that waits for ours.
   work.reset();
   lock.lock();

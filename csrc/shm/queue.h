@@ -29,13 +29,25 @@ class Queue : public std::enable_shared_from_this<Queue> {
    public:
     // The profiler shows it as `name`, with the shapes of `inputs`.
     Work(std::shared_ptr<Queue> queue, c10d::OpType op, const char* name, const Tensors& inputs,
-         Tensors outputs, std::function<void()> body);
+         Tensors outputs, std::function<void()> body = nullptr);
     bool wait(std::chrono::milliseconds timeout) override;
     Tensors result() override { return outputs_; }
     c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
-    void run();
+    // Runs `body` as this work, in the caller's hold of the group. An error is left in the work.
+    template <typename F>
+    void run(const F& body) {
+      std::exception_ptr error;
+      try {
+        body();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      complete(error);
+    }
 
    private:
+    friend class Queue;
+    void complete(const std::exception_ptr& error);
     void settle(c10::ivalue::Future& future) const;
 
     const std::shared_ptr<Queue> queue_;
@@ -58,8 +70,6 @@ class Queue : public std::enable_shared_from_this<Queue> {
     Queue& queue_;
   };
 
-  // Runs `work` now, after everything that was called before it. An error is left in it.
-  void run(Work& work);
   // Runs `work` when somebody waits for it, or meanwhile; at once if this thread holds the group.
   void push(WorkPointer work);
   // Runs what is left, and ends the thread. Nothing may be called afterwards.
