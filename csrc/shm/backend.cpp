@@ -124,17 +124,9 @@ class ShmBackend : public c10d::Backend {
     const auto& input = only_one(inputs, "gather");
     check_readable(input, "gather");
     check_root(options.rootRank, 0, getSize(), "gather");
-    const bool is_root = options.rootRank == getRank();
-    if (is_root) {
-      check_lists(outputs, getSize(), "gather", "outputs");
-      for (const auto& out : outputs[0]) check_writable(out, "gather");
-      TORCH_CHECK_VALUE(all_like(outputs[0], input), "gather's outputs must have the input's ",
-                        input.numel(), " elements of ", input.scalar_type(), " each");
-    } else {
-      TORCH_CHECK_VALUE(outputs.empty(), "gather: rank ", getRank(),
-                        " is not the root, and takes no outputs");
-    }
-    const Tensors outs = is_root ? outputs[0] : Tensors();
+    const auto outs =
+        list_of_root(outputs, options.rootRank == getRank(), input, getSize(), "gather", "outputs");
+    for (const auto& out : outs) check_writable(out, "gather");
     return start(OpType::GATHER, "shm:gather", options, inputs, outs,
                  [input, outs, root = static_cast<int>(options.rootRank)](Collectives& c) {
                    const Memories out(outs.begin(), outs.end());
@@ -149,17 +141,9 @@ class ShmBackend : public c10d::Backend {
     const auto& output = only_one(outputs, "scatter");
     check_writable(output, "scatter");
     check_root(options.rootRank, 0, getSize(), "scatter");
-    const bool is_root = options.rootRank == getRank();
-    if (is_root) {
-      check_lists(inputs, getSize(), "scatter", "inputs");
-      for (const auto& input : inputs[0]) check_readable(input, "scatter");
-      TORCH_CHECK_VALUE(all_like(inputs[0], output), "scatter's inputs must have the output's ",
-                        output.numel(), " elements of ", output.scalar_type(), " each");
-    } else {
-      TORCH_CHECK_VALUE(inputs.empty(), "scatter: rank ", getRank(),
-                        " is not the root, and takes no inputs");
-    }
-    const Tensors ins = is_root ? inputs[0] : Tensors();
+    const auto ins =
+        list_of_root(inputs, options.rootRank == getRank(), output, getSize(), "scatter", "inputs");
+    for (const auto& input : ins) check_readable(input, "scatter");
     return start(OpType::SCATTER, "shm:scatter", options, ins, outputs,
                  [output, ins, root = static_cast<int>(options.rootRank)](Collectives& c) {
                    const ContiguousMemory memory(output);
@@ -268,28 +252,20 @@ class ShmBackend : public c10d::Backend {
   WorkPointer on_gloo(OpType op, const char* name, const Tensors& written, const Tensors& read,
                       const F& call) {
     sequence_number_++;
-    const auto contiguous = [](const Tensors& tensors) {
-      Tensors copies;
-      for (const auto& t : tensors) copies.push_back(t.contiguous());
-      return copies;
-    };
-    Tensors memory = contiguous(written), sent = contiguous(read);
-    auto work = call(memory, sent);
+    Memories written_memory(written.begin(), written.end()), read_memory(read.begin(), read.end());
+    auto contiguous = memory_of(written_memory), sent = memory_of(read_memory);
+    auto work = call(contiguous, sent);
     return c10::make_intrusive<GlooWork>(op, name, written.empty() ? read : written,
-                                         std::move(work), written, std::move(memory),
-                                         std::move(sent));
+                                         std::move(work), std::move(written_memory),
+                                         std::move(read_memory));
   }
 
   template <typename Options>
   WorkPointer reduce_all(OpType op, const char* name, Tensors& tensors, const Options& options) {
     TORCH_CHECK_VALUE(!tensors.empty(), name, " takes at least one tensor");
-    std::vector<Reduction> reductions;
-    for (const auto& t : tensors) {
-      check_writable(t, name);
-      if (const auto reduction = reduction_of(options.reduceOp, t))
-        reductions.push_back(*reduction);
-    }
-    if (reductions.size() < tensors.size())
+    for (const auto& t : tensors) check_writable(t, name);
+    const auto reductions = reductions_of(options.reduceOp, tensors);
+    if (!reductions)
       return on_gloo(op, "shm:all_reduce", tensors, {}, [&](Tensors& written, Tensors&) {
         if constexpr (std::is_same_v<Options, c10d::AllreduceOptions>)
           return fallback_->allreduce(written, options);
@@ -297,7 +273,7 @@ class ShmBackend : public c10d::Backend {
           return fallback_->allreduce_coalesced(written, options);
       });
     return start(op, "shm:all_reduce", options, tensors, tensors,
-                 [tensors, reductions](Collectives& c) {
+                 [tensors, reductions = *reductions](Collectives& c) {
                    for (size_t i = 0; i < tensors.size(); i++) {
                      const ContiguousMemory memory(tensors[i]);
                      c.all_reduce(memory.data(), tensors[i].numel(), tensors[i].scalar_type(),
@@ -311,12 +287,7 @@ class ShmBackend : public c10d::Backend {
                          const c10d::AllgatherOptions& options) {
     check_pairs(outputs, inputs, "all_gather");
     for (size_t i = 0; i < inputs.size(); i++)
-      TORCH_CHECK_VALUE(outputs[i].numel() == inputs[i].numel() * getSize() &&
-                            outputs[i].scalar_type() == inputs[i].scalar_type(),
-                        "all_gather's output must have ", getSize(),
-                        " times the input's elements, and its dtype; got ", outputs[i].sizes(),
-                        " of ", outputs[i].scalar_type(), " for ", inputs[i].sizes(), " of ",
-                        inputs[i].scalar_type());
+      check_whole(outputs[i], inputs[i], getSize(), "all_gather's output", "input's");
     return start(op, name, options, inputs, outputs,
                  [inputs, outputs, size = getSize()](Collectives& c) {
                    for (size_t i = 0; i < inputs.size(); i++) {
@@ -332,18 +303,10 @@ class ShmBackend : public c10d::Backend {
   WorkPointer scatter_sums(OpType op, Tensors& outputs, Tensors& inputs,
                            const c10d::ReduceScatterOptions& options) {
     check_pairs(outputs, inputs, "reduce_scatter");
-    std::vector<Reduction> reductions;
-    for (size_t i = 0; i < inputs.size(); i++) {
-      TORCH_CHECK_VALUE(inputs[i].numel() == outputs[i].numel() * getSize() &&
-                            outputs[i].scalar_type() == inputs[i].scalar_type(),
-                        "reduce_scatter's input must have ", getSize(),
-                        " times the output's elements, and its dtype; got ", inputs[i].sizes(),
-                        " of ", inputs[i].scalar_type(), " for ", outputs[i].sizes(), " of ",
-                        outputs[i].scalar_type());
-      if (const auto reduction = reduction_of(options.reduceOp, outputs[i]))
-        reductions.push_back(*reduction);
-    }
-    if (reductions.size() < inputs.size())
+    for (size_t i = 0; i < inputs.size(); i++)
+      check_whole(inputs[i], outputs[i], getSize(), "reduce_scatter's input", "output's");
+    const auto reductions = reductions_of(options.reduceOp, outputs);
+    if (!reductions)
       return on_gloo(op, "shm:reduce_scatter", outputs, inputs,
                      [&](Tensors& written, Tensors& read) {
                        if (op == OpType::_REDUCE_SCATTER_BASE)
@@ -351,7 +314,7 @@ class ShmBackend : public c10d::Backend {
                        return fallback_->reduce_scatter_tensor_coalesced(written, read, options);
                      });
     return start(op, "shm:reduce_scatter", options, inputs, outputs,
-                 [inputs, outputs, reductions, size = getSize()](Collectives& c) {
+                 [inputs, outputs, reductions = *reductions, size = getSize()](Collectives& c) {
                    for (size_t i = 0; i < inputs.size(); i++) {
                      const ContiguousMemory in(inputs[i]);
                      std::vector<const char*> terms(size);

@@ -5,18 +5,15 @@
 namespace tpkernels {
 
 GlooWork::GlooWork(c10d::OpType op, const char* name, const Tensors& inputs,
-                   c10::intrusive_ptr<c10d::Work> work, Tensors written, Tensors memory,
-                   Tensors sent)
+                   c10::intrusive_ptr<c10d::Work> work, Memories written, Memories sent)
     : c10d::Work(-1, op, name, inputs),
       work_(std::move(work)),
       written_(std::move(written)),
-      memory_(std::move(memory)),
       sent_(std::move(sent)) {}
 
 void GlooWork::complete() {
   std::call_once(completed_once_, [this] {
-    for (size_t i = 0; i < written_.size(); i++)
-      if (!memory_[i].is_same(written_[i])) written_[i].copy_(memory_[i]);
+    write_back(written_);
     finish();
   });
 }
@@ -33,9 +30,11 @@ bool GlooWork::wait(std::chrono::milliseconds timeout) {
   return done;
 }
 
-std::vector<at::Tensor> GlooWork::result() {
-  complete();
-  return written_.empty() ? work_->result() : written_;
+Tensors GlooWork::result() {
+  if (written_.empty()) return work_->result();
+  Tensors all;
+  for (const auto& memory : written_) all.push_back(memory.tensor());
+  return all;
 }
 
 c10::intrusive_ptr<c10::ivalue::Future> GlooWork::getFuture() {
@@ -45,7 +44,7 @@ c10::intrusive_ptr<c10::ivalue::Future> GlooWork::getFuture() {
       [self](c10::ivalue::Future& future) -> c10::IValue {
         if (future.hasError()) std::rethrow_exception(future.exception_ptr());
         self->complete();
-        return self->written_.empty() ? future.value() : c10::IValue(self->written_);
+        return self->written_.empty() ? future.value() : c10::IValue(self->result());
       },
       inner->elementType());
 }

@@ -2,18 +2,18 @@
 // results copied to tensors that are not contiguous.
 #pragma once
 
+#include <mutex>
 #include <torch/csrc/distributed/c10d/Work.hpp>
-#include <vector>
+
+#include "tensors.h"
 
 namespace tpkernels {
 
-using Tensors = std::vector<at::Tensor>;
-
 class GlooWork : public c10d::Work {
  public:
-  // When `work` is done, `memory` goes to `written` where the two differ; `sent` lives until then.
+  // When `work` is done, what it wrote goes to the tensors of `written`; `sent` lives until then.
   GlooWork(c10d::OpType op, const char* name, const Tensors& inputs,
-           c10::intrusive_ptr<c10d::Work> work, Tensors written, Tensors memory, Tensors sent);
+           c10::intrusive_ptr<c10d::Work> work, Memories written, Memories sent);
   bool isCompleted() override;
   bool isSuccess() const override { return work_->isSuccess(); }
   std::exception_ptr exception() const override { return work_->exception(); }
@@ -21,7 +21,7 @@ class GlooWork : public c10d::Work {
   bool wait(std::chrono::milliseconds timeout) override;
   void synchronize() override { wait(kNoTimeout); }
   void abort() override { work_->abort(); }
-  std::vector<at::Tensor> result() override;
+  Tensors result() override;
   c10::intrusive_ptr<c10::ivalue::Future> getFuture() override;
 
  private:
@@ -29,7 +29,7 @@ class GlooWork : public c10d::Work {
   void complete();
 
   const c10::intrusive_ptr<c10d::Work> work_;
-  const Tensors written_, memory_, sent_;
+  const Memories written_, sent_;
   std::once_flag completed_once_;
 };
 

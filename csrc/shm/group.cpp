@@ -74,11 +74,11 @@ StagedTerm ShmGroup::stage(const at::Tensor& out) {
 }
 
 void ShmGroup::all_reduce(StagedTerm staged, const at::Tensor& out, const Epilogue& epilogue) {
-  check_process();
   RECORD_FUNCTION("shm:all_reduce", std::vector<c10::IValue>());
   translate([&] {
     const auto dtype = out.scalar_type();
     if (!staged.lock) {  // `out` is not in the segment yet
+      check_process();
       const Queue::Guard guard(*queue_);
       collectives_.timeout = timeout;
       auto* const data = static_cast<char*>(out.data_ptr());

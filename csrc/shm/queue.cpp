@@ -67,7 +67,7 @@ void Queue::push(WorkPointer work) {
     Lock lock(mutex_);
     if (owner_ == std::this_thread::get_id()) {
       lock.unlock();
-      return work->run(std::exchange(work->body_, nullptr));
+      return work->run();
     }
     works_.push_back(std::move(work));
     if (!thread_.joinable()) thread_ = std::thread([self = shared_from_this()] { self->serve(); });
@@ -97,15 +97,6 @@ void Queue::stop() {
 
 void Queue::begin() {
   Lock lock(mutex_);
-  begin(lock);
-}
-
-void Queue::end() {
-  Lock lock(mutex_);
-  end(lock);
-}
-
-void Queue::begin(Lock& lock) {
   const auto self = std::this_thread::get_id();
   if (owner_ != self) {
     help(lock, [&] { return owner_ == std::thread::id() && works_.empty(); });
@@ -114,7 +105,12 @@ void Queue::begin(Lock& lock) {
   depth_++;
 }
 
-void Queue::end(Lock& /*held*/) {
+void Queue::end() {
+  const Lock lock(mutex_);
+  release();
+}
+
+void Queue::release() {
   if (--depth_ == 0) owner_ = std::thread::id();
   changed_.notify_all();
 }
@@ -141,11 +137,11 @@ void Queue::run_front(Lock& lock) {
   owner_ = std::this_thread::get_id();
   depth_++;
   lock.unlock();
-  work->run(std::exchange(work->body_, nullptr));
+  work->run();
   // Its tensors may need the interpreter, whose lock another thread may hold that waits for ours.
   work.reset();
   lock.lock();
-  end(lock);
+  release();
 }
 
 void Queue::serve() {

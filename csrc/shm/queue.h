@@ -15,11 +15,10 @@
 #include <thread>
 #include <torch/csrc/distributed/c10d/Work.hpp>
 #include <utility>
-#include <vector>
+
+#include "tensors.h"
 
 namespace tpkernels {
-
-using Tensors = std::vector<at::Tensor>;
 
 class Queue : public std::enable_shared_from_this<Queue> {
  public:
@@ -45,8 +44,10 @@ class Queue : public std::enable_shared_from_this<Queue> {
       complete(error);
     }
 
+    // Runs what it was made with.
+    void run() { run(std::exchange(body_, nullptr)); }
+
    private:
-    friend class Queue;
     void complete(const std::exception_ptr& error);
     void settle(c10::ivalue::Future& future) const;
 
@@ -80,8 +81,8 @@ class Queue : public std::enable_shared_from_this<Queue> {
 
   void begin();
   void end();
-  void begin(Lock& lock);
-  void end(Lock& lock);
+  // Ends one guard, with the mutex held.
+  void release();
   // Runs what is queued until `done`. It raises if `done` can never come.
   template <typename F>
   void help(Lock& lock, const F& done);

@@ -28,6 +28,23 @@ std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor
   }
 }
 
+std::optional<std::vector<Reduction>> reductions_of(const c10d::ReduceOp& op,
+                                                    const Tensors& tensors) {
+  std::vector<Reduction> all;
+  for (const auto& t : tensors) {
+    const auto reduction = reduction_of(op, t);
+    if (!reduction) return std::nullopt;
+    all.push_back(*reduction);
+  }
+  return all;
+}
+
+Tensors memory_of(const Memories& memories) {
+  Tensors all;
+  for (const auto& memory : memories) all.push_back(memory.memory());
+  return all;
+}
+
 std::vector<int64_t> sizes_in_bytes(const Memories& memories) {
   std::vector<int64_t> all;
   for (const auto& memory : memories) all.push_back(memory.bytes());
@@ -77,12 +94,33 @@ void check_lists(const std::vector<Tensors>& lists, int size, const char* op, co
                     lists.size() == 1 ? std::to_string(lists[0].size()) : std::string());
 }
 
+Tensors list_of_root(const std::vector<Tensors>& lists, bool is_root, const at::Tensor& like,
+                     int size, const char* op, const char* what) {
+  if (!is_root) {
+    TORCH_CHECK_VALUE(lists.empty(), op, ": this rank is not the root, and takes no ", what);
+    return {};
+  }
+  check_lists(lists, size, op, what);
+  TORCH_CHECK_VALUE(all_like(lists[0], like), op, "'s ", what, " must have ", like.numel(),
+                    " elements of ", like.scalar_type(), " each, as the root's other tensor");
+  return lists[0];
+}
+
 void check_pairs(const Tensors& outputs, const Tensors& inputs, const char* op) {
   TORCH_CHECK_VALUE(inputs.size() == outputs.size() && !inputs.empty(), op,
                     " takes as many outputs as inputs, got ", outputs.size(), " and ",
                     inputs.size());
   for (const auto& t : inputs) check_readable(t, op);
   for (const auto& t : outputs) check_writable(t, op);
+}
+
+void check_whole(const at::Tensor& whole, const at::Tensor& shard, int size, const char* whole_name,
+                 const char* shard_name) {
+  TORCH_CHECK_VALUE(
+      whole.numel() == shard.numel() * size && whole.scalar_type() == shard.scalar_type(),
+      whole_name, " must have ", size, " times the ", shard_name, " elements, and its dtype; got ",
+      whole.sizes(), " of ", whole.scalar_type(), " for ", shard.sizes(), " of ",
+      shard.scalar_type());
 }
 
 }  // namespace tpkernels

@@ -19,6 +19,8 @@ class ContiguousMemory {
  public:
   explicit ContiguousMemory(const at::Tensor& tensor)
       : tensor_(tensor), memory_(tensor.contiguous()) {}
+  const at::Tensor& tensor() const { return tensor_; }
+  const at::Tensor& memory() const { return memory_; }
   char* data() const { return static_cast<char*>(memory_.data_ptr()); }
   int64_t bytes() const { return memory_.nbytes(); }
   void write_back() const {
@@ -38,11 +40,15 @@ std::vector<T> addresses(const Memories& memories) {
   return all;
 }
 
+Tensors memory_of(const Memories& memories);
 std::vector<int64_t> sizes_in_bytes(const Memories& memories);
 void write_back(const Memories& memories);
 
 // The reduction that shm does itself, or nullopt: gloo does it, or says why not.
 std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor& tensor);
+// Every tensor's, or nullopt if gloo has to do any of them.
+std::optional<std::vector<Reduction>> reductions_of(const c10d::ReduceOp& op,
+                                                    const Tensors& tensors);
 
 void check_readable(const at::Tensor& tensor, const char* op);
 void check_writable(const at::Tensor& tensor, const char* op);
@@ -51,7 +57,13 @@ const at::Tensor& only_one(const Tensors& tensors, const char* op);
 bool all_like(const Tensors& tensors, const at::Tensor& like);
 void check_root(int64_t rank, int64_t tensor, int size, const char* op);
 void check_lists(const std::vector<Tensors>& lists, int size, const char* op, const char* what);
+// The root's list of one tensor a rank, each like `like`; the other ranks pass none.
+Tensors list_of_root(const std::vector<Tensors>& lists, bool is_root, const at::Tensor& like,
+                     int size, const char* op, const char* what);
 // Takes as many outputs as inputs, each of them usable.
 void check_pairs(const Tensors& outputs, const Tensors& inputs, const char* op);
+// `whole` has `size` times the elements of `shard`, and its dtype.
+void check_whole(const at::Tensor& whole, const at::Tensor& shard, int size, const char* whole_name,
+                 const char* shard_name);
 
 }  // namespace tpkernels

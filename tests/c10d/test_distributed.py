@@ -33,15 +33,15 @@ NOT_ON_CPU = {
         "test_DistributedDataParallel_SyncBatchNorm_No_Affine",
         "test_DistributedDataParallel_SyncBatchNorm_Single_Input_Per_Process",
         "test_DistributedDataParallel_SyncBatchNorm_half",
+        "test_ddp_inference",
+        "test_ddp_uneven_inputs_stop_iteration_sync_bn",
         "test_sync_bn_logged",
     ),
-    "needs a GPU: it uses a device's events, streams or number": (
-        "test_average_parameters",
+    "needs a GPU: it uses a device's events, index or name": (
         "test_ddp_apply_optim_in_backward",
         "test_ddp_apply_optim_in_backward_grad_as_bucket_view_false",
         "test_ddp_apply_optim_in_backward_ignored_params",
         "test_ddp_device",
-        "test_ddp_inference",
         "test_ddp_logging_data_gpu",
         "test_ddp_native_mixed_precision_grad_as_bucket_view_no_set_grad_none",
         "test_ddp_native_mixed_precision_grad_as_bucket_view_set_grad_to_none",
@@ -50,13 +50,11 @@ NOT_ON_CPU = {
         "test_stateless_api_with_ddp",
     ),
     "needs NCCL": (
+        "test_average_parameters",
         "test_monitored_barrier_allreduce_hang",
         "test_monitored_barrier_allreduce_hang_wait_all_ranks",
     ),
-    "needs a GPU: its models take more than 100 s on CPUs": (
-        "test_ddp_uneven_inputs",
-        "test_ddp_uneven_inputs_stop_iteration_sync_bn",
-    ),
+    "needs a GPU: on CPUs it does not end within 100 s": ("test_ddp_uneven_inputs",),
 }
 
 
