@@ -20,6 +20,7 @@
 //   rotary                                  rotary.cpp of composite/ and cpu/, Triton
 //   autocast_to                             composite/autocast.cpp
 //
+// checks/   each op's checks of its arguments, in front of all of its implementations
 // engine/   ops that communicate, on CPUs and GPUs
 // composite/   any device, in ATen calls
 // cpu/   vectorised; cpu/kernels/ has the loops, a file of the same name

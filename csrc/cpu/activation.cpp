@@ -33,11 +33,8 @@ struct Inputs {
 };
 
 Inputs packed(const at::Tensor& input, const OptionalTensor& bias, bool gated) {
-  checked_dtype(input);
-  const auto x = strided_rows(input), b = opmath_vector(bias, x.size(1), input, "bias");
+  const auto x = strided_rows(input), b = opmath_vector(bias, input);
   if (!gated) return {x, {}, b, {}};
-  TORCH_CHECK_VALUE(x.size(1) % 2 == 0,
-                    "a gated activation splits the last dimension in two, got size ", x.size(1));
   const int64_t half = x.size(1) / 2;
   Inputs in{x.narrow(1, 0, half), x.narrow(1, half, half), {}, {}};
   if (b.defined()) in.gate_bias = b.narrow(0, 0, half), in.up_bias = b.narrow(0, half, half);
@@ -46,10 +43,8 @@ Inputs packed(const at::Tensor& input, const OptionalTensor& bias, bool gated) {
 
 Inputs separate(const at::Tensor& gate, const at::Tensor& up, const OptionalTensor& gate_bias,
                 const OptionalTensor& up_bias) {
-  const int64_t columns = gate.size(-1);
-  return {strided_rows(gate), matching_rows(up, gate.sizes(), checked_dtype(gate), "up"),
-          opmath_vector(gate_bias, columns, gate, "gate_bias"),
-          opmath_vector(up_bias, columns, gate, "up_bias")};
+  return {strided_rows(gate), strided_rows(up, gate.scalar_type()), opmath_vector(gate_bias, gate),
+          opmath_vector(up_bias, gate)};
 }
 
 at::Tensor forward(const Inputs& in, at::IntArrayRef leading, Activation activation) {
@@ -105,7 +100,7 @@ std::vector<at::Tensor> bias_act_backward(const at::Tensor& grad, const at::Tens
   const auto in = packed(input, bias, gated);
   auto shape = input.sizes().vec();
   shape.back() = in.gate.size(1);
-  const auto dy = matching_rows(grad, shape, in.gate.scalar_type(), "grad");
+  const auto dy = strided_rows(grad, in.gate.scalar_type());
   const int64_t width = input.size(-1);
   const auto dx = at::empty({dy.size(0), width}, input.options());
   const auto sums = backward(in, dy, dx.narrow(1, 0, shape.back()),
@@ -124,7 +119,7 @@ std::vector<at::Tensor> gated_act_backward(const at::Tensor& grad, const at::Ten
   if (composite_is_faster(name))
     return composite::gated_act_backward(grad, gate, up, gate_bias, up_bias, name, bias_grad);
   const auto in = separate(gate, up, gate_bias, up_bias);
-  const auto dy = matching_rows(grad, gate.sizes(), gate.scalar_type(), "grad");
+  const auto dy = strided_rows(grad, gate.scalar_type());
   const int64_t columns = dy.size(1);
   const auto dgate = at::empty({dy.size(0), columns}, gate.options()), dup = at::empty_like(dgate);
   const auto sums = backward(in, dy, dgate, dup, parse_activation(name).function, bias_grad);

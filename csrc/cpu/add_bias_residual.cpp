@@ -11,10 +11,9 @@ namespace {
 void add_bias_residual_(const at::Tensor& self, const at::Tensor& bias,
                         const at::Tensor& residual) {
   BelowAutograd guard;
-  const auto dtype = checked_dtype(self);
-  TORCH_CHECK_VALUE(self.is_contiguous(), "self must be contiguous");
-  const auto y = as_rows(self), rest = matching_rows(residual, self.sizes(), dtype, "residual");
-  const auto b = opmath_vector(bias, y.size(1), self, "bias");
+  const auto dtype = self.scalar_type();
+  const auto y = as_rows(self), rest = strided_rows(residual, dtype);
+  const auto b = opmath_vector(bias, self);
   const auto kernel = TPKERNELS_KERNEL(add_bias_residual);
   for_rows(y.size(0), y.size(1), [&](int64_t row, int64_t last) {
     kernel(dtype, y.size(1), rows_at(y), data_of(b), rows_at(rest), row, last);

@@ -7,14 +7,8 @@ namespace tpkernels {
 
 namespace {
 
-void check_logits(const at::Tensor& logits) {
-  TORCH_CHECK_VALUE(logits.dim() == 2, "logits must be of shape [M, V], got ", logits.sizes());
-}
-
 // Contiguous int64 columns of this rank's logits: [M].
-at::Tensor local_target(const at::Tensor& target, int64_t vocab_start_index, int64_t rows) {
-  TORCH_CHECK_VALUE(target.dim() == 1 && target.size(0) == rows, "target must be of shape [", rows,
-                    "], got ", target.sizes());
+at::Tensor local_target(const at::Tensor& target, int64_t vocab_start_index) {
   return target.to(at::kLong).sub(vocab_start_index);
 }
 
@@ -23,12 +17,11 @@ at::Tensor vocab_ce_stats(const at::Tensor& logits,  // [M, V/n]
                           const at::Tensor& target,  // [M]
                           int64_t vocab_start_index) {
   BelowAutograd guard;
-  check_logits(logits);
   const auto z = strided_rows(logits);
   const int64_t rows = z.size(0), columns = z.size(1);
-  const auto column = local_target(target, vocab_start_index, rows);
+  const auto column = local_target(target, vocab_start_index);
   const auto stats = at::empty({4, rows}, opmath_options(logits));
-  const CrossEntropyArgs args{checked_dtype(logits), columns, rows_at(z),
+  const CrossEntropyArgs args{logits.scalar_type(), columns, rows_at(z),
                               column.const_data_ptr<int64_t>()};
   const auto kernel = TPKERNELS_KERNEL(cross_entropy_stats);
   for_rows(rows, std::max<int64_t>(columns, 1),
@@ -49,12 +42,12 @@ struct GradInputs {
 // out [M, V/n] may be z.
 void grad_into(const at::Tensor& out, const at::Tensor& z, const GradInputs& in) {
   const int64_t rows = z.size(0), columns = z.size(1);
-  const auto column = local_target(in.target, in.vocab_start_index, rows);
-  const auto norm = opmath_vector(in.log_norm, rows, z, "log_norm");
-  const auto factor = opmath_vector(in.scale, rows, z, "scale");
+  const auto column = local_target(in.target, in.vocab_start_index);
+  const auto norm = opmath_vector(in.log_norm, z);
+  const auto factor = opmath_vector(in.scale, z);
   const CrossEntropyGradArgs args{
-      checked_dtype(z), columns,         rows_at(z),   column.const_data_ptr<int64_t>(),
-      data_of(norm),    data_of(factor), in.smoothing, in.num_classes,
+      z.scalar_type(), columns,         rows_at(z),   column.const_data_ptr<int64_t>(),
+      data_of(norm),   data_of(factor), in.smoothing, in.num_classes,
       rows_at(out)};
   const auto kernel = TPKERNELS_KERNEL(cross_entropy_grad);
   for_rows(rows, columns, [&](int64_t row, int64_t last) { kernel(args, row, last); });
@@ -67,7 +60,6 @@ at::Tensor vocab_ce_grad(const at::Tensor& logits,    // [M, V/n]
                          const at::Tensor& scale,     // [M]
                          int64_t vocab_start_index, double smoothing, int64_t num_classes) {
   BelowAutograd guard;
-  check_logits(logits);
   const auto out = at::empty(logits.sizes(), logits.options());
   grad_into(out, strided_rows(logits),
             {target, log_norm, scale, vocab_start_index, smoothing, num_classes});
@@ -78,7 +70,6 @@ void vocab_ce_grad_(const at::Tensor& logits, const at::Tensor& target, const at
                     const at::Tensor& scale, int64_t vocab_start_index, double smoothing,
                     int64_t num_classes) {
   BelowAutograd guard;
-  check_logits(logits);
   const auto rows = strided_rows(logits);
   grad_into(rows, rows, {target, log_norm, scale, vocab_start_index, smoothing, num_classes});
   if (!rows.is_alias_of(logits)) logits.copy_(rows);

@@ -11,11 +11,7 @@ namespace {
 at::Tensor dropout(const at::Tensor& input, const at::Tensor& seed, double p, int64_t row,
                    int64_t column) {
   BelowAutograd guard;
-  TORCH_CHECK_VALUE(p >= 0 && p <= 1, "p must lie in [0, 1], got ", p);
-  TORCH_CHECK_VALUE(seed.numel() == 1 && seed.scalar_type() == at::kLong, "seed must be one int64");
-  TORCH_CHECK_VALUE(row >= 0 && column >= 0, "row and column must not be negative, got ", row,
-                    " and ", column);
-  const auto dtype = checked_dtype(input);
+  const auto dtype = input.scalar_type();
   const auto threshold = philox::dropout_threshold(p);
   if (threshold > std::numeric_limits<uint32_t>::max())
     return at::zeros(input.sizes(), input.options());

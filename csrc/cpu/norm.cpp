@@ -13,13 +13,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor
                                                                 const OptionalTensor& bias,
                                                                 double eps, bool rms) {
   BelowAutograd guard;
-  const auto dtype = checked_dtype(input);
+  const auto dtype = input.scalar_type();
   const auto x = strided_rows(input);
   const int64_t rows = x.size(0), columns = x.size(1);
-  const auto r =
-      residual ? matching_rows(*residual, input.sizes(), dtype, "residual") : at::Tensor();
-  const auto w = opmath_vector(weight, columns, input, "weight"),
-             b = opmath_vector(bias, columns, input, "bias");
+  const auto r = residual ? strided_rows(*residual, dtype) : at::Tensor();
+  const auto w = opmath_vector(weight, input), b = opmath_vector(bias, input);
   const auto out = at::empty({rows, columns}, input.options()),
              sum = residual ? at::empty_like(out) : at::empty({0}, input.options());
   const auto mean = at::empty({rms ? 0 : rows}, opmath_options(input)),
@@ -37,14 +35,13 @@ std::vector<at::Tensor> norm_backward(const at::Tensor& grad, const OptionalTens
                                       const at::Tensor& mean, const at::Tensor& rstd, bool rms,
                                       bool weight_grad, bool bias_grad) {
   BelowAutograd guard;
-  const auto dtype = checked_dtype(sum);
-  const auto h = strided_rows(sum), dy = matching_rows(grad, sum.sizes(), dtype, "grad");
+  const auto dtype = sum.scalar_type();
+  const auto h = strided_rows(sum), dy = strided_rows(grad, dtype);
   const int64_t rows = h.size(0), columns = h.size(1);
-  const auto dsum =
-      grad_sum ? matching_rows(*grad_sum, sum.sizes(), dtype, "grad_sum") : at::Tensor();
-  const auto w = opmath_vector(weight, columns, sum, "weight");
-  const auto row_mean = rms ? at::Tensor() : opmath_vector(mean, rows, sum, "mean"),
-             row_rstd = opmath_vector(rstd, rows, sum, "rstd");
+  const auto dsum = grad_sum ? strided_rows(*grad_sum, dtype) : at::Tensor();
+  const auto w = opmath_vector(weight, sum);
+  const auto row_mean = rms ? at::Tensor() : opmath_vector(mean, sum),
+             row_rstd = opmath_vector(rstd, sum);
   const auto dx = at::empty({rows, columns}, sum.options());
   NormBackwardArgs args{dtype,      rms,         columns,    rows_at(dy),       {},
                         rows_at(h), rows_at(dx), data_of(w), data_of(row_mean), data_of(row_rstd)};

@@ -10,15 +10,9 @@ namespace {
 at::Tensor rotary(const at::Tensor& input, const at::Tensor& cos, const at::Tensor& sin,
                   bool interleaved, bool inverse) {
   BelowAutograd guard;
-  const auto dtype = checked_dtype(input);
-  TORCH_CHECK_VALUE(input.dim() == 4, "input must be of shape [B, H, T, D], got ", input.sizes());
+  const auto dtype = input.scalar_type();
   const int64_t batch = input.size(0), heads = input.size(1), steps = input.size(2),
                 features = input.size(3), half = cos.size(-1);
-  const bool tables_match = cos.sizes() == sin.sizes() && cos.size(-2) == steps &&
-                            (cos.dim() == 2 || (cos.dim() == 3 && cos.size(0) == batch));
-  TORCH_CHECK_VALUE(tables_match && 2 * half <= features,
-                    "cos and sin must be of shape [T, R/2] or [B, T, R/2], R <= D, for input ",
-                    input.sizes(), ", got ", cos.sizes(), " and ", sin.sizes());
   auto out = at::empty_like(input);
   const bool in_place_layout = input.stride(3) == 1 && out.stride(3) == 1;
   const auto x = in_place_layout ? input : input.contiguous(),

@@ -1,4 +1,5 @@
-// Shared by the CPU implementations of ops: from tensors to rows, from rows to threads.
+// Shared by the CPU implementations of ops: from tensors to rows, from rows to threads. Their
+// arguments fit: ../checks/ has looked at them.
 #pragma once
 
 #include <ATen/OpMathType.h>
@@ -29,13 +30,6 @@ Function* best_of(Function* basic, Function* avx2, Function* avx512) {
 #define TPKERNELS_KERNEL(name) (&DEFAULT::name)
 #endif
 
-inline c10::ScalarType checked_dtype(const at::Tensor& t) {
-  const auto dtype = t.scalar_type();
-  TORCH_CHECK_TYPE(at::isFloatingType(dtype) && c10::elementSize(dtype) > 1,
-                   "expected float16, bfloat16, float32 or float64, got ", dtype);
-  return dtype;
-}
-
 inline at::TensorOptions opmath_options(const at::Tensor& t) {
   return t.options().dtype(at::toOpMathType(t.scalar_type()));
 }
@@ -47,21 +41,16 @@ inline at::Tensor strided_rows(const at::Tensor& t) {
   return contiguous_rows ? rows : rows.contiguous();
 }
 
-// The same for a tensor that must have `shape`, converted to `dtype`.
-inline at::Tensor matching_rows(const at::Tensor& t, at::IntArrayRef shape, c10::ScalarType dtype,
-                                const char* name) {
-  TORCH_CHECK_VALUE(t.sizes() == shape, name, " must be of shape ", shape, ", got ", t.sizes());
+// The same, converted to `dtype`.
+inline at::Tensor strided_rows(const at::Tensor& t, c10::ScalarType dtype) {
   return strided_rows(t.to(dtype));
 }
 
 inline StridedRows rows_at(const at::Tensor& t) { return {t.data_ptr(), t.stride(0)}; }
 
-// [size] in opmath of `like`'s dtype. Undefined if there is no `t`.
-inline at::Tensor opmath_vector(const OptionalTensor& t, int64_t size, const at::Tensor& like,
-                                const char* name) {
+// The vector in opmath of `like`'s dtype. Undefined if there is no `t`.
+inline at::Tensor opmath_vector(const OptionalTensor& t, const at::Tensor& like) {
   if (!t) return {};
-  TORCH_CHECK_VALUE(t->dim() == 1 && t->size(0) == size, name, " must be of shape [", size,
-                    "], got ", t->sizes());
   return t->to(at::toOpMathType(like.scalar_type())).contiguous();
 }
 

@@ -14,7 +14,7 @@ namespace tpkernels {
 // Chunks start at multiples of this many rows.
 inline int64_t row_alignment(int64_t rows, int64_t chunks, int64_t row_bytes) {
   constexpr int64_t GEMM_TILE = 128, BYTES = 16;
-  if (rows >= GEMM_TILE * chunks) return GEMM_TILE;
+  if (rows / GEMM_TILE >= chunks) return GEMM_TILE;
   return BYTES / std::gcd<int64_t>(BYTES, std::max<int64_t>(row_bytes, 1));
 }
 

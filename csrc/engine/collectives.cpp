@@ -2,6 +2,7 @@
 
 #include <torch/library.h>
 
+#include "../checks/checks.h"
 #include "../op.h"
 #include "channel.h"
 #include "comm_buffer.h"
@@ -11,6 +12,8 @@ namespace tpkernels {
 void all_reduce_(at::Tensor& self, const std::string& group, const std::string& op,
                  const std::string& tag) {
   BelowAutograd guard;
+  check_dense({"self", self});
+  check_writable({"self", self});
   TORCH_CHECK_VALUE(op == "sum" || op == "max", "op must be 'sum' or 'max', got '", op, "'");
   const auto reduce_op = op == "sum" ? c10d::ReduceOp::SUM : c10d::ReduceOp::MAX;
   auto buffer = self;

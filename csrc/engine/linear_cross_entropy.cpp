@@ -50,7 +50,7 @@ std::vector<at::Tensor> vocab_linear_ce(
   BelowAutograd guard;
   const int64_t rows = input.size(0), width = weight.size(0);
   const auto opmath = weight.options().dtype(c10::promoteTypes(weight.scalar_type(), at::kFloat));
-  const int64_t count = std::max<int64_t>(1, (rows + chunk_rows - 1) / chunk_rows);
+  const int64_t count = rows > 0 ? (rows - 1) / chunk_rows + 1 : 1;
   const Channel channel(group, tag + "_input", count);
   auto loss = at::empty({rows}, opmath);
   auto logits_buffer = at::empty({std::min(rows, chunk_rows), width}, input.options());

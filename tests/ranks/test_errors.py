@@ -56,7 +56,8 @@ def test_bad_shapes():
     assert_refused(
         row(torch.tensor(1.0), input_is_parallel=False), ValueError, "input has shape ()"
     )
-    assert_refused(column(w=torch.zeros(18)), ValueError, "weight is (18,)")
+    assert_refused(column(w=torch.zeros(18)), ValueError, "weight", "matrix", "(18,)")
+    assert_refused(column(w=torch.zeros(())), ValueError, "weight", "matrix", "()")
 
 
 @run_on_ranks(3)

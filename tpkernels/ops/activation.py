@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_features, check_rows
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
@@ -23,13 +24,13 @@ def check_activation(activation: str | None) -> None:
         )
 
 
-@torch.library.register_fake("tpkernels::bias_act")
+@register_fake("bias_act")
 def _(input, bias, activation):
     n = input.shape[-1]
     return input.new_empty(*input.shape[:-1], n // 2 if activation in GATED else n)
 
 
-@torch.library.register_fake("tpkernels::bias_act_backward")
+@register_fake("bias_act_backward")
 def _(grad, input, bias, activation, bias_grad):
     grads = [input.new_empty(input.shape)]
     if bias_grad:
@@ -37,17 +38,17 @@ def _(grad, input, bias, activation, bias_grad):
     return grads
 
 
-@torch.library.register_fake("tpkernels::gated_act")
+@register_fake("gated_act")
 def _(gate, up, gate_bias, up_bias, activation):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.register_fake("tpkernels::gated_act_backward")
+@register_fake("gated_act_backward")
 def _(grad, gate, up, gate_bias, up_bias, activation, bias_grad):
     grads = [gate.new_empty(gate.shape), up.new_empty(up.shape)]
     if bias_grad:
-        like = gate if gate_bias is None else gate_bias
-        grads += [like.new_empty(gate.shape[-1]), like.new_empty(gate.shape[-1])]
+        for half, bias in ((gate, gate_bias), (up, up_bias)):
+            grads.append((half if bias is None else bias).new_empty(gate.shape[-1]))
     return grads
 
 

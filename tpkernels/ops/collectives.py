@@ -14,24 +14,25 @@ from ..group import Group, GroupLike, resolve_group
 from ..process_group import find_process_group
 from ..sharding.spec import ShardSpec
 from .collective_log import log_fake
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::all_reduce_")
+@register_fake("all_reduce_")
 def _(self, group, op, tag):
     log_fake("all_reduce", tag, group, self)
 
 
-@torch.library.register_fake("tpkernels::all_gather")
+@register_fake("all_gather")
 def _(self, group, tag):
     out = self.new_empty(find_process_group(group).size(), *self.shape)
     log_fake("all_gather", tag, group, out)
     return out
 
 
-@torch.library.register_fake("tpkernels::empty_comm_buffer")
+@register_fake("empty_comm_buffer")
 def _(like, size):
     return like.new_empty(size)
 

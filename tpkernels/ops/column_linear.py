@@ -15,6 +15,7 @@ from ..sharding.spec import ShardSpec
 from .activation import GATED, bias_act, check_activation
 from .collective_log import log_fake
 from .collectives import gather_from_tp
+from .fake import register_fake
 from .linear import (
     ReduceOptions,
     check_operands,
@@ -29,7 +30,7 @@ from .once import once_differentiable
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::column_linear_backward")
+@register_fake("column_linear_backward")
 def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, chunks, tag):
     grads = []
     if input_grad:
@@ -45,7 +46,7 @@ def _(grad_outputs, input, weights, input_grad, weight_grad, bias_grad, group, c
     return grads
 
 
-@torch.library.register_fake("tpkernels::column_linear_act")
+@register_fake("column_linear_act")
 def _(input, weight, bias, activation, keep):
     n, lead = weight.shape[0], input.shape[:-1]
     out = input.new_empty(*lead, n // 2 if activation in GATED else n)

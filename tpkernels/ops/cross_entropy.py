@@ -10,6 +10,7 @@ from ..group import Group, GroupLike, resolve_group
 from ..sharding.spec import chunk_sizes
 from .checks import check_in_range, check_integers
 from .collective_log import log_fake
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
@@ -20,22 +21,22 @@ def opmath_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@torch.library.register_fake("tpkernels::vocab_ce_stats")
+@register_fake("vocab_ce_stats")
 def _(logits, target, vocab_start_index):
     return logits.new_empty(4, logits.shape[0], dtype=opmath_dtype(logits.dtype))
 
 
-@torch.library.register_fake("tpkernels::vocab_ce_grad")
+@register_fake("vocab_ce_grad")
 def _(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.register_fake("tpkernels::vocab_ce_grad_")
+@register_fake("vocab_ce_grad_")
 def _(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes):
     return None
 
 
-@torch.library.register_fake("tpkernels::vocab_ce")
+@register_fake("vocab_ce")
 def _(logits, target, vocab_start_index, num_classes, ignore_index, smoothing, group, tag):
     m = logits.shape[0]
     loss = logits.new_empty(m, dtype=opmath_dtype(logits.dtype))

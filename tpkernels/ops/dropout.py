@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .checks import check_rows
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::dropout")
+@register_fake("dropout")
 def _(input, seed, p, row, column):
     return input.new_empty(input.shape)
 

@@ -9,12 +9,13 @@ from ..group import GroupLike, resolve_group
 from ..sharding.spec import chunk_sizes
 from .checks import check_in_range
 from .collective_log import log_fake
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::vocab_embedding")
+@register_fake("vocab_embedding")
 def _(ids, weight, vocab_start_index, group, tag):
     out = weight.new_empty(*ids.shape, weight.shape[1])
     log_fake("all_reduce", tag, group, out)

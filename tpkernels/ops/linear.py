@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _C
 from ..group import Group
 from ..overlap.schedule import Overlap, choose
+from .fake import register_fake
 
 _ops = torch.ops.tpkernels
 
@@ -27,7 +28,7 @@ _BIAS_HINTS = {
 }
 
 
-@torch.library.register_fake("tpkernels::linear")
+@register_fake("linear")
 def _(input, weight, bias, grad):
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
@@ -125,7 +126,9 @@ def check_operands(
     """
     if not input.is_floating_point():
         raise TypeError(f"input must be floating point, got {input.dtype}: embed or cast it first")
-    if input.dim() < 1 or weight.dim() != 2 or input.shape[-1] != weight.shape[1]:
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be a matrix [N, K], got shape {tuple(weight.shape)}")
+    if input.dim() < 1 or input.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"input has shape {tuple(input.shape)} but weight is {tuple(weight.shape)} "
             f"on rank {group.rank} of {group.size}: the last dimension must be "

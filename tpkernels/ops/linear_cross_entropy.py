@@ -10,12 +10,13 @@ from ..group import GroupLike, resolve_group
 from ..sharding.spec import chunk_sizes
 from .collective_log import log_fake_chunk
 from .cross_entropy import check_loss_options, check_shard, check_target_range, opmath_dtype
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::vocab_linear_ce")
+@register_fake("vocab_linear_ce")
 def _(
     input,
     weight,

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .checks import check_features, check_rows
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::norm")
+@register_fake("norm")
 def _(input, residual, weight, bias, eps, rms):
     m, opmath_dtype = input.shape[:-1].numel(), torch.promote_types(input.dtype, torch.float32)
     total = input.new_empty(0 if residual is None else input.shape)
@@ -19,7 +20,7 @@ def _(input, residual, weight, bias, eps, rms):
     return input.new_empty(input.shape), total, mean, input.new_empty(m, dtype=opmath_dtype)
 
 
-@torch.library.register_fake("tpkernels::norm_backward")
+@register_fake("norm_backward")
 def _(grad, grad_sum, sum, weight, mean, rstd, rms, weight_grad, bias_grad):
     like = sum if weight is None else weight
     parameter_grads = [like.new_empty(sum.shape[-1]) for need in (weight_grad, bias_grad) if need]

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .checks import check_floating_point
+from .fake import register_fake
 from .once import once_differentiable
 
 _ops = torch.ops.tpkernels
 
 
-@torch.library.register_fake("tpkernels::rotary")
+@register_fake("rotary")
 def _(input, cos, sin, interleaved, inverse):
     return torch.empty_like(input)
 

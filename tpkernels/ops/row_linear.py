@@ -11,6 +11,7 @@ from ..overlap.schedule import Overlap, check_overlap
 from ..sharding.spec import ShardSpec
 from .collective_log import log_fake
 from .collectives import scatter_to_tp
+from .fake import register_fake
 from .linear import ReduceOptions, check_operands, chunks_and_channel, wants_grad
 from .norm import rms_norm
 from .once import once_differentiable
@@ -20,20 +21,20 @@ _ops = torch.ops.tpkernels
 NormWeightAndEps = tuple[Tensor | None, float]
 
 
-@torch.library.register_fake("tpkernels::row_linear")
+@register_fake("row_linear")
 def _(input, weight, bias, residual, group, chunks, tag, grad=False):
     out = input.new_empty(*input.shape[:-1], weight.shape[0])
     log_fake("all_reduce", tag, group, out, chunks)
     return out
 
 
-@torch.library.register_fake("tpkernels::row_linear_rms_norm")
+@register_fake("row_linear_rms_norm")
 def _(input, weight, bias, residual, norm_weight, eps, group, chunks, tag):
     out = _ops.row_linear(input, weight, bias, residual, group, chunks, tag)
     return out, torch.empty_like(out)
 
 
-@torch.library.register_fake("tpkernels::row_linear_backward")
+@register_fake("row_linear_backward")
 def _(grad_output, input, weight, bias_grad):
     n = grad_output.shape[-1]
     grads = []
