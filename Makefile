@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
+SEED ?= 1
 SOURCES := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests/proofs/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
@@ -13,7 +14,7 @@ CUDA_HOME ?= /usr/local/cuda
 
 MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
 
-.PHONY: setup demo test test-c10d check unit lint types imports spelling format docs mutants wheel bench bench-docs check-gpu \
+.PHONY: setup demo test test-c10d check unit lint types imports spelling format docs mutants fuzz wheel bench bench-docs check-gpu \
 	build-cuda gpu-day clean
 .DELETE_ON_ERROR:
 
@@ -78,6 +79,11 @@ docs: $(VENV)/.installed
 # Each mutant is a copy of a source with one fault, which a test must find.
 mutants: setup
 	$(BIN)/python -m pytest -q -k mutant $(MUTANT_TESTS)
+
+# Malformed calls of every op, more of them than in `make test`; another seed draws others: make fuzz SEED=2.
+fuzz: setup
+	$(BIN)/python tests/support/fuzz.py --calls 200 --seed $(SEED)
+	$(BIN)/python tests/support/fuzz.py --pairs 500 --seed $(SEED)
 
 # In dist/: the sources, and a wheel for the torch of .venv, whose command runs in a venv of its own over .venv's packages.
 wheel: $(VENV)/.installed

@@ -51,12 +51,11 @@ struct Operand {
   const at::Tensor& tensor;
 };
 
-// Takes a dense tensor whose storage holds all of its elements. FSDP frees some for a while.
-inline void check_dense(Operand t) {
+// Takes a tensor whose storage, if it has one, holds all of its elements. FSDP frees some for a
+// while.
+inline void check_memory(Operand t) {
   const auto& tensor = t.tensor;
-  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided, t.name, " must be dense, got a ",
-                    tensor.layout(), " tensor: pass ", t.name, ".to_dense()");
-  if (tensor.numel() == 0 || !tensor.has_storage()) return;
+  if (!tensor.has_storage() || tensor.numel() == 0) return;
   int64_t last = tensor.storage_offset();
   for (int64_t dim = 0; dim < tensor.dim(); dim++)
     last += (tensor.size(dim) - 1) * tensor.stride(dim);
@@ -64,6 +63,13 @@ inline void check_dense(Operand t) {
   TORCH_CHECK_VALUE(static_cast<int64_t>(tensor.storage().nbytes()) >= needed, t.name, " of shape ",
                     tensor.sizes(), " needs ", needed, " bytes, but its storage has ",
                     tensor.storage().nbytes(), ": was it freed, as FSDP does between uses?");
+}
+
+inline void check_dense(Operand t) {
+  const bool dense = t.tensor.layout() == at::kStrided && !t.tensor.is_nested();
+  TORCH_CHECK_VALUE(dense, t.name, " must be dense, got a ", t.tensor.layout(), " tensor: pass ",
+                    t.name, ".to_dense()");
+  check_memory(t);
 }
 
 inline void check_float(Operand t) {

@@ -3,11 +3,14 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
+#include "../checks/checks.h"
+
 namespace tpkernels {
 
 namespace {
 
 at::Tensor autocast_to(const at::Tensor& self, at::ScalarType dtype) {
+  check_memory({"self", self});
   return at::autocast::cached_cast(dtype, self, self.device().type());
 }
 
