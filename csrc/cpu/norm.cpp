@@ -22,6 +22,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> norm(const at::Tensor
              sum = residual ? at::empty_like(out) : at::empty({0}, input.options());
   const auto mean = at::empty({rms ? 0 : rows}, opmath_options(input)),
              rstd = at::empty({rows}, opmath_options(input));
+  if (columns == 0) {  // no kernel runs; the statistics of nothing are NaN, as torch's mean
+    mean.fill_(NAN);
+    rstd.fill_(NAN);
+  }
   NormArgs args{dtype, rms,          columns,    eps,        rows_at(x),      {},
                 {},    rows_at(out), data_of(w), data_of(b), mean.data_ptr(), rstd.data_ptr()};
   if (residual) args.residual = rows_at(r), args.sum = rows_at(sum);

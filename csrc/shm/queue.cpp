@@ -1,5 +1,7 @@
 #include "queue.h"
 
+#include <ATen/record_function.h>
+
 #include "python_threads.h"
 
 namespace tpkernels {
@@ -10,11 +12,17 @@ namespace {
 constexpr auto HEAD_START = std::chrono::microseconds(200);
 // How long a waiting thread sleeps before it looks for signals.
 constexpr auto NAP = std::chrono::milliseconds(50);
+
+// A profiler sees them. Without one, c10d would make a range and copy the list for nothing.
+const char* shown_name(const char* name) { return at::hasCallbacks() ? name : nullptr; }
+std::optional<Tensors> shown_inputs(const Tensors& inputs) {
+  return at::hasCallbacks() ? std::optional(inputs) : std::nullopt;
+}
 }  // namespace
 
 Queue::Work::Work(std::shared_ptr<Queue> queue, c10d::OpType op, const char* name,
                   const Tensors& inputs, Tensors outputs, std::function<void()> body)
-    : c10d::Work(-1, op, name, inputs),
+    : c10d::Work(-1, op, shown_name(name), shown_inputs(inputs)),
       queue_(std::move(queue)),
       outputs_(std::move(outputs)),
       body_(std::move(body)) {}

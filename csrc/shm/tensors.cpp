@@ -28,9 +28,8 @@ std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor
   }
 }
 
-std::optional<std::vector<Reduction>> reductions_of(const c10d::ReduceOp& op,
-                                                    const Tensors& tensors) {
-  std::vector<Reduction> all;
+std::optional<Reductions> reductions_of(const c10d::ReduceOp& op, const Tensors& tensors) {
+  Reductions all;
   for (const auto& t : tensors) {
     const auto reduction = reduction_of(op, t);
     if (!reduction) return std::nullopt;

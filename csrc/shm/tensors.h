@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/SmallVector.h>
 
 #include <optional>
 #include <torch/csrc/distributed/c10d/Types.hpp>
@@ -44,11 +45,13 @@ Tensors memory_of(const Memories& memories);
 std::vector<int64_t> sizes_in_bytes(const Memories& memories);
 void write_back(const Memories& memories);
 
+// One a tensor.
+using Reductions = c10::SmallVector<Reduction, 4>;
+
 // The reduction that shm does itself, or nullopt: gloo does it, or says why not.
 std::optional<Reduction> reduction_of(const c10d::ReduceOp& op, const at::Tensor& tensor);
 // Every tensor's, or nullopt if gloo has to do any of them.
-std::optional<std::vector<Reduction>> reductions_of(const c10d::ReduceOp& op,
-                                                    const Tensors& tensors);
+std::optional<Reductions> reductions_of(const c10d::ReduceOp& op, const Tensors& tensors);
 
 void check_readable(const at::Tensor& tensor, const char* op);
 void check_writable(const at::Tensor& tensor, const char* op);

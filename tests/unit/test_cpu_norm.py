@@ -1,5 +1,7 @@
 """RMSNorm and LayerNorm by the CPU kernels and in ATen calls."""
 
+import math
+
 import pytest
 import torch
 from cpu_ops import cases, check, detached, dtypes, make, norm
@@ -18,15 +20,15 @@ def test_norm(ops, rms, with_residual, with_weight, leading, columns, layout, dt
     y, total, mean, rstd = ops.norm(*detached(x, residual, weight, bias), eps, rms)
     h = x.detach() if residual is None else (x + residual).detach()
     assert torch.equal(total, h if with_residual else h.new_empty(0))
-    rows, statistic = h.numel() // max(columns, 1), h.double().reshape(-1, max(columns, 1))
-    if columns:
-        assert rstd.shape == (rows,) and mean.shape == (0,) if rms else (rows,)
-        if not rms:
-            torch.testing.assert_close(mean.double(), statistic.mean(1), atol=1e-6, rtol=1e-5)
-            statistic = statistic - statistic.mean(1, keepdim=True)
-        torch.testing.assert_close(
-            rstd.double(), (statistic.square().mean(1) + eps).rsqrt(), atol=1e-6, rtol=1e-4
-        )
+    rows = math.prod(leading)
+    assert rstd.shape == (rows,) and mean.shape == ((0,) if rms else (rows,))
+    statistic = h.double().reshape(rows, columns)
+    if not rms:
+        means = statistic.mean(1)  # NaN where there are no columns
+        torch.testing.assert_close(mean.double(), means, atol=1e-6, rtol=1e-5, equal_nan=True)
+        statistic = statistic - means[:, None]
+    expected = (statistic.square().mean(1) + eps).rsqrt()
+    torch.testing.assert_close(rstd.double(), expected, atol=1e-6, rtol=1e-4, equal_nan=True)
     check([y], lambda *a: [norm(*a)[0]], (h, None, weight, bias, eps, rms))
     if columns < 2:  # LayerNorm of one column is constant: its gradient is rounding
         return
