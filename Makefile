@@ -9,12 +9,13 @@ SOURCES := $(shell find csrc -type f)
 CLANG_FORMATTED := $(shell find csrc tests/proofs/device -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 BENCH_VENV := .venv-bench
+MUTANTS_VENV := .venv-mutants
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= /usr/local/cuda
 
 MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
 
-.PHONY: setup demo test test-c10d check unit lint types imports spelling format docs mutants fuzz wheel bench bench-docs check-gpu \
+.PHONY: setup demo test test-c10d check unit lint types imports spelling format docs mutants mutants-sampled fuzz wheel bench bench-docs check-gpu \
 	build-cuda gpu-day clean
 .DELETE_ON_ERROR:
 
@@ -76,9 +77,23 @@ format: $(VENV)/.installed
 docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# Each mutant is a copy of a source with one fault, which a test must find.
+# Each mutant is a copy of a source with one fault, which a test must find: first the faults that the tests plant, then the samples.
 mutants: setup
 	$(BIN)/python -m pytest -q -k mutant $(MUTANT_TESTS)
+	$(MAKE) --no-print-directory mutants-sampled
+
+# Hours, at first for a map of the lines that each test reaches. A run goes on where the last one stopped; `make mutants-sampled
+# MUTANTS=--again` runs anew what was not killed. `python -m tools.mutants.draw SEED` in the same venv draws another sample.
+mutants-sampled: setup $(MUTANTS_VENV)/.installed
+	$(MUTANTS_VENV)/bin/python -m pytest -q tests/unit/test_mutants.py
+	for sample in tools/mutants/sample-*.csv; do $(MUTANTS_VENV)/bin/python -m tools.mutants.run $(MUTANTS) $$sample || exit 1; done
+
+$(MUTANTS_VENV)/.installed: requirements-mutants.txt $(VENV)/.installed
+	$(BIN)/python -m venv --clear $(MUTANTS_VENV)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(MUTANTS_VENV)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth
+	$(MUTANTS_VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps -r requirements-mutants.txt
+	touch $@
 
 # Malformed calls of every op, more of them than in `make test`; another seed draws others: make fuzz SEED=2.
 fuzz: setup
@@ -143,4 +158,4 @@ gpu-day:
 		benchmarks/gpu_day.py
 
 clean:
-	rm -rf build $(VENV) $(CUDA_VENV) $(BENCH_VENV) tpkernels/*.so *.egg-info
+	rm -rf build $(VENV) $(CUDA_VENV) $(BENCH_VENV) $(MUTANTS_VENV) tpkernels/*.so *.egg-info

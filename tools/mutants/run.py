@@ -1,0 +1,131 @@
+"""Runs a sample of mutants: `python -m tools.mutants.run SAMPLE.csv`, in `make mutants-sampled`.
+
+The record, build/mutants/SAMPLE.jsonl, has a line for each mutant: killed and by which test,
+survived, timeout, equivalent (equivalents.csv says why) or gone, where its lines have changed. A
+run goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+from .mutant import ROOT, Mutant, copied_tree, read_sample
+from .reach import KERNELS, build_device_code, environment, record, tests_of
+
+BUILD = ROOT / "build/mutants"
+LIMIT = 60.0  # seconds of a mutant
+EQUIVALENT_SHARE = 0.05
+
+
+def _pytest(tree: Path, tests: list[str], interpret: bool, limit: float) -> str | None:
+    """Return the first of the tests that fails, "" where none does, None where time is up."""
+    names = tree / "tests-to-run.txt"
+    names.write_text("\n".join(tests))
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", f"@{names}"],
+        cwd=tree,
+        env=environment(tree, interpret),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said = run.communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.M)
+    if run.returncode == 0:
+        return ""
+    return failed[1] if failed else f"pytest's exit status {run.returncode}"
+
+
+def _fitting(tests: list[str], reach: dict[str, dict], seconds: float) -> list[str]:
+    """Return the first tests that take no more than these seconds together."""
+    chosen = []
+    for test in tests:
+        if reach[test]["seconds"] <= seconds:
+            chosen.append(test)
+            seconds -= reach[test]["seconds"]
+    return chosen
+
+
+def _killed_by(tests: list[str], tree: Path, reach: dict[str, dict], limit: float) -> tuple:
+    """Return the status of the fault in the tree and the test that noticed it.
+
+    Tests that take a fifth of the limit come first: where they time out, the fault has stopped
+    them. The rest have what time is left, and nothing follows from theirs.
+    """
+    end = time.monotonic() + limit
+    for share in (1 / 5, 1 / 2):
+        chosen = _fitting(tests, reach, share * (end - time.monotonic()))
+        tests = [test for test in tests if test not in set(chosen)]
+        for interpret in (False, True):
+            part = [test for test in chosen if test.startswith(KERNELS) == interpret]
+            noticed = part and _pytest(tree, part, interpret, end - time.monotonic())
+            if noticed is None:
+                return ("killed", "a timeout") if share == 1 / 5 else ("timeout", "")
+            if noticed:
+                return "killed", noticed
+    return "survived", ""
+
+
+def examine(mutant: Mutant, tree: Path, reach: dict[str, dict], limit: float = LIMIT) -> dict:
+    """Plant a fault in the tree and return its name, status, the test that noticed it, seconds."""
+    tests, start = tests_of(mutant, (tree / mutant.path).read_text(), reach), time.monotonic()
+    with mutant.planted(tree) as found:
+        status, test = "gone", ""
+        if found:
+            if not mutant.path.endswith(".py"):
+                build_device_code(tree)
+            status, test = _killed_by(tests, tree, reach, limit)
+    seconds = round(time.monotonic() - start, 1)
+    return dict(name=mutant.name, status=status, test=test, seconds=seconds)
+
+
+def main() -> None:
+    """Run the sample; the exit status tells whether each mutant was killed or is equivalent."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sample", type=Path)
+    parser.add_argument("--again", action="store_true", help="run anew what was not killed")
+    parser.add_argument("--tests", default="tests/**/test_*.py", help="the test files, a pattern")
+    options = parser.parse_args()
+    with (ROOT / "tools/mutants/equivalents.csv").open(newline="") as rows:
+        equivalent = {row["name"]: row["proof"] for row in csv.DictReader(rows)}
+    file = BUILD / f"{options.sample.stem}.jsonl"
+    records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
+    done = {r["name"]: r for r in records if not options.again or r["status"] == "killed"}
+    sample = read_sample(options.sample)
+    with copied_tree() as tree:
+        reach = record(tree, BUILD / "reach", options.tests)
+        for mutant in sample:
+            if mutant.name in equivalent:
+                done[mutant.name] = dict(name=mutant.name, status="equivalent")
+            elif mutant.name not in done:
+                done[mutant.name] = examine(mutant, tree, reach)
+                print(json.dumps(done[mutant.name]), flush=True)
+                with file.open("a") as lines:
+                    lines.write(json.dumps(done[mutant.name]) + "\n")
+    counts = Counter(done[mutant.name]["status"] for mutant in sample)
+    print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
+    assert counts["equivalent"] <= EQUIVALENT_SHARE * len(sample), "too many equivalents"
+    sys.exit(counts["killed"] + counts["equivalent"] < len(sample))
+
+
+if __name__ == "__main__":
+    main()
