@@ -101,7 +101,7 @@ def record(tree: Path, folder: Path, files: str = "tests/**/test_*.py") -> dict[
     names = sorted(path.relative_to(tree).as_posix() for path in tree.glob(files))
     for name in [name for name in names if not name.startswith(LEFT_OUT)]:
         kept = folder / f"{name.replace('/', '.')}.json"
-        old = json.loads(kept.read_text() if kept.exists() else '{"digests": {"": "none"}}')
+        old = json.loads(kept.read_text() if kept.exists() else '{"digests": {"no file": "?"}}')
         if any(digest(tree, path) != then for path, then in old["digests"].items()):
             (run := kept.with_suffix(".run")).mkdir(parents=True, exist_ok=True)
             old = _record(name, tree, run)
