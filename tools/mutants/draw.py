@@ -84,15 +84,15 @@ def python_places(source: str) -> Iterator[Place]:
     yield from (places[key] for key in sorted(places))
 
 
-def all_places(root: Path) -> Iterator[tuple[str, Place]]:
-    """Yield the path and the faults of every place in tpkernels/ and in the CUDA headers."""
+def all_places(root: Path) -> Iterator[tuple[str, str, Place]]:
+    """Yield path, source and faults of every place in tpkernels/ and in the CUDA headers."""
     for file in sorted([*root.glob("tpkernels/**/*.py"), *root.glob(f"{HEADERS}/*.cuh")]):
         path, source = file.relative_to(root).as_posix(), file.read_text()
         if file.suffix == ".py":
-            yield from ((path, place) for place in python_places(source))
+            yield from ((path, source, place) for place in python_places(source))
         if path.startswith((HEADERS, "tpkernels/kernels/")):
             operators = HEADER_TEXT if path.startswith(HEADERS) else KERNEL_TEXT
-            yield from ((path, place) for place in text_places(source, operators))
+            yield from ((path, source, place) for place in text_places(source, operators))
 
 
 def _imports(tree: Path, path: str) -> bool:
@@ -146,9 +146,8 @@ def draw(
     dice.shuffle(places)
     with copied_tree(root) as tree:
         while places and len(sample) < size:
-            path, faults = places.pop()
+            path, source, faults = places.pop()
             operator, occurrence, change = dice.choice(faults)
-            source = (root / path).read_text()
             mutant = mutant_of(path, operator, occurrence, source, change())
             if is_a_program(tree, mutant):
                 sample.append(mutant)

@@ -56,7 +56,7 @@ class Mutant(NamedTuple):
         file = tree / self.path
         source = file.read_text()
         changed = self.apply(source)
-        file.write_text(changed or source)
+        file.write_text(source if changed is None else changed)
         try:
             yield changed is not None
         finally:
