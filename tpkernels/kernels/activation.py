@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import as_rows, on_device, opmath_dtype, sum_partials, tl_opmath_dtype
+from .common import as_rows, as_vector, on_device, opmath_dtype, sum_partials, tl_opmath_dtype
 from .launch_config import Tunable, cdiv
 
 
@@ -215,8 +215,8 @@ def _launch(input: _Input, out: Tensor, activation: str) -> None:
         bias_act_kernel[grid](
             gate,
             up,
-            gate_bias,
-            up_bias,
+            as_vector(gate_bias),
+            as_vector(up_bias),
             out,
             M,
             N,
@@ -259,8 +259,8 @@ def _launch_backward(
             grad,
             gate,
             up,
-            gate_bias,
-            up_bias,
+            as_vector(gate_bias),
+            as_vector(up_bias),
             d_gate,
             d_up,
             partial_sums,

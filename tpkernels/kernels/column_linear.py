@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import heuristics
 from .activation import GATED, act
-from .common import as_rows, on_device
+from .common import as_rows, as_vector, on_device
 from .launch_config import Tunable, cdiv
 
 
@@ -207,7 +207,7 @@ def column_linear_act(
         column_linear_act_kernel[grid](
             x,
             w,
-            bias,
+            as_vector(bias),
             out,
             pre,
             M,

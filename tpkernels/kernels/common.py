@@ -49,6 +49,11 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or N <= 1 else tensor.contiguous()
 
 
+def as_vector(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor [N] with unit stride, a copy where it has another."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def on_device(tensors: Iterable[Tensor | None]) -> contextlib.AbstractContextManager:
     """Make the tensors' device the current one, on which Triton launches."""
     tensor = next(t for t in tensors if t is not None)

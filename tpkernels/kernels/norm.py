@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import heuristics
-from .common import as_rows, on_device, opmath_dtype, sum_partials, tl_opmath_dtype
+from .common import as_rows, as_vector, on_device, opmath_dtype, sum_partials, tl_opmath_dtype
 from .launch_config import Tunable, cdiv
 
 
@@ -338,7 +338,7 @@ def norm(
     config = FORWARD(N, input.element_size())
     kernel = norm_kernel if config.blocks["BLOCK_N"] >= N else norm_long_kernel
     grid = (cdiv(M, config.blocks["BLOCK_M"]),)
-    tensors = (x, r, weight, bias, out, sum, mean, rstd)
+    tensors = (x, r, as_vector(weight), as_vector(bias), out, sum, mean, rstd)
     strides = (x.stride(0), 0 if r is None else r.stride(0))
     options = config.options(EPS=eps, RMS=rms, OPMATH=tl_opmath_dtype(input.dtype))
     with on_device([x]):
@@ -370,7 +370,8 @@ def norm_backward(
     if not sum.numel():
         partial_sums.zero_()
     else:
-        tensors = (g, s, h, weight, mean, rstd, out, partial_sums)
+        vectors = map(as_vector, (weight, mean, rstd))
+        tensors = (g, s, h, *vectors, out, partial_sums)
         strides = (g.stride(0), 0 if s is None else s.stride(0), h.stride(0))
         options = config.options(
             RMS=rms,

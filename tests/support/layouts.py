@@ -1,0 +1,110 @@
+"""Tensors laid out in memory otherwise than their neighbours, for ops that take several."""
+
+import mmap
+
+import pytest
+import torch
+from helpers import EXACT
+
+FAR = 2**30  # elements between rows: the third lies beyond what 32 bits count
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # unnamed before Python 3.12
+
+
+def apart(x):
+    """Return the same values in rows with a gap between them."""
+    return [torch.cat([x, x], -1)[..., : x.shape[-1]]]
+
+
+def without_unit_stride(x):
+    """Return the same values with a gap between any two: a single row shows it too."""
+    return [torch.stack([x, x], -1)[..., 0]]
+
+
+def far_apart(x):
+    """Return the same values with rows 2^30 elements apart, along each dimension of three or more.
+
+    The memory between them is reserved and never touched.
+    """
+    found = []
+    for dim in range(x.dim() - 1):
+        if (rows := x.movedim(dim, 0).contiguous()).shape[0] > 2:
+            elements = (rows.shape[0] - 1) * FAR + rows[0].numel()
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE
+            memory = mmap.mmap(-1, elements * x.element_size(), flags=flags)
+            whole = torch.frombuffer(memory, dtype=x.dtype, count=elements)
+            far = whole.as_strided(rows.shape, (FAR, *rows.stride()[1:])).copy_(rows)
+            found.append(far.movedim(0, dim))
+    return found
+
+
+CASES = pytest.mark.parametrize(
+    "rows,columns,lay",
+    [
+        (3, 64, apart),
+        (3, 33, without_unit_stride),
+        (1, 64, without_unit_stride),
+        (3, 33, far_apart),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+
+
+def arguments(rows, columns, dtype=torch.float32):
+    """Return contiguous arguments of each elementwise op and of the GEMM with an epilogue.
+
+    A key's first word is the op.
+    """
+
+    def rand(*shape):
+        return torch.randn(*shape).to(dtype)
+
+    def x():
+        return rand(rows, columns)
+
+    def stat():
+        return torch.rand(rows) + 0.5
+
+    def w(n=columns):
+        return rand(n)
+
+    target = torch.randint(0, 3 * columns, (rows,))
+    grad = target, torch.full((rows,), 5.0), stat(), columns, 0.1, 3 * columns
+    seed, angles = torch.tensor([7]), (rand(3, rows, 4), rand(3, rows, 4))
+    return {
+        "norm": (x(), x(), w(), w(), 1e-5, False),
+        "norm alone": (x(), None, w(), None, 1e-5, True),
+        "norm_backward": (x(), x(), x(), w(), rand(rows), stat(), False, True, True),
+        "bias_act": (x(), w(), "gelu"),
+        "bias_act_backward": (x(), x(), w(), "silu", True),
+        "gated_act": (x(), x(), w(), w(), "swiglu"),
+        "gated_act_backward": (x(), x(), x(), w(), w(), "geglu", True),
+        "vocab_ce_stats": (x(), target, columns),
+        "vocab_ce_grad": (x(), *grad),
+        "vocab_ce_grad_": (x(), *grad),
+        "dropout": (x(), seed, 0.5, 3, 2),
+        "rotary": (rand(3, 3, rows, 10), *angles, False, False),
+        "column_linear_act": (x(), rand(rows, columns), w(rows), "gelu", True),
+        "column_linear_act gated": (x(), rand(2 * rows, columns), w(2 * rows), "swiglu", True),
+    }
+
+
+OPS = list(arguments(1, 1))
+
+
+def results(op, args):
+    """Return what an op returns, or what it makes of its first argument in place."""
+    outs = op(*args)
+    outs = args[0] if outs is None else outs
+    return [outs] if torch.is_tensor(outs) else list(outs)
+
+
+def check_operand_layouts(op, args, lay, **tolerance):
+    """Require the same result of `op` where each operand in turn is laid out otherwise."""
+    same = lambda x: x.clone() if torch.is_tensor(x) else x  # noqa: E731  (an op may write to it)
+    expected = results(op, list(map(same, args)))
+    for index, arg in enumerate(args):
+        for laid in lay(arg) if torch.is_tensor(arg) else ():
+            outs = results(op, [*map(same, args[:index]), laid, *map(same, args[index + 1 :])])
+            for out, wanted in zip(outs, expected, strict=True):
+                where = f"operand {index} of strides {laid.stride()}: ".__add__
+                torch.testing.assert_close(out, wanted, **(tolerance or EXACT), msg=where)
