@@ -5,8 +5,25 @@ import torch
 import torch.distributed as dist
 from pool import run_on_ranks
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpkernels as tpk
+
+
+class Watched(TorchDispatchMode):
+    """A mode that sees every op and changes none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def watched(tensor, group):
+    with Watched():
+        tpk.all_reduce_(tensor, group)
+
+
+def op(tensor, group):
+    torch.ops.tpkernels.all_reduce_(tensor, group.group_name, "sum", "x")
 
 
 @pytest.mark.parametrize(
@@ -56,6 +73,20 @@ def test_a_tensor_that_requires_grad_is_refused():
     with torch.no_grad():
         tpk.all_reduce_(leaf, group)
     assert leaf.tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("reduce", [tpk.all_reduce_, op, watched], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("view", ["whole", "columns"])
+@run_on_ranks(2)
+def test_autograd_refuses_a_saved_tensor_that_was_summed(view, reduce):
+    factor, x = torch.ones(3, 4), torch.ones(3, 4, requires_grad=True)
+    part = factor if view == "whole" else factor[:, 1::2]
+    product = x * factor
+    version = factor._version
+    reduce(part, dist.group.WORLD)
+    assert part.eq(2).all() and factor._version == version + 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
 
 
 @run_on_ranks(3)

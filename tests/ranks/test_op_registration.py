@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from op_samples import samples
+from op_samples import rand, samples
 from pool import run_on_ranks
 
 import tpkernels  # noqa: F401  (registers the ops)
@@ -34,3 +34,19 @@ def test_opcheck(name):
 @run_on_ranks(1)
 def test_every_op_is_checked():
     assert REGISTERED ^ samples().keys() == UNCHECKED
+
+
+@run_on_ranks(2)
+def test_an_op_that_writes_to_a_tensor_counts_in_its_version():
+    args = {**samples(), "add_bias_residual_": [(rand(3, 4), rand(4), rand(3, 4))]}
+    written = set()
+    for name in sorted(REGISTERED - {"open_peer_memory"}):
+        op = getattr(torch.ops.tpkernels, name).default
+        for index, argument in enumerate(op._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                tensor = args[name][0][index]
+                version = tensor._version
+                op(*args[name][0])
+                assert tensor._version == version + 1, name
+                written.add(name)
+    assert written == {"add_bias_residual_", "all_reduce_", "vocab_ce_grad_"}

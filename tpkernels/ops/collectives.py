@@ -13,6 +13,7 @@ from .. import _C
 from ..group import Group, GroupLike, resolve_group
 from ..process_group import find_process_group
 from ..sharding.spec import ShardSpec
+from . import in_place  # noqa: F401  (all_reduce_ counts as a write)
 from .collective_log import log_fake
 from .fake import register_fake
 from .once import once_differentiable
@@ -69,7 +70,6 @@ def all_reduce_(tensor: Tensor, group: GroupLike) -> Tensor:
         _C.all_reduce_(tensor, name)  # the dispatcher is most of a small all-reduce's time
     else:
         _ops.all_reduce_(tensor, name, "sum", "all_reduce")
-        torch.autograd.graph.increment_version(tensor)  # autograd may have saved it
     return tensor
 
 
