@@ -1,9 +1,15 @@
+import os
+
 import pytest
 import reference
 import torch
 from rules import assert_as_good_as_torch, strided
+from triton._C.libtriton import ir
+from triton.runtime import interpreter
 
 from tpkernels.kernels.column_linear import column_linear_act
+
+INTERPRETER = interpreter.interpreter_builder if os.environ.get("TRITON_INTERPRET") == "1" else None
 
 
 def make(shape, dtype, device, gated=False):
@@ -76,3 +82,19 @@ def test_integers_are_exact(act, device):
     same, product = expected(x, w, bias, act)
     torch.testing.assert_close(out, same, atol=0, rtol=0)
     torch.testing.assert_close(pre, product, atol=0, rtol=0)
+
+
+@pytest.mark.skipif(INTERPRETER is None, reason="on a GPU the rule for float32 results shows it")
+@pytest.mark.parametrize("act", ["gelu", "swiglu"])
+def test_float32_is_multiplied_in_float32(act, device, monkeypatch):
+    """The interpreter multiplies exactly whatever the kernel asks for."""
+    precisions, builder = [], type(INTERPRETER)
+    create_dot = builder.create_dot
+
+    def recorded(self, a, b, total, precision, *rest):
+        precisions.append(precision)
+        return create_dot(self, a, b, total, precision, *rest)
+
+    monkeypatch.setattr(builder, "create_dot", recorded)
+    column_linear_act(*make((5, 7, 9), torch.float32, device, act == "swiglu"), act, False)
+    assert precisions and set(precisions) == {ir.INPUT_PRECISION.IEEE}

@@ -5,8 +5,10 @@ import warnings
 from types import SimpleNamespace
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._symmetric_memory as symm_mem
 from pool import run_on_ranks
 
 from tpkernels import peer_memory
@@ -136,3 +138,22 @@ def test_opened_and_chosen_by_size():
     assert "one-shot" in reasons[0] and ("two-shot" in reasons[1]) == (dist.get_world_size() > 2)
     attempt(TPKERNELS_TRANSPORT="nccl")  # opened again, closed this time
     assert choose("auto", small, 100, Group(pg, "cuda")).transport == "nccl"
+
+
+@pytest.mark.parametrize("max_bytes", [1 << 20, 48])
+def test_the_buffer_holds_the_flags_and_two_slots_and_begins_as_zeros(monkeypatch, max_bytes):
+    done = []
+
+    def empty(size, dtype, device):
+        return torch.ones(size, dtype=dtype, device=device)
+
+    def rendezvous(buffer, group):
+        assert not buffer.any() and done == [DEVICE]  # zeros have arrived before a peer looks
+        return group
+
+    monkeypatch.setattr(symm_mem, "empty", empty)
+    monkeypatch.setattr(symm_mem, "rendezvous", rendezvous)
+    monkeypatch.setattr(torch.cuda, "synchronize", done.append)
+    group = SimpleNamespace(group_name="a group")
+    handle, buffer = peer_memory._rendezvous(group, DEVICE, max_bytes)
+    assert handle == "a group" and buffer.nbytes == 36 * 8 * 8 + 2 * max_bytes

@@ -134,3 +134,4 @@ int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm)
 size_t device_slot_bytes(int64_t rows, int64_t columns, int element_size) {
   return slot_bytes(rows, columns, element_size);
 }
+size_t device_buffer_bytes(size_t slot_bytes) { return buffer_bytes(slot_bytes); }

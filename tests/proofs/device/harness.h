@@ -29,4 +29,5 @@ bool world_run(World* world, const Spec* specs, int launches, uint64_t seed, uin
 
 int device_grid_size(int64_t rows, int64_t columns, int element_size, bool norm);
 size_t device_slot_bytes(int64_t rows, int64_t columns, int element_size);
+size_t device_buffer_bytes(size_t slot_bytes);
 }

@@ -46,6 +46,8 @@ def library():
     lib.device_grid_size.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int, ctypes.c_bool]
     lib.device_slot_bytes.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     lib.device_slot_bytes.restype = ctypes.c_size_t
+    lib.device_buffer_bytes.argtypes = [ctypes.c_size_t]
+    lib.device_buffer_bytes.restype = ctypes.c_size_t
     return lib
 
 
@@ -55,6 +57,10 @@ def grid_size(rows: int, columns: int, dtype: torch.dtype, norm: bool) -> int:
 
 def slot_bytes(rows: int, columns: int, dtype: torch.dtype) -> int:
     return library().device_slot_bytes(rows, columns, dtype.itemsize)
+
+
+def buffer_bytes(slot_bytes: int) -> int:
+    return library().device_buffer_bytes(slot_bytes)
 
 
 @dataclass

@@ -6,7 +6,9 @@ import itertools
 
 import pytest
 import torch
-from ranks import DTYPES, KERNELS, Launch, Ranks, grid_size, slot_bytes
+from ranks import DTYPES, KERNELS, Launch, Ranks, buffer_bytes, grid_size, slot_bytes
+
+from tpkernels import _C
 
 WORLDS = (2, 3, 4, 8)
 SHAPES = ((1, 1), (1, 7), (3, 5), (1, 1031), (5, 64), (7, 136), (4, 129))
@@ -166,6 +168,27 @@ def test_any_sequence_of_kernels_sizes_and_grids(world, epoch):
                     check(launch, result, True)
 
 
+@pytest.mark.parametrize("world", (2, 8))
+def test_the_largest_grid_between_smaller_ones(world):
+    """Every flag is used: those of the last block of the last rank too."""
+    rng = torch.Generator().manual_seed(world)
+    blocks = grid_size(10_000, 8192, torch.float32, False)
+    shape, dtype = (blocks, 8), torch.float32
+    launches = [
+        make(kernel, world, shape, dtype, rng, True, terms, blocks=grid)
+        for kernel, grid, terms in zip(
+            (*KERNELS, *KERNELS),
+            (blocks, 5, blocks, blocks, 1, blocks),
+            ("", "brn", "r", "n", "b", "brn"),
+            strict=True,
+        )
+    ]
+    with Ranks(world, slot_bytes(*shape, dtype)) as ranks:
+        results, _ = ranks.run(launches, seed=world)
+    for launch, result in zip(launches, results, strict=True):
+        check(launch, result, True)
+
+
 def test_the_seed_changes_the_order_and_nothing_else():
     def run(seed):
         launches = mixed(3, torch.Generator().manual_seed(0), 4)
@@ -239,3 +262,10 @@ def test_host_helpers():
     assert grid_size(5, 64, bf16, True) == 5
     assert grid_size(10_000, 8192, f32, True) == grid_size(10_000, 8192, f32, False) == 36
     assert slot_bytes(3, 5, bf16) == 3 * 16 and slot_bytes(2, 9, f32) == 2 * 48
+
+
+@pytest.mark.parametrize("slot", (16, 4096, 8 << 20))
+def test_the_engine_asks_for_the_bytes_that_the_device_code_lays_out(slot):
+    flags = 8 * 8 * grid_size(10_000, 8192, torch.float32, False)  # of 8 ranks, 8 bytes each
+    assert flags + 2 * slot <= buffer_bytes(slot) < flags + 2 * slot + 128
+    assert buffer_bytes(slot) == _C.peer_buffer_bytes(slot)
