@@ -6,7 +6,7 @@ import families
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import assert_same_grads
+from helpers import assert_same_grads, everyone
 from pool import run_on_ranks
 from torch import nn
 from user_models import PLAN, Attention, Lora, llama_pair
@@ -129,3 +129,44 @@ def test_layers_that_leave_the_group_stay_right(case, wanted):
     assert sum(c.tag == "column_backward" for c in log) == wanted
     if case != "wrapped layer":
         assert_same_grads(stock, model, 1e-4)
+
+
+class Failure(Exception):
+    pass
+
+
+def fail(*_):
+    raise Failure
+
+
+@pytest.mark.parametrize("where", ["after the first column layer", "before the row layer"])
+@run_on_ranks(2)
+def test_an_exception_in_a_region_leaves_nothing_behind(where):
+    torch.manual_seed(0)
+    group = dist.group.WORLD
+    layer, unharmed = (
+        tpk.nn.ParallelSelfAttention(72, 9, 1, dropout=0.3, group=group) for _ in range(2)
+    )
+    unharmed.load_state_dict(layer.state_dict())
+    x = torch.randn(2, 5, 72, generator=torch.Generator().manual_seed(1))
+    if where == "before the row layer":
+        failing = layer.o_proj.register_forward_pre_hook(fail)
+    else:
+        failing = layer.q_proj.register_forward_hook(fail)
+    with pytest.raises(Failure):
+        layer(x)
+    failing.remove()
+    a, b = everyone(torch.rand(4))  # the ranks' default generators are in step
+    assert torch.equal(a, b)
+    fused = layer.region.fused_columns
+    assert fused.input is None and not fused.outputs  # nothing is kept alive
+    assert not any(proj.grad_summed for proj in (layer.k_proj, layer.v_proj))
+    for run in (lambda module: module.k_proj(x), lambda module: module(x)):
+        outs = []
+        for module in (layer, unharmed):
+            torch.manual_seed(2)
+            outs.append(run(module))
+            outs[-1].square().sum().backward()
+        assert torch.equal(*outs)
+    for name, parameter in layer.named_parameters():
+        assert torch.equal(parameter.grad, unharmed.get_parameter(name).grad), name

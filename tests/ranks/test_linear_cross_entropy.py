@@ -38,8 +38,7 @@ def sharded_loss(x, w, b, target, classes, dloss=1.0, **options):
         mine[1],
         num_classes=classes,
         group=group,
-        ignore_index=IGNORED,
-        **options,
+        **{"ignore_index": IGNORED, **options},
     )
     (loss * dloss).backward()
     grads = [leaf.grad]
@@ -59,8 +58,7 @@ def stock_loss(x, w, b, target, dtype, dloss=1.0, **options):
     loss = F.cross_entropy(
         logits.flatten(0, -2).to(torch.promote_types(dtype, torch.float32)),
         target.flatten(),
-        ignore_index=IGNORED,
-        **options,
+        **{"ignore_index": IGNORED, **options},
     )
     (loss * dloss).backward()
     world = dist.get_world_size()
@@ -108,6 +106,19 @@ def test_a_fused_loss_is_the_unsharded_models(classes, dtype):
                     f"{name} in chunks of {chunk_rows}, {reduction}, smoothing {smoothing}",
                     *values,
                 )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignore_index", [3, 0, -1])
+@run_on_ranks(2)
+def test_a_fused_loss_ignores_the_index_that_the_caller_names(ignore_index, reduction):
+    x, w, b = torch.randn(22, 16), torch.randn(5, 16), torch.randn(5)
+    target = torch.randint(5, (22,)).index_fill(0, torch.arange(4), ignore_index)
+    options = dict(reduction=reduction, ignore_index=ignore_index, label_smoothing=0.1)
+    ours = sharded_loss(x, w, b, target, 5, chunk_rows=7, **options)
+    want = stock_loss(x, w, b, target, torch.float32, **options)
+    assert_close(ours, want, atol=1e-5, rtol=1e-5)
+    assert not ours[1][:4].any()
 
 
 @run_on_ranks(4)

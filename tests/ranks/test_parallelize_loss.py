@@ -3,6 +3,7 @@
 import copy
 
 import families
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from helpers import assert_same_grads
 from pool import run_on_ranks
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.testing import assert_close
+from transformers.loss import loss_utils
 from user_models import llama_pair
 
 import tpkernels as tpk
@@ -39,6 +42,56 @@ def test_loss_parallel_logits():
     assert model.lm_head.gather_output  # also after an error
     assert type(model(ids).logits) is torch.Tensor
     model.loss_function = None
+
+
+class Labelled(nn.Module):
+    """A head as transformers' models have it, which hands the caller's options to its loss."""
+
+    def __init__(self, loss_function):
+        super().__init__()
+        self.body, self.head = nn.Embedding(13, 6), nn.Linear(6, 13)
+        self.loss_function = loss_function
+        self.get_output_embeddings = lambda: self.head
+
+    def forward(self, ids, labels=None, **options):
+        logits = self.head(self.body(ids))
+        if labels is None:
+            return logits
+        return self.loss_function(logits, labels, vocab_size=13, **options), logits
+
+
+@pytest.mark.parametrize("loss", ["ForCausalLMLoss", "ForMaskedLMLoss"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(ignore_index=5),
+        dict(num_items_in_batch=11),
+        dict(num_items_in_batch=torch.tensor(11), ignore_index=5),
+    ],
+    ids=str,
+)
+@run_on_ranks(2)
+def test_losses_of_transformers_and_their_options(options, loss):
+    torch.manual_seed(0)
+    stock = Labelled(getattr(loss_utils, loss))
+    model = copy.deepcopy(stock)
+    model.get_output_embeddings = lambda: model.head
+    tpk.parallelize(model, dist.group.WORLD, {"head": "colwise_gather_output"})
+    ids = torch.randint(13, (3, 9))
+    labels = torch.randint(13, (3, 9)).index_fill(1, torch.tensor([2, 8]), 5)
+    labels[:, 4] = options.get("ignore_index", -100)
+    with tpk.log_collectives() as log:
+        mine, logits = model(ids, labels=labels, **options)
+    assert isinstance(logits, DTensor) and {c.tag for c in log} == {"loss"}
+    want, _ = stock(ids, labels=labels, **options)
+    assert_close(mine, want)
+    mine.backward()
+    want.backward()
+    assert_same_grads(stock, model)
+    # A loss of full logits is the stock one's.
+    full = model(ids)
+    assert_close(model.loss_function(full, labels, vocab_size=13, **options), want)
 
 
 class OwnLossHead(nn.Module):

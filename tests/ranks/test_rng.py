@@ -1,5 +1,7 @@
 """Dropout in a sharded region: ranks draw masks of their own and stay in step."""
 
+from types import SimpleNamespace
+
 import families
 import pytest
 import torch
@@ -55,6 +57,47 @@ def dropout_keeps_ranks_in_step(checkpointing):
         rng.restore()
     assert not torch.equal(*draws) and not torch.equal(*everyone(draws[0]))
     return y.detach(), model.before.weight.grad
+
+
+class Drawing(nn.Module):
+    """A user's module that draws a number between a column and a row layer."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x):
+        x = self.up(x)
+        self.drawn = torch.rand(8)
+        return self.down(x)
+
+
+@pytest.mark.parametrize(
+    "attributes, training, apart",
+    [
+        (dict(config=SimpleNamespace(attention_dropout=0.2, width=3.0)), True, True),
+        (dict(config=SimpleNamespace(attention_dropout=0.0, width=3.0)), True, False),
+        (dict(config=SimpleNamespace(attention_dropout=0.2)), False, False),
+        (dict(drop_rate=0.2), True, True),
+        (dict(drop_rate=0.0, scale=0.2), True, False),
+        (dict(layer=nn.Dropout(0.2)), True, True),
+        (dict(layer=nn.Dropout2d(0.2)), True, True),
+        (dict(layer=nn.Dropout(0.0)), True, False),
+        (dict(layer=nn.Dropout(0.2)), False, False),
+    ],
+    ids=str,
+)
+@run_on_ranks(2)
+def test_ranks_draw_apart_in_a_region_that_drops(attributes, training, apart):
+    model = Drawing(**attributes).train(training)
+    tpk.parallelize(model, dist.group.WORLD, {"up": "colwise", "down": "rowwise"})
+    model(torch.randn(2, 8))
+    a, b = everyone(model.drawn)
+    assert torch.equal(a, b) != apart
+    a, b = everyone(torch.rand(4))
+    assert torch.equal(a, b)
 
 
 def test_dropout_in_a_split_region(pool):

@@ -1,12 +1,16 @@
 """Names, ties and the unsharded state of a sharded model."""
 
+import copy
+
 import families
 import pytest
 import torch
 import torch.distributed as dist
 from helpers import assert_same_grads
 from pool import run_on_ranks
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.testing import assert_close
 from user_models import llama_pair
 
 import tpkernels as tpk
@@ -70,3 +74,44 @@ def test_one_rank_keeps_plain_parameters():
     state = tpk.unsharded_state_dict(model)
     assert all(torch.equal(state[k], v) for k, v in stock.state_dict().items())
     tpk.load_unsharded_state_dict(model, state)
+
+
+class Buffered(nn.Module):
+    """A module with a buffer, a layer that is sharded and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(8, 12), nn.Linear(12, 8), nn.LayerNorm(8)
+        self.register_buffer("seen", torch.arange(3.0))
+
+
+@torch.no_grad()
+def add_one(tensors):
+    for tensor in tensors:
+        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).add_(1)
+
+
+@pytest.mark.parametrize("dtensor", [True, False])
+@pytest.mark.parametrize("offload", [True, False])
+@run_on_ranks(1, 2)
+def test_a_state_and_its_model_share_no_memory(offload, dtensor):
+    torch.manual_seed(0)
+    stock = Buffered()
+    model = copy.deepcopy(stock)
+    plan = {"up": "colwise", "down": "rowwise", "norm": "replicate"}
+    tpk.parallelize(model, dist.group.WORLD, plan, dtensor=dtensor)
+    want = {name: t.clone() for name, t in stock.state_dict().items()}
+    state = tpk.unsharded_state_dict(model, cpu_offload=offload)
+    add_one([*model.parameters(), *model.buffers()])
+    assert_close(state, want, atol=0, rtol=0)
+    # Loading puts everything back, the buffer too, and copies.
+    tpk.load_unsharded_state_dict(model, state)
+    add_one(state.values())
+    assert_close(dict(tpk.unsharded_state_dict(model)), want, atol=0, rtol=0)
+    grads = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        parameter.grad = grads[name]
+    gathered = tpk.unsharded_gradients(model)
+    kept = {name: grad.clone() for name, grad in gathered.items()}
+    add_one(grads.values())
+    assert_close(gathered, kept, atol=0, rtol=0)

@@ -30,11 +30,12 @@ def test_dropout_of_a_part_is_a_part_of_the_wholes():
         assert not torch.equal(tpf.dropout(x, p, seed + 1) != 0, kept)
 
 
+@pytest.mark.parametrize("row,column", [(0, 0), (5, 3)])
 @pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
-def test_the_gradient_of_dropout_has_its_mask(p):
+def test_the_gradient_of_dropout_has_its_mask(p, row, column):
     for dtype in (torch.float32, torch.bfloat16):
         x = (torch.rand(6, 10) + 1).to(dtype).requires_grad_()
-        y = tpf.dropout(x, p, torch.tensor([1]))
+        y = tpf.dropout(x, p, torch.tensor([1]), row=row, column=column)
         dy = torch.rand(6, 10).to(dtype) + 1
         y.backward(dy)
         kept = y != 0

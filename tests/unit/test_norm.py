@@ -65,6 +65,33 @@ def test_norm(rms, with_residual, used):
                 assert_as_accurate(f"result {i} {shape}", *(v.detach() for v in values))
 
 
+LEAVES = ("x", "weight", "bias", "residual")
+
+
+@pytest.mark.parametrize("rms", [True, False], ids=["rms_norm", "layer_norm"])
+@pytest.mark.parametrize(
+    "wanted", [w for n in (1, 2, 3) for w in itertools.combinations(LEAVES, n)], ids="-".join
+)
+def test_gradients_of_some_of_the_inputs(wanted, rms):
+    """The others are frozen, and get none."""
+    if rms and "bias" in wanted:
+        wanted = tuple(name for name in wanted if name != "bias") or ("weight",)
+    for residual in (False, True) if "residual" not in wanted else (True,):
+        values = dict(x=torch.randn(5, 24), weight=torch.randn(24))
+        values |= dict(residual=torch.randn(5, 24)) if residual else {}
+        values |= {} if rms else dict(bias=torch.randn(24))
+        dy, grads = torch.randn(5, 24), []
+        for function in (tpf.rms_norm if rms else tpf.layer_norm, stock_norm):
+            given = {k: v.clone().requires_grad_(k in wanted) for k, v in values.items()}
+            if function is stock_norm:
+                out = function(*map(given.get, LEAVES), rms)
+            else:
+                out = function(given.pop("x"), eps=1e-5, **given)
+            (out[0] if residual else out).backward(dy)
+            grads.append({k: v.grad for k, v in given.items() if k != "x"})
+        assert_close(*grads, atol=1e-5, rtol=1e-5)
+
+
 def test_norm_of_mixed_dtypes():
     x, residual, weight = (
         torch.randn(3, 8).bfloat16().requires_grad_(),
