@@ -47,7 +47,9 @@ def test_activations(act, dtype, device):
 
 
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1), (129, 130, 5), (1, 300, 129), (5, 7, 64), (1200, 20, 16)], ids=str
+    "shape",
+    [(1, 1, 1), (129, 130, 5), (1, 300, 129), (5, 7, 64), (64, 256, 128), (1200, 20, 16)],
+    ids=str,
 )
 @pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])
 def test_shapes(act, shape, device):

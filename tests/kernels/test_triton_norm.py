@@ -108,6 +108,31 @@ def test_rows_longer_than_registers_hold(device):
     check(*make((1, 20000), torch.bfloat16, device, weight=False, bias=False), False)
 
 
+@pytest.mark.parametrize(
+    "tunable, width, itemsize",
+    [
+        *(
+            (norm.FORWARD, width, itemsize)
+            for width, itemsize in [(16384, 2), (16384, 4), (8192, 8)]
+        ),
+        *(
+            (norm.BACKWARD, width, itemsize)
+            for width, itemsize in [(8192, 2), (8192, 4), (4096, 8)]
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_the_widest_rows_that_registers_hold(tunable, width, itemsize):
+    assert tunable(width, itemsize).blocks["BLOCK_N"] == width
+    assert tunable(width + 1, itemsize).blocks["BLOCK_N"] <= width
+
+
+def test_rows_as_wide_as_a_block_stay_in_registers(monkeypatch, device):
+    monkeypatch.setattr(norm, "norm_long_kernel", None)
+    monkeypatch.setattr(norm, "norm_backward_long_kernel", None)
+    check(*make((2, 64), torch.float32, device), False)
+
+
 @pytest.mark.parametrize("lay", [strided, transposed])
 def test_any_strides(lay, blocks, device):
     x, residual, weight, bias = make((4, 3, 40), torch.float32, device)

@@ -17,7 +17,7 @@ ACTIVATIONS = ["relu", "relu2", "gelu", "gelu_tanh", "silu", "swiglu", "geglu"]
 GATED = {"swiglu": "silu", "geglu": "gelu"}
 
 
-COLUMNS = [0, 1, 7, 17, 33, 129]
+COLUMNS = [0, 1, 7, 17, 33, 64, 129]
 
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
