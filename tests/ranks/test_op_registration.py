@@ -1,5 +1,6 @@
 """The registered ops by torch.library.opcheck: schemas, fake kernels, functionalisation."""
 
+import layouts
 import pytest
 import torch
 from op_samples import rand, samples
@@ -29,6 +30,18 @@ def test_opcheck(name):
     for args in samples()[name]:
         result = torch.library.opcheck(op, args, test_utils=checks)
         assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize(
+    "lay", [layouts.apart, layouts.without_unit_stride], ids=lambda lay: lay.__name__
+)
+@pytest.mark.parametrize("name", sorted(REGISTERED - UNCHECKED - {"empty_comm_buffer"}))
+@run_on_ranks(2)
+def test_one_operand_laid_out_otherwise(name, lay):
+    op = getattr(torch.ops.tpkernels, name).default
+    for args in samples()[name]:
+        close = dict(atol=None, rtol=None)  # by dtype: a GEMM's sums depend on the layout
+        layouts.check_operand_layouts(op, args, lay, **close)
 
 
 @run_on_ranks(1)

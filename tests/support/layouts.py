@@ -5,6 +5,7 @@ import mmap
 import pytest
 import torch
 from helpers import EXACT
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 FAR = 2**30  # elements between rows: the third lies beyond what 32 bits count
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # unnamed before Python 3.12
@@ -91,20 +92,21 @@ def arguments(rows, columns, dtype=torch.float32):
 OPS = list(arguments(1, 1))
 
 
-def results(op, args):
-    """Return what an op returns, or what it makes of its first argument in place."""
-    outs = op(*args)
-    outs = args[0] if outs is None else outs
-    return [outs] if torch.is_tensor(outs) else list(outs)
-
-
 def check_operand_layouts(op, args, lay, **tolerance):
     """Require the same result of `op` where each operand in turn is laid out otherwise."""
-    same = lambda x: x.clone() if torch.is_tensor(x) else x  # noqa: E731  (an op may write to it)
-    expected = results(op, list(map(same, args)))
-    for index, arg in enumerate(args):
-        for laid in lay(arg) if torch.is_tensor(arg) else ():
-            outs = results(op, [*map(same, args[:index]), laid, *map(same, args[index + 1 :])])
-            for out, wanted in zip(outs, expected, strict=True):
+    leaves, tree = tree_flatten(args)
+
+    def results(index=0, laid=None):
+        # Copies, because an op may write to its first operand and return nothing.
+        given = [x.clone() if torch.is_tensor(x) else x for x in leaves]
+        if laid is not None:
+            given[index] = laid
+        outs = op(*tree_unflatten(given, tree))
+        return tree_leaves(given[0] if outs is None else outs)
+
+    expected = results()
+    for index, leaf in enumerate(leaves):
+        for laid in lay(leaf) if torch.is_tensor(leaf) and leaf.dim() else ():
+            for out, wanted in zip(results(index, laid), expected, strict=True):
                 where = f"operand {index} of strides {laid.stride()}: ".__add__
                 torch.testing.assert_close(out, wanted, **(tolerance or EXACT), msg=where)
