@@ -15,10 +15,8 @@ RANKS = [n for n in (1, 2, 4) if n <= torch.cuda.device_count()]
 
 @pytest.fixture(scope="module")
 def gpu_pool():
-    pool = Pool(backend="cpu:gloo,cuda:nccl")
-    yield pool
-    pool.close()
-    pool.folder.cleanup()
+    with Pool(backend="cpu:gloo,cuda:nccl") as pool:
+        yield pool
 
 
 @pytest.mark.parametrize("ranks", RANKS or [1])

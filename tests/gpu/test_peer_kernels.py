@@ -26,10 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(scope="module")
 def gpu_pool():
     os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
-    pool = Pool(backend="cpu:gloo,cuda:nccl" if DEVICES > 1 else "gloo")
-    yield pool
-    pool.close()
-    pool.folder.cleanup()
+    with Pool(backend="cpu:gloo,cuda:nccl" if DEVICES > 1 else "gloo") as pool:
+        yield pool
 
 
 def opened(max_bytes, multicast=False):
