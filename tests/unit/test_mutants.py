@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from tools.mutants import run
 from tools.mutants.draw import draw
 from tools.mutants.mutant import Mutant, copied_tree, read_sample, write_sample
 from tools.mutants.reach import tests_of as in_order
@@ -95,7 +96,7 @@ def test_tests_are_those_of_the_line_and_the_cheapest_of_each_function_come_firs
     [
         (fault("    if a < b:", "    if a > b:"), 100, "killed", TEST + "different[1]"),
         (fault("    if a < b:", "    if a <= b:"), 100, "survived", ""),
-        (fault("    return b", "    while True:\n        pass"), 4, "killed", "a timeout"),
+        (fault("    return b", "    while True:\n        pass"), 4, "timeout", "a timeout"),
         (Mutant("tpkernels/smaller.py", 2, "by hand", 0, "    if a == b:", ""), 4, "gone", ""),
     ],
     ids=["noticed", "not noticed", "endless", "of another source"],
@@ -107,3 +108,12 @@ def test_status(package, mutant, limit, status, noticed):
         assert (tree / mutant.path).read_text() == SOURCES[mutant.path]
     assert (found["status"], found["test"]) == (status, noticed)
     assert (package / mutant.path).read_text() == SOURCES[mutant.path]
+
+
+@pytest.mark.parametrize("without_the_fault, status", [("", "killed"), (None, "timeout")])
+def test_a_timeout_kills_where_the_tests_are_quick(package, monkeypatch, without_the_fault, status):
+    answers = [None, without_the_fault]
+    monkeypatch.setattr(run, "_pytest", lambda *args: answers.pop(0))
+    with copied_tree(package) as tree:
+        assert examine(fault("    return b", ""), tree, REACH)["status"] == status
+    assert not answers
