@@ -75,10 +75,8 @@ def _record(name: str, tree: Path, folder: Path) -> dict:
         data = importlib.import_module("coverage").CoverageData(str(file))
         data.read()
         for measured in map(Path, data.measured_files()):
-            path, inside = (
-                measured.relative_to(tree).as_posix(),
-                _in_functions(measured.read_text()),
-            )
+            path = measured.relative_to(tree).as_posix()
+            inside = _in_functions(measured.read_text())
             for line, contexts in data.contexts_by_lineno(str(measured)).items():
                 for test in {context.split("|")[-1] for context in contexts} & set(tests):
                     if line in inside:
@@ -107,6 +105,7 @@ def record(tree: Path, folder: Path, files: str = "tests/**/test_*.py") -> dict[
             old = _record(name, tree, run)
             kept.write_text(json.dumps(old))
             shutil.rmtree(run)
+            print(f"{name}: {len(old['tests'])} tests", flush=True)
         found |= old["tests"]
     return found
 
