@@ -37,13 +37,22 @@ def test_gated_act(activation, biases, shape):
             assert_as_accurate(name, *values)
 
 
-def test_gated_act_computes_the_gradients_asked_for():
-    gate, up, bias = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4), torch.randn(4)
-    tpf.gated_act(gate, up, "swiglu", bias, bias.clone().requires_grad_()).sum().backward()
-    want = gate.grad.clone()
-    gate.grad = None
-    reference.gated_act(gate, up, bias, bias, "swiglu").sum().backward()
-    assert_close(want, gate.grad)
+@pytest.mark.parametrize(
+    "wanted", [w for n in (1, 2, 3) for w in itertools.combinations(range(4), n)], ids=str
+)
+def test_gated_act_computes_the_gradients_asked_for(wanted):
+    """Some of gate, up and their biases are frozen, and get none."""
+    values = [torch.randn(*shape) for shape in ((3, 4), (3, 4), (4,), (4,))]
+    grads = []
+    for function in (
+        lambda gate, up, *biases: tpf.gated_act(gate, up, "swiglu", *biases),
+        lambda *leaves: reference.gated_act(*leaves, "swiglu"),
+    ):
+        leaves = [v.clone().requires_grad_(i in wanted) for i, v in enumerate(values)]
+        function(*leaves).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves])
+    assert [grad is not None for grad in grads[0]] == [i in wanted for i in range(4)]
+    assert_close(*([grad for grad in of if grad is not None] for of in grads))
 
 
 def test_bias_act_promotes_as_addition_does():
