@@ -52,7 +52,7 @@ def test_dtypes(act, bias, dtype, device):
 
 @pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (33,), (2, 3, 5), (150, 40), (20, 600), (5, 64), (3, 1024)], ids=str
+    "shape", [(1, 1), (33,), (2, 3, 5), (150, 40), (150, 64), (20, 600)], ids=str
 )
 def test_shapes(act, shape, device):
     check(act, *make(act, shape, torch.bfloat16, device))

@@ -48,7 +48,7 @@ def test_activations(act, dtype, device):
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 1, 1), (129, 130, 5), (1, 300, 129), (5, 7, 64), (64, 256, 128), (1200, 20, 16)],
+    [(1, 1, 1), (129, 130, 5), (1, 300, 129), (5, 7, 64), (1200, 128, 16)],
     ids=str,
 )
 @pytest.mark.parametrize("act", ["gelu_tanh", "swiglu"])

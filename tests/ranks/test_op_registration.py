@@ -32,9 +32,7 @@ def test_opcheck(name):
         assert set(result.values()) == {"SUCCESS"}, result
 
 
-@pytest.mark.parametrize(
-    "lay", [layouts.apart, layouts.without_unit_stride], ids=lambda lay: lay.__name__
-)
+@pytest.mark.parametrize("lay", layouts.LAYOUTS, ids=lambda lay: lay.__name__)
 @pytest.mark.parametrize("name", sorted(REGISTERED - UNCHECKED - {"empty_comm_buffer"}))
 @run_on_ranks(2)
 def test_one_operand_laid_out_otherwise(name, lay):

@@ -1,6 +1,7 @@
 """The tool of `make mutants-sampled` draws the same faults again and tells which tests notice."""
 
 import subprocess
+import time
 
 import pytest
 
@@ -110,10 +111,21 @@ def test_status(package, mutant, limit, status, noticed):
     assert (package / mutant.path).read_text() == SOURCES[mutant.path]
 
 
-@pytest.mark.parametrize("without_the_fault, status", [("", "killed"), (None, "timeout")])
-def test_a_timeout_kills_where_the_tests_are_quick(package, monkeypatch, without_the_fault, status):
+@pytest.mark.parametrize(
+    ("without_the_fault", "limit", "status"),
+    [("", 100, "killed"), ("", 0.1, "timeout"), (None, 100, "timeout")],
+    ids=["quick", "slow", "endless"],
+)
+def test_a_timeout_kills_where_the_tests_are_quick(
+    package, monkeypatch, without_the_fault, limit, status
+):
     answers = [None, without_the_fault]
-    monkeypatch.setattr(run, "_pytest", lambda *args: answers.pop(0))
+
+    def pytest_for_50_ms(*_):
+        time.sleep(0.05)
+        return answers.pop(0)
+
+    monkeypatch.setattr(run, "_pytest", pytest_for_50_ms)
     with copied_tree(package) as tree:
-        assert examine(fault("    return b", ""), tree, REACH)["status"] == status
+        assert examine(fault("    return b", ""), tree, REACH, limit)["status"] == status
     assert not answers
