@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -15,14 +16,15 @@ from .transport import forced_transport, transport_of
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # init_mesh's, with its tp group: group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> its group for chunked schedules
 # Schedules chosen so far. `Group`s share them where nothing that a schedule depends on differs.
-_schedules: dict[tuple[ProcessGroup, str, tuple[str, str], PeerMemory], dict] = {}
+# Weakly by group: its peers see this rank leave only when nobody holds a gloo group any more.
+_schedules: WeakKeyDictionary[ProcessGroup, dict[tuple[str, tuple[str, str], PeerMemory], dict]]
+_schedules = WeakKeyDictionary()
 
 
 def forget_schedules(pg: ProcessGroup) -> None:
     """Forget the schedules chosen for `pg`, as what they rest on has changed."""
-    for (other, *_), schedules in _schedules.items():
-        if other == pg:
-            schedules.clear()
+    for schedules in _schedules.get(pg, {}).values():
+        schedules.clear()
 
 
 class Group:
@@ -53,10 +55,8 @@ class Group:
         self.channels = (self.name, self.name)
         if chunked is not None and self.has_chunked_group:
             self.channels = (self.name, chunked.group_name)
-        for old in [key for key in _schedules if not is_alive(key[0])]:
-            del _schedules[old]
-        key = pg, device_type, self.channels, self.peer_memory
-        self.schedules = _schedules.setdefault(key, {})
+        key = device_type, self.channels, self.peer_memory
+        self.schedules = _schedules.setdefault(pg, {}).setdefault(key, {})
 
     @property
     def mesh(self) -> DeviceMesh:

@@ -32,6 +32,11 @@ class ShmBackend : public c10d::Backend {
   }
 
   const std::string getBackendName() const override { return "shm"; }
+  // destroy_process_group calls it, whoever still holds the group.
+  void shutdown() override {
+    shared_->leave();
+    fallback_->shutdown();
+  }
   void setTimeout(milliseconds timeout) override {
     shared_->timeout = timeout;
     fallback_->setTimeout(timeout);

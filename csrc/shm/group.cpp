@@ -40,9 +40,12 @@ ShmGroup::ShmGroup(const c10::intrusive_ptr<c10d::Store>& store, int rank, int s
       queue_(std::make_shared<Queue>()) {}
 
 ShmGroup::~ShmGroup() {
-  if (forks() != forks_) return;  // the parent goes on, and the thread is the parent's
-  ring_.leave();
-  queue_->stop();
+  leave();
+  if (forks() == forks_) queue_->stop();  // a forked child has no such thread
+}
+
+void ShmGroup::leave() {
+  if (forks() == forks_) ring_.leave();  // the parent of a forked child goes on
 }
 
 void ShmGroup::check_process() const {

@@ -36,6 +36,8 @@ class ShmGroup : public PeerAllReduce {
            std::chrono::milliseconds timeout);
   ~ShmGroup() override;
 
+  // Takes this rank out: its peers raise at once where they would wait for it.
+  void leave();
   // Runs `body(collectives)` after everything that was called before it: now, or if the call is
   // asynchronous when somebody waits for it, or meanwhile.
   template <typename F>

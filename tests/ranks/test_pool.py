@@ -293,7 +293,7 @@ def test_nothing_is_left_behind(tmp_path):
         processes += [path.name for path in tmp_path.iterdir()]
         assert len(processes) == 4
         processes += pool.run(4, process_id)
-        names = sorted(path.name for path in folder.iterdir())
+        names = [path.name for path in folder.iterdir()]
         assert len(names) == 4 and all(name.startswith("stderr-of-rank-") for name in names)
     assert not any(map(process_is_there, processes))
     assert not folder.exists()

@@ -10,6 +10,7 @@ import socket
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.distributed import ProcessGroup
@@ -18,7 +19,7 @@ from tpkernels_planner.files import write_atomically
 
 from ..cache import cache_folder
 from ..group import Group, forget_schedules
-from ..process_group import broadcast_object, gather_objects, is_alive
+from ..process_group import broadcast_object, gather_objects
 from .cost_model import Curve, GemmShape, Timings
 
 
@@ -145,7 +146,7 @@ def _device_name(device_type: str) -> str:
     return f"{name}, 1 thread" if threads == 1 else f"{name}, {threads} threads"
 
 
-_installed: dict[ProcessGroup, Calibration] = {}
+_installed: WeakKeyDictionary[ProcessGroup, Calibration] = WeakKeyDictionary()
 
 
 def calibration_of(group: Group) -> Calibration | None:
@@ -160,9 +161,6 @@ def install(calibration: Calibration | None, group: Group) -> Calibration | None
     """
     text = None if calibration is None else calibration.to_json()
     text = broadcast_object(group.pg, text)
-    for old in list(_installed):
-        if not is_alive(old):
-            del _installed[old]
     _installed.pop(group.pg, None)
     forget_schedules(group.pg)
     if text is not None:
