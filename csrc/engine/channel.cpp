@@ -75,10 +75,12 @@ void Channel::all_reduce_fast_path(StagedTerm staged, const at::Tensor& out,
 Pending Channel::all_reduce(const at::Tensor& buffer, int64_t chunk, c10d::ReduceOp op) const {
   if (size() == 1) return {};
   check_agreement("all_reduce", buffer, chunk);
-  if (op == c10d::ReduceOp::SUM && has_fast_path(buffer.view({1, -1}))) {  // mutant:channel.flat
+  if (op == c10d::ReduceOp::SUM && peers) {  // mutant:channel.flat
     const auto flat = buffer.view({1, -1});
-    all_reduce_fast_path({flat, nullptr}, flat, {});
-    return {};  // mutant:channel.flat_end
+    if (has_fast_path(flat)) {
+      all_reduce_fast_path({flat, nullptr}, flat, {});
+      return {};  // mutant:channel.flat_end
+    }
   }
   if (buffer.numel() == 0) return {};
   log("all_reduce", buffer, chunk);

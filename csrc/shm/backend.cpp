@@ -278,7 +278,8 @@ class ShmBackend : public c10d::Backend {
           return fallback_->allreduce_coalesced(written, options);
       });
     return start(op, "shm:all_reduce", options, tensors, tensors,
-                 [tensors, reductions = *reductions](Collectives& c) {
+                 [tensors = FewTensors(tensors.begin(), tensors.end()),
+                  reductions = *reductions](Collectives& c) {
                    for (size_t i = 0; i < tensors.size(); i++) {
                      const ContiguousMemory memory(tensors[i]);
                      c.all_reduce(memory.data(), tensors[i].numel(), tensors[i].scalar_type(),

@@ -91,11 +91,8 @@ WorkPointer ShmGroup::run(const Call& call, F body) {
   if (!call.async) {
     auto work =
         c10::make_intrusive<Queue::Work>(queue_, call.op, call.name, call.inputs, call.outputs);
-    {
-      const Queue::Guard guard(*queue_);
-      work->run(run);
-    }
-    if (const auto error = work->exception()) std::rethrow_exception(error);
+    const Queue::Guard guard(*queue_);
+    work->run_unshared(run);
     return work;
   }
   auto work =

@@ -46,6 +46,20 @@ class Queue : public std::enable_shared_from_this<Queue> {
 
     // Runs what it was made with.
     void run() { run(std::exchange(body_, nullptr)); }
+    // Runs `body` in the caller's hold of the group, before anybody else has this work, so that no
+    // lock is needed. An error is raised.
+    template <typename F>
+    void run_unshared(const F& body) {
+      try {
+        body();
+      } catch (...) {
+        finish(std::current_exception());
+        throw;
+      }
+      settled_ = true;
+      if (recordFunctionEndCallback_) return finish();
+      completed_ = true;
+    }
 
    private:
     void complete(const std::exception_ptr& error);

@@ -14,6 +14,7 @@
 namespace tpkernels {
 
 using Tensors = std::vector<at::Tensor>;
+using FewTensors = c10::SmallVector<at::Tensor, 1>;  // mostly one, without an allocation
 
 // A tensor as contiguous memory. write_back() matters where that is a copy.
 class ContiguousMemory {
