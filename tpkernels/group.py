@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from .peer_memory import PeerMemory, peer_memory_of
-from .process_group import is_alive
+from .process_group import default_group, is_alive
 from .transport import forced_transport, transport_of
 
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # init_mesh's, with its tp group: group=None
@@ -142,7 +142,14 @@ def _only_mesh() -> DeviceMesh:
 
 def register_mesh(mesh: DeviceMesh, tp_group: ProcessGroup) -> None:
     """Make `mesh` one that group=None stands for."""
-    _meshes[:] = [made for made in _meshes if is_alive(made[1])] + [(mesh, tp_group)]
+    _forget_dead_meshes()
+    _meshes.append((mesh, tp_group))
+    # A mesh holds its groups, whose memory and connections must go with their world.
+    finalize(default_group(), _forget_dead_meshes).atexit = False
+
+
+def _forget_dead_meshes() -> None:
+    _meshes[:] = [made for made in _meshes if is_alive(made[1])]
 
 
 def register_chunked_group(tp_group: ProcessGroup, chunked: ProcessGroup) -> None:

@@ -21,7 +21,7 @@ import tpkernels.functional as tpf
 SIZES = pytest.mark.parametrize("size", [2, 4])
 TIMEOUT = 60  # seconds, of the pool's worlds
 SOON = TIMEOUT / 2  # before the timeout, on a loaded machine too
-# What gloo says of a peer that is gone: the rank is not named.
+# gloo says this of a peer that is gone: the rank is not named.
 GLOO = r"Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \d+ms"
 
 

@@ -36,8 +36,6 @@ from multiprocessing import connection
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
 
 TIMEOUT = 240  # seconds that a call may take on a loaded machine
 LEAVE, LEFT, BROKEN = b"leave", b"left", b"broken"
@@ -77,6 +75,9 @@ def _function(module: str, name: str) -> Callable:
 
 
 def _leave_world() -> None:
+    # A parent must be able to start and kill a rank before torch is imported.
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()
     if "torch.distributed.tensor" in sys.modules:  # its cache names groups that are gone
@@ -86,18 +87,21 @@ def _leave_world() -> None:
 
 def _answer(rank: int, backend: str, job: bytes) -> tuple[float | None, bytes]:
     """Return the time of a failure and its text, or None and the pickled result."""
+    import torch
+    import torch.distributed as dist
+
     try:
-        module, name, args, options, size, port, prefix, cache = pickle.loads(job)
+        module, name, args, options, size, store = pickle.loads(job)
         os.environ.update(
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(size),
-            XDG_CACHE_HOME=cache,
+            XDG_CACHE_HOME=os.path.dirname(store),
         )
         function = _function(module, name)  # the import may register the world's backend
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore(prefix, dist.TCPStore("127.0.0.1", port)),
+            store=dist.FileStore(store, size),  # a TCPStore looks up the names of its peers
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=60),
@@ -119,6 +123,9 @@ def _serve(rank: int, pipe, stderr: str, threads: int, backend: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    import torch
+    import torch.distributed as dist
+
     torch.set_num_threads(threads)
     if "nccl" in backend:
         torch.cuda.set_device(rank)
@@ -232,8 +239,6 @@ class Pool:
             slow = ["pytest", "tpkernels", "torch.distributed.tensor.debug"]
             self.context.set_forkserver_preload(slow)
         self.workers: dict[int, Worker] = {}
-        # Its server serves the worlds of all calls, at a port that is free.
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self.folder = tempfile.TemporaryDirectory(prefix="tpkernels-test-")
         self.calls = 0
         self.last_function = ""
@@ -263,8 +268,8 @@ class Pool:
         self._check_idle()
         self.calls += 1
         self.last_function = function.__name__
-        world = size, self.store.port, f"call{self.calls}", self.folder.name
-        job = pickle.dumps((function.__module__, function.__name__, args, options, *world))
+        store = os.path.join(self.folder.name, f"store{self.calls}")
+        job = pickle.dumps((function.__module__, function.__name__, args, options, size, store))
         for rank in range(size):
             if rank not in self.workers:
                 self.workers[rank] = self._start(rank)
@@ -282,6 +287,7 @@ class Pool:
                 worker.busy = last_word != LEFT
         finally:  # even where Ctrl-C or pytest's timeout ends the call
             self._drop([worker for worker in workers if worker.busy])
+            Path(store).unlink(missing_ok=True)
         if failures + more:
             raise RanksFailed(failures + more, results)
         return results

@@ -1,4 +1,4 @@
-"""What a process holds: file descriptors, threads, mappings and memory."""
+"""Count the file descriptors, threads, mappings and memory that a process holds."""
 
 import gc
 import os

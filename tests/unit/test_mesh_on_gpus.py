@@ -38,6 +38,7 @@ def test_init_mesh_on_gpus(monkeypatch):
     monkeypatch.setattr(dist, "new_subgroups_by_enumeration", new_groups)
     monkeypatch.setattr(mesh_module.DeviceMesh, "from_group", lambda pgs, *args, **names: mesh)
     monkeypatch.setattr(groups, "_meshes", [])
+    monkeypatch.setattr(groups, "default_group", lambda: torch)  # any object that lives on
     monkeypatch.setattr(groups, "_chunked_groups", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     opened, loaded = [], []

@@ -370,7 +370,7 @@ def norm_backward(
     if not sum.numel():
         partial_sums.zero_()
     else:
-        vectors = map(as_vector, (weight, mean, rstd))
+        vectors = as_vector(weight), as_vector(mean), as_vector(rstd)
         tensors = (g, s, h, *vectors, out, partial_sums)
         strides = (g.stride(0), 0 if s is None else s.stride(0), h.stride(0))
         options = config.options(
