@@ -14,7 +14,8 @@ void check_start(int64_t vocab_start_index) {
 }
 
 void check_options(int64_t num_classes, double smoothing) {
-  TORCH_CHECK_VALUE(num_classes >= 1, "num_classes must be at least 1, got ", num_classes);
+  // A rank without classes may have counted none: it takes part, so that all raise together.
+  TORCH_CHECK_VALUE(num_classes >= 0, "num_classes must not be negative, got ", num_classes);
   TORCH_CHECK_VALUE(smoothing >= 0 && smoothing <= 1, "smoothing must lie in [0, 1], got ",
                     smoothing);
 }

@@ -258,7 +258,7 @@ REFUSED = {  # a call -> the exception, and words of its message
     ),
     "loss, short scale": (lambda: loss(scale=rand(4)), ValueError, "scale", "[5]", "[4]"),
     "loss, smoothing": (lambda: loss(smoothing=1.5), ValueError, "smoothing", "1.5"),
-    "loss, no class": (lambda: loss(classes=0), ValueError, "num_classes", "got 0"),
+    "loss, no class": (lambda: loss(classes=-1), ValueError, "num_classes", "got -1"),
     "loss gradient over its norm": (
         lambda: grad_in_place(z := rand(6, 6), z[0]),
         ValueError,
