@@ -166,7 +166,7 @@ def groups(backend, most):
     return lambda pool, size: pool.run(size, make_and_destroy_groups, backend, most * 8 // size**3)
 
 
-# Scenarios: KB of /dev/shm for each rank, and a function of a pool and the number of ranks.
+# A scenario has KB of /dev/shm for each rank, and a function of a pool and the number of ranks.
 SCENARIOS = {
     "a group by name is refused": (TOO_LITTLE, on_ranks(refused_group)),
     "a world is refused": (TOO_LITTLE, refused_world),

@@ -21,7 +21,7 @@ import tpkernels.functional as tpf
 SIZES = pytest.mark.parametrize("size", [2, 4])
 TIMEOUT = 60  # seconds, of the pool's worlds
 SOON = TIMEOUT / 2  # before the timeout, on a loaded machine too
-# gloo says this of a peer that is gone: the rank is not named.
+# gloo says this of a peer that is gone, which it does not name.
 GLOO = r"Connection closed by peer|Connection reset by peer|Broken pipe|Timed out waiting \d+ms"
 
 
@@ -68,7 +68,7 @@ def fail():
     raise KeyError("on purpose")
 
 
-# Ways to stop, what the pool then says of the rank, and what its peers say over shm.
+# Each way to stop has what the pool then says of the rank, and what its peers say over shm.
 STOPS = {
     "return": (dist.destroy_process_group, None, "has left the group, by destroy_process_group"),
     "error": (fail, "KeyError", "has left the group"),
@@ -131,7 +131,7 @@ def test_ranks_that_stop_at_different_steps(fault_pool, size, how, work):
     results = results_in_spite_of(failure, fault_pool, size, stop_at, steps, work, how)
     assert results[stopped] is None
     assert_told(results, stopped, fault_pool, shm_says)
-    # gloo may not have sent all of the last step when it closes its connections
+    # gloo may not have sent all of the last step when it closes its connections.
     done = [result[0] for rank, result in enumerate(results) if rank != stopped]
     assert set(done) <= ({5} if fault_pool.backend == "shm" else {4, 5})
 
@@ -238,8 +238,8 @@ def fork(use_group):
     if child == 0:
         try:
             errors = [error_of(partial(step, work, 1)) for work in WORKS if use_group]
-            # The first half of destroy_process_group. The second waits for threads of gloo, which a
-            # child does not have, for ever.
+            # destroy_process_group begins so. It would then wait for ever for threads of gloo,
+            # which a child does not have.
             group.shutdown()
             os.write(writing, "\n".join(said for said, _ in errors).encode())
         finally:

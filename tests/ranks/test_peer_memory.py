@@ -20,14 +20,14 @@ DEVICE = torch.device("cpu")
 
 def attempt(built=True, host="here", gpu=None, rendezvous=None, MAX_RANKS=8, **environment):
     """(what was raised or opened, warnings) with the obstacles of one rank put in place."""
+    launched, closed, barriers = mock.Mock(), mock.Mock(), []
     fake = SimpleNamespace(
         multicast_ptr=7,
         buffer_ptrs_dev=8,
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        barrier=lambda: None,
+        barrier=lambda: barriers.append(launched.called),
     )
-    launched = mock.Mock()
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda op, key: built),
@@ -37,6 +37,7 @@ def attempt(built=True, host="here", gpu=None, rendezvous=None, MAX_RANKS=8, **e
             lambda device: SimpleNamespace(uuid=gpu or f"gpu {dist.get_rank()}"),
         ),
         mock.patch.object(peer_memory, "MAX_RANKS", MAX_RANKS),
+        mock.patch.object(peer_memory._C, "close_peer_memory", closed),
         mock.patch.object(peer_memory.socket, "gethostname", lambda: host),
         mock.patch.object(
             peer_memory, "_rendezvous", rendezvous or (lambda pg, device, size: (fake, "buffer"))
@@ -49,6 +50,9 @@ def attempt(built=True, host="here", gpu=None, rendezvous=None, MAX_RANKS=8, **e
             found = peer_memory.open_peer_memory(dist.group.WORLD, DEVICE)
         except RuntimeError as error:
             found = error
+    # Every rank has opened, and zeroed its flags, before any goes on.
+    assert barriers == [True] * launched.called
+    closed.assert_called_once_with(dist.group.WORLD.group_name)  # of an earlier world, say
     return found, [str(w.message) for w in caught], launched.call_args
 
 

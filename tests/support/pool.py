@@ -107,7 +107,8 @@ def _answer(rank: int, backend: str, job: bytes) -> tuple[float | None, bytes]:
             timeout=timedelta(seconds=60),
         )
         torch.manual_seed(0)
-        # By value: torch's own way would leave tensors in /dev/shm if this process died.
+        # Tensors are sent by value. In torch's own way they would stay in the memory of a process
+        # that may die.
         return None, pickle.dumps(function(*args, **options))
     except BaseException as error:
         text = f"rank {rank}: {type(error).__name__}: {error}\n{traceback.format_exc()}"
@@ -170,7 +171,7 @@ class Worker:
         )
         self.process.start()
         there.close()
-        # Readable once the process has ended, whoever has inherited its end of the pipe.
+        # It tells the end of the process, where a fork may have inherited the end of the pipe.
         self.ended = os.pidfd_open(self.process.pid)
 
     def send(self, *message) -> None:
