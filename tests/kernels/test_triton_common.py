@@ -1,9 +1,17 @@
+import importlib
+
 import layouts
 import pytest
 import torch
 
 from tpkernels.kernels.common import SUM_BLOCKS, as_rows, sum_partials, sum_partials_kernel
 from tpkernels.kernels.launch_config import Config, Tunable
+from tpkernels.kernels.registration import OP_MODULES
+
+
+def tunables_of(module):
+    members = vars(importlib.import_module(f"tpkernels.kernels.{module}")).values()
+    return [member.name for member in members if isinstance(member, Tunable)]
 
 
 @pytest.mark.parametrize("num_splits", [1, 64, 130])
@@ -65,3 +73,8 @@ def test_tunable_takes_the_choice_of_its_size(monkeypatch):
         and tunable(64, 2).blocks == dict(BLOCK_N=64)
         and tunable(100, 4).blocks == dict(BLOCK_N=128)
     )
+
+
+@pytest.mark.parametrize("name", [name for module in OP_MODULES for name in tunables_of(module)])
+def test_samples_to_tune_by_stay_within_their_tensors(name, device):
+    Tunable.known[name].sample(2, torch.float32, device)()

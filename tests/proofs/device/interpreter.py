@@ -11,6 +11,7 @@ What Triton 3.7 to 3.9 get wrong, silently:
 - An access outside a tensor reads or corrupts whatever is there. Here each address that the mask
   lets through must be an element of a tensor argument of the launch, or of a tensor named in
   `visible`; strides count, so the gap between the rows of a slice is outside.
+- An integer divided by zero is zero. On a GPU it is anything, and here it raises.
 - tl.maximum and tl.minimum return NaN where one operand is one. By default they give the other
   operand on a GPU.
 """
@@ -78,6 +79,18 @@ def _in_float32(name: str):
     return method
 
 
+def _by_nonzero(name: str):
+    """The integer division `name`, whose result a GPU does not define where a divisor is zero."""
+    original = getattr(InterpreterBuilder, name)
+
+    def method(self, lhs, rhs):
+        if not np.all(rhs.data):
+            raise ZeroDivisionError(f"{self.kernel}, program {self.grid_idx}: an integer over zero")
+        return original(self, lhs, rhs)
+
+    return method
+
+
 class Region:
     """A tensor's elements as addresses."""
 
@@ -117,6 +130,10 @@ class Builder(InterpreterBuilder):
     create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)  # noqa: E731
     create_fma, create_rsqrt, create_erf = map(
         _in_float32, ("create_fma", "create_rsqrt", "create_erf")
+    )
+
+    create_sdiv, create_udiv, create_srem, create_urem = map(
+        _by_nonzero, ("create_sdiv", "create_udiv", "create_srem", "create_urem")
     )
 
     arguments: tuple[Region, ...] = ()  # of the launch under way

@@ -145,6 +145,13 @@ def bf16_atomic(x, out, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def quotient(x_ptr, y_ptr, out_ptr, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    x, y = tl.load(x_ptr + offsets), tl.load(y_ptr + offsets)
+    tl.store(out_ptr + offsets, x // y + x % y)
+
+
+@triton.jit
 def largest(x, y, out, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     tl.store(out + offsets, tl.maximum(tl.load(x + offsets), tl.load(y + offsets)))

@@ -173,13 +173,22 @@ def _maximum_with_nan() -> float:
     return _difference(out, torch.fmax(x, y))
 
 
+def _quotient(divisor=3):
+    import samples
+    import torch
+
+    x, out = torch.arange(8), torch.empty(8, dtype=torch.int64)
+    samples.quotient[(1,)](x, torch.full((8,), divisor), out, BLOCK=8)
+    return _difference(out, x // divisor + x % divisor)
+
+
 @pytest.mark.parametrize("check", [_to_bf16, _truncate, _arithmetic, _matmul, _maximum_with_nan])
 def test_right_only_when_patched(run, run_stock, check):
     assert run(check) == 0
     assert run_stock(check) > 0
 
 
-@pytest.mark.parametrize("check", [_from_bf16, _other_types_and_bf16, _constant])
+@pytest.mark.parametrize("check", [_from_bf16, _other_types_and_bf16, _constant, _quotient])
 def test_right(run, check):
     assert run(check) == 0
 
@@ -201,8 +210,17 @@ def _atomic():
     samples.bf16_atomic[(1,)](torch.ones(64, dtype=torch.bfloat16), out, BLOCK=64)
 
 
+def _quotient_by_zero():
+    return _quotient(0)
+
+
 @pytest.mark.parametrize(
-    ("check", "why"), [(_sum, "convert to float32 first"), (_atomic, "an atomic on bfloat16")]
+    ("check", "why"),
+    [
+        (_sum, "convert to float32 first"),
+        (_atomic, "an atomic on bfloat16"),
+        (_quotient_by_zero, "an integer over zero"),
+    ],
 )
 def test_refused(run, check, why):
     with pytest.raises(Exception, match=why):
