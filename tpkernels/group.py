@@ -16,7 +16,7 @@ from .transport import forced_transport, transport_of
 _meshes: list[tuple[DeviceMesh, ProcessGroup]] = []  # init_mesh's, with its tp group: group=None
 _chunked_groups: dict[str, ProcessGroup] = {}  # tp group's name -> its group for chunked schedules
 # Schedules chosen so far. `Group`s share them where nothing that a schedule depends on differs.
-# Weakly by group: its peers see this rank leave only when nobody holds a gloo group any more.
+# Groups are held weakly: gloo's peers see this rank leave only when nothing holds the group.
 _schedules: WeakKeyDictionary[ProcessGroup, dict[tuple[str, tuple[str, str], PeerMemory], dict]]
 _schedules = WeakKeyDictionary()
 

@@ -77,12 +77,15 @@ STOPS = {
 }
 
 
+KEPT = []  # it outlives a call
+
+
 def stop_at(steps, work, how):
     """Stop after `steps` of this rank, or return the steps done and the error before that."""
     # Over shm a rank leaves even if a layer still holds the group, as a model's do. Over gloo its
     # peers would see it only at the timeout.
-    is_shm = dist.get_backend() == "shm"
-    _layer = tpk.nn.RowParallelLinear(8, 8, group=dist.group.WORLD) if is_shm else None
+    if dist.get_backend() == "shm":
+        KEPT[:] = [tpk.nn.RowParallelLinear(8, 8, group=dist.group.WORLD)]
     for number in range(steps[dist.get_rank()]):
         if error := error_of(partial(step, work, number)):
             dist.destroy_process_group()  # what any program does that ends by an error
