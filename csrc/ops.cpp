@@ -21,6 +21,7 @@
 //   autocast_to                             composite/autocast.cpp
 //
 // checks/   each op's checks of its arguments, in front of all of its implementations
+// in_place.cpp   version counters of the ops that write to a tensor
 // engine/   ops that communicate, on CPUs and GPUs
 // composite/   any device, in ATen calls
 // cpu/   vectorised; cpu/kernels/ has the loops, a file of the same name

@@ -4,22 +4,14 @@
 
 #include <ATen/MemoryOverlap.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/util/Exception.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cstddef>
 #include <optional>
 
-namespace tpkernels {
+#include "../op.h"
 
-// An op's name as a template's argument.
-template <size_t N>
-struct OpName {
-  char text[N];
-  constexpr OpName(const char (&name)[N]) { std::copy_n(name, N, text); }
-};
+namespace tpkernels {
 
 template <OpName Name, typename Result, auto Check>
 struct CheckedOp;
@@ -30,10 +22,7 @@ struct CheckedOp<Name, Result, Check> {
     Check(args...);
     constexpr c10::DispatchKeySet after(c10::DispatchKeySet::FULL_AFTER,
                                         c10::DispatchKey::BackendSelect);
-    static const auto op = c10::Dispatcher::singleton()
-                               .findSchemaOrThrow(Name.text, "")
-                               .template typed<Result(Args...)>();
-    return op.redispatch(keys & after, args...);
+    return typed_op<Name, Result(Args...)>().redispatch(keys & after, args...);
   }
 };
 
@@ -56,10 +45,7 @@ struct Operand {
 inline void check_memory(Operand t) {
   const auto& tensor = t.tensor;
   if (!tensor.has_storage() || tensor.numel() == 0) return;
-  int64_t last = tensor.storage_offset();
-  for (int64_t dim = 0; dim < tensor.dim(); dim++)
-    last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  const int64_t needed = (last + 1) * static_cast<int64_t>(tensor.element_size());
+  const int64_t needed = spanned_bytes(tensor);
   TORCH_CHECK_VALUE(static_cast<int64_t>(tensor.storage().nbytes()) >= needed, t.name, " of shape ",
                     tensor.sizes(), " needs ", needed, " bytes, but its storage has ",
                     tensor.storage().nbytes(), ": was it freed, as FSDP does between uses?");
@@ -107,6 +93,13 @@ inline void check_shape(Operand t, at::IntArrayRef shape) {
 inline void check_rank(Operand t, int64_t rank) {
   TORCH_CHECK_VALUE(t.tensor.dim() == rank, t.name, " must have ", rank, " dimensions, got shape ",
                     t.tensor.sizes());
+}
+
+// shape [..., old] -> [..., size]
+inline at::DimVector with_last(at::IntArrayRef shape, int64_t size) {
+  at::DimVector result(shape.begin(), shape.end());
+  result.back() = size;
+  return result;
 }
 
 // Takes an op's first tensor [..., N], of floating point.

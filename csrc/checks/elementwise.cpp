@@ -23,9 +23,8 @@ void check_bias_act(const Tensor& input, const OptionalTensor& bias, std::string
 void check_bias_act_backward(const Tensor& grad, const Tensor& input, const OptionalTensor& bias,
                              std::string_view activation, bool /*bias_grad*/) {
   check_bias_act(input, bias, activation);
-  at::DimVector shape(input.sizes().begin(), input.sizes().end());
-  if (parse_activation(activation).gated) shape.back() /= 2;
-  check_operand({"grad", grad}, shape, {"input", input});
+  const int64_t n = input.size(-1), halves = parse_activation(activation).gated ? 2 : 1;
+  check_operand({"grad", grad}, with_last(input.sizes(), n / halves), {"input", input});
 }
 
 void check_gated_act(const Tensor& gate, const Tensor& up, const OptionalTensor& gate_bias,
@@ -59,7 +58,7 @@ void check_norm_backward(const Tensor& grad, const OptionalTensor& grad_sum, con
                          bool rms, bool /*weight_grad*/, bool /*bias_grad*/) {
   const Operand h{"sum", sum};
   check_rows(h);
-  const int64_t rows = c10::multiply_integers(sum.sizes().begin(), sum.sizes().end() - 1);
+  const int64_t rows = rows_of(sum);
   check_operand({"grad", grad}, sum.sizes(), h);
   check_operand("grad_sum", grad_sum, sum.sizes(), h);
   check_operand("weight", weight, {sum.size(-1)}, h);

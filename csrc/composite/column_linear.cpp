@@ -1,5 +1,4 @@
 // A column-parallel layer's GEMM and activation on any device, in ATen calls.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -19,9 +18,7 @@ std::tuple<at::Tensor, at::Tensor> column_linear_act(
     const std::optional<at::Tensor>& bias,  // [N/n]
     std::string_view name, bool keep) {
   BelowAutograd guard;
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("tpkernels::bias_act", "")
-                       .typed<decltype(composite::bias_act)>();
+  const auto& op = typed_op<"tpkernels::bias_act", decltype(composite::bias_act)>();
   auto shape = input.sizes().vec();
   shape.back() = weight.size(0);
   const auto linear = at::mm(as_rows(input), weight.t()).view(shape);

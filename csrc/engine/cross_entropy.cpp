@@ -1,6 +1,5 @@
 #include "cross_entropy.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/where.h>
 #include <torch/library.h>
 
@@ -15,10 +14,8 @@ namespace {
 // The rank's own rows of maximum, sum of exponentials, target logit and sum: [4, M].
 at::Tensor local_stats(const at::Tensor& logits, const at::Tensor& target,
                        int64_t vocab_start_index) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("tpkernels::vocab_ce_stats", "")
-                       .typed<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t)>();
-  return op.call(logits, target, vocab_start_index);
+  using Signature = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t);
+  return typed_op<"tpkernels::vocab_ce_stats", Signature>().call(logits, target, vocab_start_index);
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // The output layer and its cross entropy, in chunks of rows: the whole logits never exist. The
 // gradients are computed with the loss, and the all-reduce of a chunk's input gradient runs under
 // the weight's gradient and the next chunk's logits.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -20,11 +19,10 @@ namespace {
 void to_gradient_(const at::Tensor& logits, const at::Tensor& target, const at::Tensor& log_norm,
                   const at::Tensor& scale, int64_t vocab_start_index, double smoothing,
                   int64_t num_classes) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("tpkernels::vocab_ce_grad_", "")
-                       .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                   const at::Tensor&, int64_t, double, int64_t)>();
-  op.call(logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes);
+  using Signature = void(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                         int64_t, double, int64_t);
+  typed_op<"tpkernels::vocab_ce_grad_", Signature>().call(
+      logits, target, log_norm, scale, vocab_start_index, smoothing, num_classes);
 }
 
 // Undefined where no gradient of it is asked for. The parameters' are summed over the chunks, in

@@ -1,6 +1,5 @@
 // The row-parallel linear layer. Its GEMM runs in chunks of rows, each chunk's all-reduce under the
 // next chunk's GEMM.
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
@@ -29,10 +28,8 @@ struct RowLinear {
 };
 
 void add_bias_residual_(const at::Tensor& out, const at::Tensor& bias, const at::Tensor& residual) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("tpkernels::add_bias_residual_", "")
-                       .typed<void(const at::Tensor&, const at::Tensor&, const at::Tensor&)>();
-  op.call(out, bias, residual);
+  using Signature = void(const at::Tensor&, const at::Tensor&, const at::Tensor&);
+  typed_op<"tpkernels::add_bias_residual_", Signature>().call(out, bias, residual);
 }
 
 // out + bias + residual, in place.
@@ -48,11 +45,10 @@ void add_epilogue_(at::Tensor& out, const std::optional<at::Tensor>& bias,
 at::Tensor rms_norm(const at::Tensor& input, const at::Tensor& weight, double eps) {
   using Optional = std::optional<at::Tensor>;
   using Results = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow("tpkernels::norm", "")
-                       .typed<Results(const at::Tensor&, const Optional&, const Optional&,
-                                      const Optional&, double, bool)>();
-  return std::get<0>(op.call(input, std::nullopt, weight, std::nullopt, eps, true));
+  using Signature =
+      Results(const at::Tensor&, const Optional&, const Optional&, const Optional&, double, bool);
+  return std::get<0>(typed_op<"tpkernels::norm", Signature>().call(input, std::nullopt, weight,
+                                                                   std::nullopt, eps, true));
 }
 
 // The chunked pipeline over c10d: out [M, N] from x [M, K/n].

@@ -8,6 +8,8 @@
 #include <cpuid.h>
 #endif
 
+#include "../op.h"
+
 namespace tpkernels {
 
 namespace {
@@ -134,10 +136,8 @@ Gemm fit_forced(at::ScalarType dtype, bool constant) {
 bool is_packable(const at::Tensor& weight) {
   if (weight.layout() != at::kStrided || !weight.has_storage()) return false;
   if (weight.stride(0) != 1 && weight.stride(1) != 1) return false;
-  const int64_t last = weight.storage_offset() + (weight.size(0) - 1) * weight.stride(0) +
-                       (weight.size(1) - 1) * weight.stride(1);
   // FSDP frees some storages for a while.
-  return static_cast<int64_t>(weight.storage().nbytes()) >= (last + 1) * weight.element_size();
+  return static_cast<int64_t>(weight.storage().nbytes()) >= spanned_bytes(weight);
 }
 
 }  // namespace

@@ -13,7 +13,6 @@ from .. import _C
 from ..group import Group, GroupLike, resolve_group
 from ..process_group import find_process_group
 from ..sharding.spec import ShardSpec
-from . import in_place  # noqa: F401  (all_reduce_ counts as a write)
 from .collective_log import log_fake
 from .fake import register_fake
 from .once import once_differentiable
