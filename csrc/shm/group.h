@@ -89,8 +89,8 @@ WorkPointer ShmGroup::run(const Call& call, F body) {
     });
   };
   if (!call.async) {
-    auto work =
-        c10::make_intrusive<Queue::Work>(queue_, call.op, call.name, call.inputs, call.outputs);
+    auto work =  // which nobody waits for before it has run
+        c10::make_intrusive<Queue::Work>(nullptr, call.op, call.name, call.inputs, call.outputs);
     const Queue::Guard guard(*queue_);
     work->run_unshared(run);
     return work;

@@ -56,7 +56,7 @@ class Queue : public std::enable_shared_from_this<Queue> {
         finish(std::current_exception());
         throw;
       }
-      settled_ = true;
+      settled_ = ran_at_once_ = true;
       if (recordFunctionEndCallback_) return finish();
       completed_ = true;
     }
@@ -70,7 +70,8 @@ class Queue : public std::enable_shared_from_this<Queue> {
     std::function<void()> body_;
     // Made when somebody asks for it. Both are under the mutex of c10d's Work.
     c10::intrusive_ptr<c10::ivalue::Future> future_;
-    bool settled_ = false;  // what asks from now on settles its future itself
+    bool settled_ = false;      // what asks from now on settles its future itself
+    bool ran_at_once_ = false;  // written before anybody else has this work
   };
   using WorkPointer = c10::intrusive_ptr<Work>;
 
