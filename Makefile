@@ -13,6 +13,8 @@ MUTANTS_VENV := .venv-mutants
 CUDA_VENV := .venv-cuda
 CUDA_HOME ?= /usr/local/cuda
 
+# Those of check-gpu's tests that `make test` runs too.
+PROOFS := tests/proofs/test_stream_semantics.py tests/proofs/test_triton_interpreter.py $(wildcard tests/proofs/device/test_*.py)
 MUTANT_TESTS := $(shell grep -rlE --include='*.py' 'def test_.*mutant' tests)
 
 .PHONY: setup demo test test-c10d check unit lint types imports spelling format docs mutants mutants-sampled fuzz wheel bench bench-docs check-gpu \
@@ -133,8 +135,7 @@ bench-docs: $(BENCH_VENV)/.installed
 # What can be shown of the GPU code without a GPU: the engine under NCCL's semantics, and its mutants; the Triton kernels interpreted and
 # compiled for four chips, the CUDA kernels on simulated GPUs, under sanitizers, their mutants and machine code; and what they take, in docs/.
 check-gpu: setup
-	$(BIN)/python -m pytest -q -s tests/proofs/test_stream_semantics.py tests/proofs/test_triton_interpreter.py \
-		$(wildcard tests/proofs/device/test_*.py tests/proofs/device/check_*.py)
+	$(BIN)/python -m pytest -q -s $(PROOFS) $(wildcard tests/proofs/device/check_*.py)
 
 $(CUDA_VENV)/.installed: requirements-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
