@@ -70,10 +70,14 @@ def _record(name: str, tree: Path, folder: Path) -> dict:
         timeout=1800,
     )
     passed = json.loads(seconds.read_text())
+    coverage = importlib.import_module("coverage")
     tests = {test: dict(seconds=passed[test], lines={}) for test in passed}
     for file in folder.glob("data.*"):
-        data = importlib.import_module("coverage").CoverageData(str(file))
-        data.read()
+        data = coverage.CoverageData(str(file))
+        try:
+            data.read()
+        except coverage.exceptions.DataError:  # its rank was killed as it wrote
+            continue
         for measured in map(Path, data.measured_files()):
             path = measured.relative_to(tree).as_posix()
             inside = _in_functions(measured.read_text())
