@@ -1,13 +1,15 @@
 """The tool of `make mutants-sampled` draws the same faults again and tells which tests notice."""
 
+import pickle
 import subprocess
+import sys
 import time
 
 import pytest
 
 from tools.mutants import run
 from tools.mutants.draw import draw
-from tools.mutants.mutant import Mutant, copied_tree, read_sample, write_sample
+from tools.mutants.mutant import ROOT, Mutant, copied_tree, read_sample, write_sample
 from tools.mutants.reach import tests_of as in_order
 from tools.mutants.run import examine
 
@@ -33,6 +35,7 @@ def test_equal():
 def test_different(b):
     assert smaller(3, b) == b
 """,
+    "pool.py": "class Pool:\n    _start = None\n",
 }
 TEST = "tests/test_smaller.py::test_"
 REACH = {
@@ -53,6 +56,24 @@ def package(tmp_path):
         (tmp_path / name).write_text(text)
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     return tmp_path
+
+
+EXAMINE = """import pickle, sys
+from tools.mutants.run import examine
+pickle.dump(examine(*pickle.load(sys.stdin.buffer)), sys.stdout.buffer)
+"""
+
+
+def examined(*arguments):
+    """Examine a mutant in a process that pytest does not run in yet."""
+    ran = subprocess.run(
+        [sys.executable, "-c", EXAMINE],
+        input=pickle.dumps(arguments),
+        stdout=subprocess.PIPE,
+        check=True,
+        cwd=ROOT,
+    )
+    return pickle.loads(ran.stdout)
 
 
 def fault(before, after, path="tpkernels/smaller.py"):
@@ -105,7 +126,7 @@ def test_tests_are_those_of_the_line_and_the_cheapest_of_each_function_come_firs
 def test_status(package, mutant, limit, status, noticed):
     reach = {name: test for name, test in REACH.items() if "another" not in name}
     with copied_tree(package) as tree:
-        found = examine(mutant, tree, reach, limit)
+        found = examined(mutant, tree, reach, limit)
         assert (tree / mutant.path).read_text() == SOURCES[mutant.path]
     assert (found["status"], found["test"]) == (status, noticed)
     assert (package / mutant.path).read_text() == SOURCES[mutant.path]

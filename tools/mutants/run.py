@@ -8,18 +8,15 @@ run goes on where the last one stopped.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+from . import warm
 from .mutant import ROOT, Mutant, copied_tree, read_sample
 from .reach import KERNELS, build_device_code, environment, record, tests_of
 
@@ -32,27 +29,12 @@ def _pytest(tree: Path, tests: list[str], interpret: bool, limit: float) -> str 
     """Return the first of the tests that fails, "" where none does, None where time is up."""
     names = tree / "tests-to-run.txt"
     names.write_text("\n".join(tests))
-    run = subprocess.Popen(
-        [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=no", f"@{names}"],
-        cwd=tree,
-        env=environment(tree, interpret),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        said = run.communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        return None
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+    arguments = ["-x", "-q", "-rfE", "--tb=no", f"@{names}"]
+    status, said = warm.run(arguments, tree, environment(tree, interpret), limit)
+    if not status:
+        return status if status is None else ""
     failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", said, re.M)
-    if run.returncode == 0:
-        return ""
-    return failed[1] if failed else f"pytest's exit status {run.returncode}"
+    return failed[1] if failed else f"pytest's exit status {status}"
 
 
 def _fitting(tests: list[str], reach: dict[str, dict], seconds: float) -> list[str]:
@@ -107,6 +89,14 @@ def examine(mutant: Mutant, tree: Path, reach: dict[str, dict], limit: float = L
     return dict(name=mutant.name, status=status, test=noticed[0], seconds=seconds)
 
 
+def assert_right_without_faults(tests: set[str], tree: Path) -> None:
+    """Assert that the tests that have noticed a fault pass where there is none."""
+    for interpret in (False, True):
+        part = sorted(test for test in tests if test.startswith(KERNELS) == interpret)
+        failed = part and _pytest(tree, part, interpret, LIMIT * len(part))
+        assert not failed, f"{failed} fails without a fault too: what it has noticed is in doubt"
+
+
 def main() -> None:
     """Run the sample; the exit status tells whether each mutant was killed or is equivalent."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -120,6 +110,7 @@ def main() -> None:
     records = map(json.loads, file.read_text().splitlines()) if file.exists() else ()
     done = {r["name"]: r for r in records if not options.again or r["status"] == "killed"}
     sample = read_sample(options.sample)
+    warm.import_what_is_slow()
     with copied_tree() as tree:
         reach = record(tree, BUILD / "reach", options.tests)
         for mutant in sample:
@@ -133,6 +124,8 @@ def main() -> None:
                 print(json.dumps(done[mutant.name]), flush=True)
                 with file.open("a") as lines:
                     lines.write(json.dumps(done[mutant.name]) + "\n")
+        noticed = {done[m.name]["test"] for m in sample if done[m.name]["status"] == "killed"}
+        assert_right_without_faults(noticed & set(reach), tree)
     counts = Counter(done[mutant.name]["status"] for mutant in sample)
     print(", ".join(f"{count} {status}" for status, count in counts.most_common()))
     assert counts["equivalent"] <= EQUIVALENT_SHARE * len(sample), "too many equivalents"
