@@ -4,6 +4,7 @@ import layouts
 import pytest
 import torch
 
+from tpkernels.kernels import tuning
 from tpkernels.kernels.common import SUM_BLOCKS, as_rows, sum_partials, sum_partials_kernel
 from tpkernels.kernels.launch_config import Config, Tunable
 from tpkernels.kernels.registration import OP_MODULES
@@ -73,6 +74,29 @@ def test_tunable_takes_the_choice_of_its_size(monkeypatch):
         and tunable(64, 2).blocks == dict(BLOCK_N=64)
         and tunable(100, 4).blocks == dict(BLOCK_N=128)
     )
+
+
+def test_what_a_chip_has_no_room_for_is_not_chosen(monkeypatch, device):
+    monkeypatch.setattr(Tunable, "known", {})
+    tunable = Tunable(
+        "example",
+        lambda features, itemsize: [Config(dict(BLOCK_N=size)) for size in (256, 128, 64)],
+        lambda *_: lambda: tunable(64, 2).blocks["BLOCK_N"],
+    )
+    error = type("OutOfResources", (Exception,), {})
+
+    def measure(call):
+        if call() == 256:
+            raise error
+        return call()
+
+    arguments = tunable, 64, torch.float16, device, measure
+    assert tuning._fastest(*arguments).blocks == dict(BLOCK_N=64)
+    assert not tunable.chosen
+    error = KeyError
+    with pytest.raises(KeyError):
+        tuning._fastest(*arguments)
+    assert not tunable.chosen
 
 
 @pytest.mark.parametrize("name", [name for module in OP_MODULES for name in tunables_of(module)])

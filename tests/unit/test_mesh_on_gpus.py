@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -10,6 +11,16 @@ from tpkernels import group as groups
 from tpkernels import mesh as mesh_module
 from tpkernels.kernels import tuning
 from tpkernels.overlap import calibration_cache
+
+
+def test_a_process_without_torchrun_takes_the_first_gpu(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    devices = []
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(mesh_module, "_start_default_group", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # it goes no further
+        tpk.init_mesh(tp=1, device="cuda")
+    assert devices == [0]
 
 
 def test_init_mesh_on_gpus(monkeypatch):

@@ -85,8 +85,13 @@ REFUSED = {
         ValueError,
         "head_dim 3",
     ),
-    "rotary tables that learn": (
+    "rotary cosines that learn": (
         lambda: tpf.rotary(HEADS, TABLES[0].clone().requires_grad_(), TABLES[1]),
+        ValueError,
+        "no gradient",
+    ),
+    "rotary sines that learn": (
+        lambda: tpf.rotary(HEADS, TABLES[0], TABLES[1].clone().requires_grad_()),
         ValueError,
         "no gradient",
     ),
