@@ -24,7 +24,7 @@ REFUSED = {
     "bias_act with another bias": (
         lambda: tpf.bias_act(X, N3, "gelu"),
         ValueError,
-        r"bias has shape \(3,\)",
+        r"bias has shape \(3,\) but input has 4 features",
     ),
     "bias_act of an unknown kind": (lambda: tpf.bias_act(X, None, "tanh"), ValueError, "'tanh'"),
     "bias_act of odd halves": (
@@ -83,7 +83,7 @@ REFUSED = {
     "rotary of too many features": (
         lambda: tpf.rotary(HEADS[..., :3], *TABLES),
         ValueError,
-        "head_dim 3",
+        "cos has 2 pairs of features, but head_dim 3 has 1",
     ),
     "rotary cosines that learn": (
         lambda: tpf.rotary(HEADS, TABLES[0].clone().requires_grad_(), TABLES[1]),
