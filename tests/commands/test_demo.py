@@ -80,7 +80,7 @@ def test_own_model_example():
 
 
 def test_tune_saves_what_it_measured(tmp_path):
-    tune = str(Path(sys.executable).with_name("tpkernels")), "tune", "--shape", "256,64,128"
+    tune = sys.executable, "-m", "tpkernels", "tune", "--shape", "256,64,128"
     run = torchrun("--no-python", *tune, XDG_CACHE_HOME=str(tmp_path))
     assert run.returncode == 0, run.stderr
     (saved,) = (tmp_path / "tpkernels").glob("calibration-*.json")
