@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.testing import assert_close
 import tpkernels as tpk
 import tpkernels.functional as tpf
 from tpkernels import _C
+from tpkernels.nn import parallel_linear
 
 CASES = {
     f"{name}-{str(dtype)[6:]}": (gemm, dtype)
@@ -167,3 +169,13 @@ def test_a_layer_of_one_rank_equals_the_stock_layer():
             x = torch.randn(6, 2, 48)
             assert_close(torch.vmap(layer)(x), layer(x))
             assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), stock(x))
+
+
+@run_on_ranks(1, 2)
+def test_inference_of_a_column_layer_takes_the_short_way():
+    layer = tpk.nn.ColumnParallelLinear(8, 12, group=dist.group.WORLD)
+    short = mock.Mock(wraps=parallel_linear.linear_fast_path)
+    with mock.patch.object(parallel_linear, "linear_fast_path", short), torch.no_grad():
+        y = layer(torch.randn(3, 8))
+    short.assert_called_once()
+    assert y.shape == (3, 12 // dist.get_world_size())

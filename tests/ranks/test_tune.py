@@ -108,3 +108,17 @@ def test_bad_shapes_are_refused_before_anything_is_measured():
     for shapes in ([(1, 2)], [(1, 2, 0)], [(1, 2.0, 3)], [5]):
         with pytest.raises(ValueError, match=r"shapes must be .*ints of at least 1"):
             tpk.tune(dist.group.WORLD, shapes)
+
+
+@run_on_ranks(3)
+def test_the_first_rank_names_the_link():
+    """Ranks of other interfaces share its file; how many hosts there are counts them all."""
+    rank = dist.get_rank()
+    group, here = resolve_group(dist.group.WORLD), ("a", "b", "b")[rank]
+    with (
+        mock.patch.dict(os.environ, GLOO_SOCKET_IFNAME=f"eth{rank}"),
+        mock.patch.object(calibration_cache.socket, "gethostname", lambda: here),
+        mock.patch.object(calibration_cache, "_device_name", lambda kind: f"{kind} {rank}"),
+    ):
+        key = calibration_cache.CalibrationKey.of(group)
+    assert key == calibration_cache.CalibrationKey("cpu 0", "gloo over eth0 on 2 hosts", 3, 2)

@@ -5,11 +5,13 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards import quiet
 
 from tpkernels import _C
+from tpkernels.ops.linear import rows_of
 
 
 @settings(quiet, max_examples=500)
@@ -46,3 +48,9 @@ def test_chunk_bounds_by_example():
     assert _C.chunk_bounds(4096, 2, 64) == [0, 2048, 4096]
     with pytest.raises(RuntimeError, match="chunks must be at least 1, got 0"):
         _C.chunk_bounds(8, 0, 64)
+
+
+def test_rows_of():
+    """What the chunks are chosen by, which a shard of one feature has too."""
+    shapes = {(2, 3, 4): 6, (2, 3, 1): 6, (5,): 1, (1,): 1, (0, 4): 0}
+    assert {shape: rows_of(torch.zeros(shape)) for shape in shapes} == shapes

@@ -66,7 +66,16 @@ REFUSED = {
     "dropout of a scalar": (lambda: tpf.dropout(X[0, 0]), ValueError, "at least one dimension"),
     "dropout of too much": (lambda: tpf.dropout(X, 1.5), ValueError, r"\[0, 1\], got 1.5"),
     "dropout of nan": (lambda: tpf.dropout(X, float("nan")), ValueError, "nan"),
-    "dropout before the first row": (lambda: tpf.dropout(X, row=-1), ValueError, "-1"),
+    "dropout before the first row": (
+        lambda: tpf.dropout(X, row=-1),
+        ValueError,
+        "must not be negative, got -1 and 0",
+    ),
+    "dropout before the first column": (
+        lambda: tpf.dropout(X, column=-1),
+        ValueError,
+        "must not be negative, got 0 and -1",
+    ),
     "dropout with a float seed": (lambda: tpf.dropout(X, seed=torch.ones(1)), ValueError, "seed"),
     "dropout with two seeds": (
         lambda: tpf.dropout(X, seed=torch.tensor([1, 2])),
