@@ -1,5 +1,7 @@
 """The public all-reduce, of every dtype and layout."""
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import tpkernels as tpk
+from tpkernels.ops import collectives
 
 
 class Watched(TorchDispatchMode):
@@ -96,3 +99,11 @@ def test_an_empty_tensor_is_not_sent():
     with tpk.log_collectives() as log:
         tpk.all_reduce_(torch.empty(0, 3), dist.group.WORLD)
     assert not log
+
+
+@run_on_ranks(2)
+def test_a_plain_tensor_goes_past_the_dispatcher():
+    """A small all-reduce is mostly dispatch."""
+    with mock.patch.object(collectives, "_C") as c:
+        tpk.all_reduce_(torch.ones(3), dist.group.WORLD)
+    c.all_reduce_.assert_called_once()

@@ -53,11 +53,10 @@ def _run_in_turn(tests: list[str], tree: Path, reach: dict, limit: float) -> tup
     Few tests come first, so that a fault which stops one shows as a timeout of a short run. A test
     that takes too long has what time is left.
     """
-    end = time.monotonic() + limit
-    for share in (1 / 20, 1 / 2):
-        chosen = _fitting(tests, reach, share * (end - time.monotonic()))
-        chosen = chosen or tests[: share == 1 / 2]
-        tests = [test for test in tests if test not in set(chosen)]
+    end, share = time.monotonic() + limit, 1 / 20
+    while tests and (left := end - time.monotonic()) > limit / 20:
+        chosen = _fitting(tests, reach, share * left) or tests[: share == 1 / 2]
+        tests, share = [test for test in tests if test not in set(chosen)], 1 / 2
         for interpret in (False, True):
             part = [test for test in chosen if test.startswith(KERNELS) == interpret]
             noticed = _pytest(tree, part, interpret, end - time.monotonic()) if part else ""
