@@ -109,6 +109,8 @@ def test_tests_are_those_of_the_line_and_the_cheapest_of_each_function_come_firs
     mutant, source = fault("    if a < b:", "    if a > b:"), SOURCES["tpkernels/smaller.py"]
     order = [TEST + name for name in ("different[1]", "equal", "different[2]")]
     assert in_order(mutant, source, REACH) == order
+    before = mutant._replace(line=3)  # the source has lost a line since
+    assert in_order(before, source, REACH) == order
     at_import = fault("def smaller(a: int | None, b: int) -> int:", "")
     assert len(in_order(at_import, source, REACH)) == 4
 

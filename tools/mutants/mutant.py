@@ -36,18 +36,24 @@ class Mutant(NamedTuple):
         """The mutant's key in records and in the list of equivalents."""
         return f"{self.path}:{self.line}:{self.operator}:{self.occurrence}"
 
-    def apply(self, source: str) -> str | None:
-        """Return the source with the fault, or None where the lines are no longer in it.
+    def place(self, source: str) -> int | None:
+        """Return the first of the lines `before` in the source, from 1; None if they are gone.
 
         Lines that have moved are found: the nearest that are the same.
         """
         lines, before = source.split("\n"), self.before.split("\n")
         starts = range(len(lines) - len(before) + 1)
-        found = [start for start in starts if lines[start : start + len(before)] == before]
-        if not found:
+        found = [start + 1 for start in starts if lines[start : start + len(before)] == before]
+        return min(found, key=lambda line: abs(line - self.line), default=None)
+
+    def apply(self, source: str) -> str | None:
+        """Return the source with the fault, or None where the lines are no longer in it."""
+        line = self.place(source)
+        if line is None:
             return None
-        start = min(found, key=lambda start: abs(start + 1 - self.line))
-        lines[start : start + len(before)] = self.after.split("\n") if self.after else []
+        lines = source.split("\n")
+        last = line - 1 + len(self.before.split("\n"))
+        lines[line - 1 : last] = self.after.split("\n") if self.after else []
         return "\n".join(lines)
 
     @contextlib.contextmanager

@@ -135,7 +135,7 @@ def tests_of(mutant: Mutant, source: str, reach: dict[str, dict]) -> list[str]:
     """
     if not mutant.path.endswith(".py"):
         return sorted((t for t in reach if t.startswith(DEVICE)), key=lambda t: reach[t]["seconds"])
-    statement = _statement(source, mutant.line)
+    statement = _statement(source, mutant.place(source) or mutant.line)
     in_file = {t: lines for t in reach if (lines := reach[t]["lines"].get(mutant.path))}
     hit = [t for t, lines in in_file.items() if statement & set(lines)] or list(in_file)
 
