@@ -79,7 +79,7 @@ def choose_cpu_backends(*groups: torch.Tensor) -> list[str]:
         if dist.get_rank() == 0:
             warnings.warn(
                 f"groups of {size} ranks run on gloo, not on shared memory: {unavailable_reason}",
-                stacklevel=4,
+                stacklevel=3,
             )
     return backends
 

@@ -12,10 +12,7 @@ ATTENTION, MLP, NORM = HEADS * HEAD_DIM * HIDDEN, WIDTH * HIDDEN, HIDDEN
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def figures(pool, tmp_path_factory):
-    """Return the demo's figures of 2 ranks, and what each rank returned."""
-    folder = str(tmp_path_factory.mktemp("model"))
+def make_model():
     torch.manual_seed(1)
     config = LlamaConfig(
         hidden_size=HIDDEN,
@@ -28,7 +25,14 @@ def figures(pool, tmp_path_factory):
         tie_word_embeddings=True,
         initializer_range=0.3,
     )
-    model = LlamaForCausalLM(config).eval()
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def figures(pool, tmp_path_factory):
+    """Return the demo's figures of 2 ranks, and what each rank returned."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    model = make_model()
     model.save_pretrained(folder)
     batches = torch.randint(VOCAB, (2, demo_model.BATCH, 16))
     prompt = torch.randint(VOCAB, (1, 5))
@@ -87,3 +91,11 @@ def test_dtensor_is_tried_where_the_ranks_divide_the_heads():
         (2, (9, 3), "9 heads and 3 KV heads over 2"),
     ):
         assert reason in ranks.dtensor_seconds(tp, heads, "", torch.empty(0), 3, 1)
+
+
+def test_more_ranks_than_heads_are_refused(monkeypatch):
+    monkeypatch.setattr(run, "find_weights", lambda: "")
+    monkeypatch.setattr(run, "load_model", lambda weights: (make_model(), None, None, None))
+    message = "tp=4: the model has 3 attention heads, and each rank needs at least one; use 1 to 3"
+    with pytest.raises(ValueError, match=message):
+        run.run_demo(4, 1, None)
