@@ -114,43 +114,66 @@ def test_bad_biases_residuals_and_options():
 
 
 @run_on_ranks(3)
-def test_figures_of_messages():
+def test_figures_of_the_layers_messages():
     here = f"on rank {dist.get_rank()} of 3: "
-    options = dict(group=dist.group.WORLD)
-    hidden, classes, target = torch.zeros(5, 18), torch.zeros(4, 18), torch.zeros(5).long()
+    for call, message in (
+        (
+            column(X[:, :17]),
+            f"input has shape (4, 17) but weight is (7, 18) {here}the last dimension must be 18 (",
+        ),
+        (
+            column(b=torch.zeros(8)),
+            f"bias has shape (8,) but weight has 7 output features {here}pass ",
+        ),
+        (
+            row(residual=torch.zeros(4, 17)),
+            "residual has shape (4, 17) but the output has (4, 18)",
+        ),
+        (column(activation="swiglu"), "two halves of one size, got 7 features"),
+    ):
+        assert_refused(call, ValueError, message)
 
-    def embedding(rows, ids):
-        return lambda: tpf.vocab_parallel_embedding(ids, torch.zeros(rows, 2), 12, **options)
+
+@run_on_ranks(3)
+def test_figures_of_the_embeddings_messages():
+    def embedding(rows, *ids):
+        weight = torch.zeros(rows, 2)
+        return lambda: tpf.vocab_parallel_embedding(
+            torch.tensor(ids), weight, 12, group=dist.group.WORLD
+        )
+
+    assert_refused(
+        embedding(5, 0),
+        ValueError,
+        f"weight has 5 rows on rank {dist.get_rank()}, "
+        "but num_embeddings=12 over 3 ranks is [4, 4, 4]",
+    )
+    assert_refused(
+        embedding(4, -1, 4),
+        IndexError,
+        "ids has values from -1 to 4, but a vocabulary of that size takes 0 to 11",
+    )
+
+
+@run_on_ranks(3)
+def test_figures_of_the_losses_messages():
+    hidden, weight, target = torch.zeros(5, 18), torch.zeros(4, 18), torch.zeros(5).long()
 
     def loss(rows=5, target=target):
         logits = torch.zeros(rows, 4)
-        return lambda: tpf.vocab_parallel_cross_entropy(logits, target, num_classes=12, **options)
+        return lambda: tpf.vocab_parallel_cross_entropy(
+            logits, target, num_classes=12, group=dist.group.WORLD
+        )
 
-    def linear_loss(weight=classes, bias=None):
+    def linear_loss(weight=weight, bias=None):
         return lambda: tpf.vocab_parallel_linear_cross_entropy(
-            hidden, weight, target, bias, num_classes=12, **options
+            hidden, weight, target, bias, num_classes=12, group=dist.group.WORLD
         )
 
     for kind, call, message in (
         (
             ValueError,
-            column(X[:, :17]),
-            f"input has shape (4, 17) but weight is (7, 18) {here}the last dimension must be 18 (",
-        ),
-        (
-            ValueError,
-            column(b=torch.zeros(8)),
-            f"bias has shape (8,) but weight has 7 output features {here}pass ",
-        ),
-        (
-            ValueError,
-            row(residual=torch.zeros(4, 17)),
-            "residual has shape (4, 17) but the output has (4, 18)",
-        ),
-        (ValueError, column(activation="swiglu"), "two halves of one size, got 7 features"),
-        (
-            ValueError,
-            linear_loss(classes[:, :17]),
+            linear_loss(weight[:, :17]),
             "input has shape (5, 18) but weight_shard is (4, 17): it must be [V_r, 18]",
         ),
         (
@@ -158,32 +181,17 @@ def test_figures_of_messages():
             linear_loss(bias=torch.zeros(3)),
             "bias_shard has shape (3,) but weight_shard has 4 classes",
         ),
-        (
-            ValueError,
-            loss(6),
-            "target has shape (5,), but logits_shard (6, 4) needs (6,)",
-        ),
+        (ValueError, loss(6), "target has shape (5,), but logits_shard (6, 4) needs (6,)"),
         (
             IndexError,
             loss(target=torch.tensor([0, 3, 12, 5, 2])),
             "target has values from 0 to 12, but 12 classes takes 0 to 11",
         ),
-        (
-            ValueError,
-            embedding(5, target),
-            f"weight has 5 rows on rank {dist.get_rank()}, "
-            "but num_embeddings=12 over 3 ranks is [4, 4, 4]",
-        ),
-        (
-            IndexError,
-            embedding(4, torch.tensor([-1, 4])),
-            "ids has values from -1 to 4, but a vocabulary of that size takes 0 to 11",
-        ),
     ):
         assert_refused(call, kind, message)
     logits = torch.zeros(5, 3 + 2 * (dist.get_rank() == 1))
     with pytest.raises(ValueError, match=r"the 3 ranks' logits .* \(from 3 to 5\)"):
-        tpf.vocab_parallel_cross_entropy(logits, target, **options)
+        tpf.vocab_parallel_cross_entropy(logits, target, group=dist.group.WORLD)
 
 
 @run_on_ranks(3)

@@ -23,7 +23,7 @@ def with_a_sink():
     return model
 
 
-# What makes the model, the plan, and words of the message.
+# Each has a function that makes the model, the plan, and words of the message.
 REFUSED = {
     "no such module": (
         LLAMA,

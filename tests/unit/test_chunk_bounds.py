@@ -51,6 +51,6 @@ def test_chunk_bounds_by_example():
 
 
 def test_rows_of():
-    """What the chunks are chosen by, which a shard of one feature has too."""
+    """Rows choose the chunks, of a shard of one feature too."""
     shapes = {(2, 3, 4): 6, (2, 3, 1): 6, (5,): 1, (1,): 1, (0, 4): 0}
     assert {shape: rows_of(torch.zeros(shape)) for shape in shapes} == shapes

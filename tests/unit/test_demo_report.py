@@ -49,7 +49,8 @@ largest logit difference 1.2e-05 (logits up to 31.3)
 loss, relative difference 2.5e-07
 gradients, largest relative difference 3.5e-06
 3 generated tokens the same
-Gradients: against the unsharded model with its loss in float64; its own float32 log_softmax puts it 4.5e-06 off.
+Gradients: against the unsharded model with its loss in float64; its own float32 log_softmax puts it
+4.5e-06 off.
 Once there was
 Fine-tuning on the opening of Alice in Wonderland:
 loss
@@ -66,14 +67,14 @@ Time of a training step, median
 tpkernels, 2 ranks 0.25
 unsharded model, one process on 2 cores 0.37
 torch DTensor, 2 ranks cannot shard 3 heads
-"""  # noqa: E501
+"""
 
 
 @pytest.fixture
 def printed(monkeypatch):
     """Return the lines of a report, their words alone."""
     text = io.StringIO()
-    monkeypatch.setattr(report, "console", Console(file=text, width=200, color_system=None))
+    monkeypatch.setattr(report, "console", Console(file=text, width=100, color_system=None))
     monkeypatch.setattr(report, "PROMPT", "Once")
 
     def lines(result, heads):

@@ -90,9 +90,9 @@ REFUSED = {
         "cos and sin must be",
     ),
     "rotary of too many features": (
-        lambda: tpf.rotary(HEADS[..., :3], *TABLES),
+        lambda: tpf.rotary(HEADS, torch.zeros(5, 3), torch.zeros(5, 3)),
         ValueError,
-        "cos has 2 pairs of features, but head_dim 3 has 1",
+        "cos has 3 pairs of features, but head_dim 4 has 2",
     ),
     "rotary cosines that learn": (
         lambda: tpf.rotary(HEADS, TABLES[0].clone().requires_grad_(), TABLES[1]),
