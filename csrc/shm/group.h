@@ -89,7 +89,7 @@ WorkPointer ShmGroup::run(const Call& call, F body) {
     });
   };
   if (!call.async) {
-    auto work =  // which nobody waits for before it has run
+    auto work =
         c10::make_intrusive<Queue::Work>(nullptr, call.op, call.name, call.inputs, call.outputs);
     const Queue::Guard guard(*queue_);
     work->run_unshared(run);

@@ -62,7 +62,7 @@ void Queue::Work::settle(c10::ivalue::Future& future) const {
 }
 
 bool Queue::Work::wait(std::chrono::milliseconds /*timeout: that of the collective holds*/) {
-  if (ran_at_once_) return true;
+  if (!queue_) return true;
   if (!isCompleted()) {
     Lock lock(queue_->mutex_);
     queue_->help(lock, [this] { return isCompleted(); });

@@ -56,7 +56,7 @@ class Queue : public std::enable_shared_from_this<Queue> {
         finish(std::current_exception());
         throw;
       }
-      settled_ = ran_at_once_ = true;
+      settled_ = true;
       if (recordFunctionEndCallback_) return finish();
       completed_ = true;
     }
@@ -65,13 +65,12 @@ class Queue : public std::enable_shared_from_this<Queue> {
     void complete(const std::exception_ptr& error);
     void settle(c10::ivalue::Future& future) const;
 
-    const std::shared_ptr<Queue> queue_;
+    const std::shared_ptr<Queue> queue_;  // null: it has run before anybody can wait for it
     const Tensors outputs_;
     std::function<void()> body_;
     // Made when somebody asks for it. Both are under the mutex of c10d's Work.
     c10::intrusive_ptr<c10::ivalue::Future> future_;
-    bool settled_ = false;      // what asks from now on settles its future itself
-    bool ran_at_once_ = false;  // written before anybody else has this work
+    bool settled_ = false;  // what asks from now on settles its future itself
   };
   using WorkPointer = c10::intrusive_ptr<Work>;
 
