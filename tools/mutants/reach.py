@@ -17,7 +17,9 @@ from .mutant import Mutant
 KERNELS = "tests/kernels/"  # pytest runs them by Triton's interpreter, in a process of its own
 DEVICE = "tests/proofs/device/test_device"  # compiles the CUDA headers
 LEFT_OUT = (
-    *("tests/c10d/", "tests/gpu/", "tests/proofs/test_triton_interpreter.py"),
+    "tests/c10d/",
+    "tests/gpu/",
+    "tests/proofs/test_triton_interpreter.py",
     "tests/commands/test_demo.py",  # longer than a mutant may take
 )
 SETTINGS = """[run]

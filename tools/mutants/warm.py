@@ -48,17 +48,13 @@ def run(arguments: list[str], tree: Path, environment: dict[str, str], limit: fl
             sys.dont_write_bytecode = True
             os._exit(importlib.import_module("pytest").main(["-p", __name__, *arguments]))
         os._exit(1)
-    end, status = time.monotonic() + limit, None
-    while status is None and time.monotonic() < end:
-        done, status = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT), None
-        if done is None:
-            time.sleep(0.02)
-        else:
-            status = done.si_status
+    end, how = time.monotonic() + limit, os.WEXITED | os.WNOHANG | os.WNOWAIT
+    while (ended := os.waitid(os.P_PID, child, how)) is None and time.monotonic() < end:
+        time.sleep(0.02)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    return status, output.read_text() if output.exists() else ""
+    return ended and ended.si_status, output.read_text() if output.exists() else ""
 
 
 def _has_one_thread() -> bool:
